@@ -1,0 +1,36 @@
+"""Errors that a user can act on. Every message says what was wrong, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DynamicRadError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class OptionsError(DynamicRadError, ValueError):
+    """An option has an unknown name or a value out of its range."""
+
+
+class ProfileError(DynamicRadError, ValueError):
+    """A profile file is missing, malformed, or holds a value out of its range."""
+
+
+class PlanError(DynamicRadError, ValueError):
+    """A block plan can't be built, or does not fit the tensors it is used with."""
+
+
+class GridError(DynamicRadError, ValueError):
+    """The token grid given by the user does not fit the sequence length found in the graph."""
+
+
+class StrictError(DynamicRadError, RuntimeError):
+    """`strict=True` and a video self-attention had to stay dense."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the known name nearest to `name`, else an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""

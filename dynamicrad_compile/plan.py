@@ -1,0 +1,140 @@
+"""BlockPlan: which key/value blocks each query block reads.
+
+The layout follows PyTorch's flex `BlockMask`: a count and a list of block ids per query block. A plan knows
+nothing of frames or of a model; the planners (`dynamicrad_compile.planners`) build it, the kernels read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .errors import PlanError
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling division of non-negative integers."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Active key/value blocks per query block.
+
+    kv_counts   int32 [P, H', Mq]      number of active kv blocks of a query block
+    kv_indices  int32 [P, H', Mq, W]   their ids, active ones first; entries past the count are padding (0)
+    block_q, block_kv                  block sizes in tokens
+    q_len, kv_len                      sequence lengths in tokens; the last block may be partial
+
+    P is the number of regimes (1 = one for all), H' the number of heads (1 = shared by all heads),
+    Mq = ceil(q_len / block_q), Mk = ceil(kv_len / block_kv), W >= the widest row.
+    A row whose count is Mk is dense: its indices are 0 .. Mk - 1 in any order.
+
+    Raises PlanError if shapes, dtypes or ranges do not fit together.
+    """
+
+    kv_counts: torch.Tensor
+    kv_indices: torch.Tensor
+    block_q: int
+    block_kv: int
+    q_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        counts, indices = self.kv_counts, self.kv_indices
+        if counts.dtype != torch.int32 or indices.dtype != torch.int32:
+            raise PlanError(f"kv_counts and kv_indices must be int32, got {counts.dtype} and {indices.dtype}.")
+        if counts.dim() != 3 or indices.dim() != 4 or counts.shape != indices.shape[:3]:
+            raise PlanError(
+                "expected kv_counts [P, H', Mq] and kv_indices [P, H', Mq, W], got "
+                f"{list(counts.shape)} and {list(indices.shape)}."
+            )
+        if min(self.block_q, self.block_kv, self.q_len, self.kv_len) < 1:
+            raise PlanError("block_q, block_kv, q_len and kv_len must be at least 1.")
+        if counts.shape[-1] != self.num_q_blocks:
+            raise PlanError(
+                f"q_len {self.q_len} in blocks of {self.block_q} gives {self.num_q_blocks} query blocks, "
+                f"but kv_counts has {counts.shape[-1]}."
+            )
+        if indices.shape[-1] > self.num_kv_blocks:
+            raise PlanError(f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks.")
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Mq."""
+        return cdiv(self.q_len, self.block_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Mk."""
+        return cdiv(self.kv_len, self.block_kv)
+
+    def block_mask(self) -> torch.Tensor:
+        """bool [P, H', Mq, Mk]: True where the query block reads the key/value block."""
+        width, m_k = self.kv_indices.shape[-1], self.num_kv_blocks
+        active = torch.arange(width, device=self.kv_counts.device) < self.kv_counts[..., None]
+        # Inactive entries are sent to an extra column, which is cut off.
+        target = torch.where(active, self.kv_indices, m_k).long()
+        mask = torch.zeros(*self.kv_counts.shape, m_k + 1, dtype=torch.bool, device=self.kv_counts.device)
+        return mask.scatter_(-1, target, True)[..., :m_k]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of blocks that is skipped, in 0..1, over all regimes and heads."""
+        total = self.kv_counts.numel() * self.num_kv_blocks
+        return 1.0 - int(self.kv_counts.sum(dtype=torch.int64)) / total
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan with its tensors on `device`."""
+        return replace(self, kv_counts=self.kv_counts.to(device), kv_indices=self.kv_indices.to(device))
+
+    @staticmethod
+    def from_mask(
+        mask: torch.Tensor, *, block_q: int, block_kv: int, q_len: int, kv_len: int
+    ) -> BlockPlan:
+        """Plan of a bool block mask [Mq, Mk], [H', Mq, Mk] or [P, H', Mq, Mk]; ids ascend in each row.
+
+        Raises PlanError if the mask's shape does not fit the lengths.
+        """
+        if mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:
+            raise PlanError(f"expected a bool mask [..., Mq, Mk], got {mask.dtype} {list(mask.shape)}.")
+        if mask.shape[-1] != cdiv(kv_len, block_kv):
+            raise PlanError(f"kv_len {kv_len} in blocks of {block_kv} does not give {mask.shape[-1]} kv blocks.")
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = max(1, int(counts.max()))
+        # A stable sort of "not kept" puts the kept ids first, ascending.
+        order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[..., :width].to(torch.int32)
+        active = torch.arange(width, device=mask.device) < counts[..., None]
+        return BlockPlan(counts, torch.where(active, order, 0).contiguous(), block_q, block_kv, q_len, kv_len)
+
+    @staticmethod
+    def from_block_mask(block_mask: Any) -> BlockPlan:
+        """Plan of a PyTorch flex `BlockMask`; its partial blocks count as active.
+
+        Batch becomes P. Token-level masking inside partial blocks is lost, except that of ragged tails.
+        """
+        block_q, block_kv = block_mask.BLOCK_SIZE
+        q_len, kv_len = block_mask.seq_lengths
+        mask = block_mask.to_dense().bool()
+        return BlockPlan.from_mask(mask, block_q=block_q, block_kv=block_kv, q_len=q_len, kv_len=kv_len)
+
+    def to_block_mask(self) -> Any:
+        """PyTorch flex `BlockMask` with the plan's blocks as full blocks (no mask inside a block)."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        m_k = self.num_kv_blocks
+        width = self.kv_indices.shape[-1]
+        indices = torch.nn.functional.pad(self.kv_indices, (0, m_k - width))
+        # Separate tensors for partial and full blocks: the CPU template can't take one tensor twice.
+        return BlockMask.from_kv_blocks(
+            kv_num_blocks=torch.zeros_like(self.kv_counts),
+            kv_indices=torch.zeros_like(indices),
+            full_kv_num_blocks=self.kv_counts.clone(),
+            full_kv_indices=indices.clone(),
+            BLOCK_SIZE=(self.block_q, self.block_kv),
+            seq_lengths=(self.q_len, self.kv_len),
+            compute_q_blocks=False,
+        )
