@@ -1,0 +1,43 @@
+"""The passes, in order. Each is `(graph module, context) -> count` and lives in a file of its own.
+
+find_attention      every attention call becomes a site
+trace_grid          what each site's sequence is made of
+classify_sites      video self-attention or not, and why not
+build_plans         which blocks are kept
+replace_attention   the rewrite
+
+The first three only look; a graph in which nothing is replaced is handed on as it came.
+"""
+
+from __future__ import annotations
+
+import time
+
+from torch import fx
+
+from ._site import AttentionCall, Pass, PassContext, Site, TextTokens
+from .build_plans import build_plans
+from .classify_sites import classify_sites
+from .find_attention import find_attention
+from .replace_attention import replace_attention
+from .trace_grid import trace_grid
+
+PASSES: tuple[Pass, ...] = (find_attention, trace_grid, classify_sites, build_plans, replace_attention)
+
+__all__ = ["PASSES", "AttentionCall", "PassContext", "Site", "TextTokens", "run_passes"]
+
+
+def run_passes(gm: fx.GraphModule, context: PassContext) -> int:
+    """Run all passes on a graph, in place; returns the number of replaced sites.
+
+    Raises GridError if the user's grid does not fit.
+    """
+    count = 0
+    for step in PASSES:
+        start = time.perf_counter()
+        count = step(gm, context)
+        context.seconds[step.__name__] = time.perf_counter() - start
+    if count:
+        gm.graph.lint()
+        gm.recompile()
+    return count

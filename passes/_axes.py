@@ -1,0 +1,302 @@
+"""Axis algebra: where each dimension of a tensor comes from.
+
+A *label* describes one dimension of a tensor: the row-major product of axes, as a tuple of `Axis`; `()` is a
+dimension of size 1. An axis is an unknown until something is learnt of it:
+
+* it may turn out to be another axis (`alias`), because an elementwise operation aligned the two;
+* it may turn out to be a product of smaller axes (`factors`), because a reshape or an alignment split it;
+* it may be a concatenation of pieces (`parts`), because `cat`, `pad` or a slice made it so.
+
+What is learnt of an axis holds for every tensor that carries it: a RoPE table built from three aranges labels
+the packed sequence that it multiplies, and a reshape after the last layer labels the sequence of the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Label = tuple["Axis", ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an axis was first seen: a node of the graph and one of its dimensions."""
+
+    node: str
+    dim: int
+    kind: str  # "input" | "op"
+    rank: int = 0  # number of dimensions of the tensor
+
+    def __str__(self) -> str:
+        return f"dim {self.dim} of {self.node}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a concatenation: rows `start..stop` of a label's index space."""
+
+    label: Label
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop == label_size(self.label)
+
+
+class Axis:
+    """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
+
+    __slots__ = ("alias", "conflict", "factors", "parent", "parts", "size", "source")
+
+    def __init__(self, size: int, source: Source, parent: Axis | None = None):
+        self.size = size
+        self.source = source
+        self.parent = parent
+        self.alias: Axis | None = None
+        self.factors: tuple[Axis, ...] | None = None
+        self.parts: tuple[Part, ...] | None = None
+        self.conflict: str | None = None
+
+    def __repr__(self) -> str:
+        inner = f"={list(self.parts)}" if self.parts else ""
+        return f"<{self.size} {self.source}{inner}>"
+
+
+def label_size(label: Label) -> int:
+    """Number of positions of a label."""
+    return math.prod(axis.size for axis in label)
+
+
+def fresh(size: int, source: Source) -> Label:
+    """Label of a dimension of which nothing is known."""
+    return () if size == 1 else (Axis(size, source),)
+
+
+def resolve(label: Label) -> Label:
+    """The label in its finest known axes, following aliases and factors."""
+    leaves: list[Axis] = []
+    for axis in label:
+        while axis.alias is not None:
+            axis = axis.alias
+        if axis.factors is not None:
+            leaves.extend(resolve(axis.factors))
+        else:
+            leaves.append(axis)
+    return tuple(leaves)
+
+
+def split(axis: Axis, outer: int) -> tuple[Label, Label] | None:
+    """Split a leaf axis into (outer, rest); None where that is impossible."""
+    if axis.parts is not None or axis.size % outer:
+        return None
+    if outer == 1:
+        return (), (axis,)
+    if outer == axis.size:
+        return (axis,), ()
+    axis.factors = (
+        Axis(outer, axis.source, axis),
+        Axis(axis.size // outer, axis.source, axis),
+    )
+    return axis.factors[:1], axis.factors[1:]
+
+
+def take(leaves: list[Axis], size: int) -> Label | None:
+    """Remove leading axes of exactly `size` positions from `leaves`, splitting one if needed."""
+    taken: list[Axis] = []
+    need = size
+    while need > 1:
+        if not leaves:
+            return None
+        head = leaves[0]
+        if head.size and need % head.size == 0:
+            taken.append(leaves.pop(0))
+            need //= head.size
+            continue
+        halves = split(head, need) if head.size and head.size % need == 0 else None
+        if halves is None:
+            return None
+        taken.extend(halves[0])
+        leaves[:1] = halves[1]
+        need = 1
+    return tuple(taken)
+
+
+def unify(first: Label, second: Label, why: str) -> Label:
+    """The label of a dimension that is both `first` and `second` (they have the same size)."""
+    left, right = list(resolve(first)), list(resolve(second))
+    while left and right:
+        x, y = left[0], right[0]
+        if x is y or x.size == y.size:
+            if x is not y:
+                _merge(x, y, why)
+            left.pop(0)
+            right.pop(0)
+            continue
+        big, small = (left, right) if x.size > y.size else (right, left)
+        halves = split(big[0], small[0].size) if small[0].size else None
+        if halves is None:
+            _refuse(big[0], small[0], why)
+            break
+        big[:1] = [*halves[0], *halves[1]]
+    return first
+
+
+def _merge(x: Axis, y: Axis, why: str) -> None:
+    """Make two leaf axes of the same size one axis."""
+    if x.parts and y.parts:
+        if [p.size for p in x.parts] != [p.size for p in y.parts]:
+            _refuse(x, y, why)
+            return
+        for a, b in zip(x.parts, y.parts, strict=True):
+            if a.whole and b.whole:
+                unify(a.label, b.label, why)
+    keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
+    keep.conflict = keep.conflict or drop.conflict
+    drop.alias = keep
+
+
+def _refuse(x: Axis, y: Axis, why: str) -> None:
+    """Record that two structures of one dimension contradict each other."""
+    reason = f"{why} aligns an axis of {x.size} ({x.source}) with one of {y.size} ({y.source})"
+    x.conflict = x.conflict or reason
+    y.conflict = y.conflict or reason
+
+
+def _rank(axis: Axis) -> tuple[bool, bool, bool, int]:
+    """Which of two merged axes says more: a concatenation, an input, a slice of something, anything."""
+    pieces = len(axis.parts or ())
+    return (pieces > 1, axis.source.kind == "input", pieces == 1, axis.source.rank)
+
+
+def parts_of(label: Label) -> tuple[Part, ...]:
+    """The label as pieces of a concatenation; a label that is none is one piece. Contiguous pieces are glued."""
+    leaves = resolve(label)
+    if len(leaves) == 1 and leaves[0].parts:
+        pieces: list[Part] = []
+        for part in leaves[0].parts:
+            inner = parts_of(part.label) if part.whole else (part,)
+            pieces.extend(inner)
+        return glue(pieces)
+    return (Part(leaves, 0, label_size(leaves)),)
+
+
+def glue(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Join neighbouring pieces that are contiguous rows of the same label; drop empty ones."""
+    out: list[Part] = []
+    for part in parts:
+        if part.size == 0:
+            continue
+        label = resolve(part.label)
+        if out and out[-1].stop == part.start and label and _same_leaves(out[-1].label, label):
+            out[-1] = Part(label, out[-1].start, part.stop)
+        else:
+            out.append(Part(label, part.start, part.stop))
+    return tuple(out)
+
+
+def concat(parts: Sequence[Part], source: Source) -> Label:
+    """Label of a concatenation."""
+    pieces = glue(parts)
+    size = sum(part.size for part in pieces)
+    if size == 1:
+        return ()
+    if len(pieces) == 1 and pieces[0].whole:
+        return pieces[0].label
+    axis = Axis(size, source)
+    axis.parts = pieces
+    return (axis,)
+
+
+def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
+    """Label of rows `start..stop` (step 1) of a dimension."""
+    if start == 0 and stop == label_size(label):
+        return label
+    kept: list[Part] = []
+    offset = 0
+    for part in parts_of(label):
+        low, high = max(start, offset), min(stop, offset + part.size)
+        if low < high:
+            base = part.start - offset
+            kept.append(Part(part.label, low + base, high + base))
+        offset += part.size
+    return concat(kept, source) if kept else fresh(0, source)
+
+
+def same(first: Label, second: Label) -> bool:
+    """Whether two labels are known to be the same positions in the same order."""
+    one, two = parts_of(first), parts_of(second)
+    return len(one) == len(two) and all(same_part(a, b) for a, b in zip(one, two, strict=True))
+
+
+def same_part(a: Part, b: Part) -> bool:
+    """Whether two pieces are the same rows of the same label."""
+    return a.start == b.start and a.stop == b.stop and _same_leaves(resolve(a.label), resolve(b.label))
+
+
+def _same_leaves(a: Label, b: Label) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def coarsest(label: Label) -> Label:
+    """The label with halves that stand side by side put together again (6 x 2 of one axis is that axis of 12)."""
+    out: list[Axis] = []
+    for leaf in resolve(label):
+        out.append(leaf)
+        while len(out) >= 2 and (parent := out[-1].parent) is not None and parent.factors is not None:
+            inner = resolve(parent.factors)
+            if len(inner) > len(out) or not _same_leaves(tuple(out[-len(inner) :]), inner):
+                break
+            out[-len(inner) :] = [parent]
+    return tuple(out)
+
+
+def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> list[Label]:
+    """Labels after a row-major reshape to `sizes`.
+
+    Axes are regrouped; an axis is split where a new dimension needs only its leading part. Dimensions that can't
+    be expressed get fresh labels, and the walk goes on behind them.
+    """
+    leaves = [leaf for label in labels for leaf in resolve(label)]
+    if 0 in sizes or any(leaf.size == 0 for leaf in leaves):
+        return [fresh(n, Source(source.node, d, source.kind)) for d, n in enumerate(sizes)]
+    out: list[Label] = []
+    d = 0
+    while d < len(sizes):
+        attempt = list(leaves)
+        label = take(attempt, sizes[d])
+        if label is not None:
+            leaves = attempt
+            out.append(label)
+            d += 1
+            continue
+        end, skipped = _realign(leaves, sizes, d)
+        for k in range(d, end):
+            new = fresh(sizes[k], Source(source.node, k, source.kind))
+            for axis in new:
+                axis.conflict = f"reshape at {source.node} cuts across {[leaf.size for leaf in leaves[:skipped]]}"
+            out.append(new)
+        leaves = leaves[skipped:]
+        d = end
+    return out
+
+
+def _realign(leaves: Sequence[Axis], sizes: Sequence[int], d: int) -> tuple[int, int]:
+    """(next dimension, axes passed) of the first boundary common to both sides, past dimension `d`."""
+    ends: dict[int, int] = {}
+    total = 1
+    for count, leaf in enumerate(leaves, 1):
+        total *= leaf.size
+        ends.setdefault(total, count)
+    total = 1
+    for k in range(d, len(sizes)):
+        total *= sizes[k]
+        if total in ends:
+            return k + 1, ends[total]
+    return len(sizes), len(leaves)

@@ -1,0 +1,25 @@
+"""Give each video self-attention its block plan.
+
+Before:  site.role is video_self_attention with a grid and nothing against it
+After:   site.plan, or a reason why the site stays dense (training, too few tokens, first layers, ...)
+
+What plan is wanted is decided by the caller (`context.build_plan`): options and profile are not known here.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ._site import VIDEO, PassContext
+
+
+def build_plans(gm: fx.GraphModule, context: PassContext) -> int:
+    """Fill `site.plan`; returns the number of plans."""
+    for site in context.sites:
+        if site.role != VIDEO or site.reason:
+            continue
+        if context.training:
+            site.reason = "the graph will be differentiated; sparse backward comes later (use torch.no_grad())"
+            continue
+        site.plan = context.build_plan(site)
+    return sum(site.plan is not None for site in context.sites)

@@ -1,0 +1,121 @@
+"""Trace axes through a graph, so that each attention knows what its sequence is made of.
+
+Before:  %q : [1, 2, 240, 24]
+After:   the same graph; `site.labels` says that the 240 are dim 2 x half of dim 3 x half of dim 4 of %latents
+
+The graph is run once on fake tensors of the hinted sizes under `AxisMode`. No guard is added and no memory is
+taken. A node that can't be run that way gets unknown axes and a line in `context.notes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from ._axes import Source, fresh
+from ._axis_rules import AxisMode, attention, get_labels, set_labels
+from ._graph import hint, value_of
+from ._site import PassContext, Site
+
+
+class _Unknown:
+    """Stands for a value that could not be computed on fake tensors."""
+
+
+UNKNOWN_VALUE = _Unknown()
+
+
+def trace_grid(gm: fx.GraphModule, context: PassContext) -> int:
+    """Fill `site.labels`; returns the number of sites that were reached."""
+    if not context.sites:
+        return 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, AxisMode() as axis_mode, torch.no_grad():
+        tracer = _Tracer(gm, context, fake_mode, axis_mode)
+        tracer.run()
+    return sum(site.labels is not None for site in context.sites)
+
+
+class _Tracer(fx.Interpreter):
+    """Runs a graph node by node on fake tensors and reads labels off the attention calls."""
+
+    def __init__(self, gm: fx.GraphModule, context: PassContext, fake_mode: FakeTensorMode, axis_mode: AxisMode):
+        super().__init__(gm, garbage_collect_values=True)
+        self.context = context
+        self.fake_mode = fake_mode
+        self.axis_mode = axis_mode
+        self.sites: dict[fx.Node, Site] = {site.node: site for site in context.sites}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.axis_mode.node = n.name
+        if n.op == "placeholder":
+            value = self._recorded(n, kind="input")
+            if isinstance(value, torch.Tensor):
+                self.context.placeholder_labels[n.name] = get_labels(value)
+            return value
+        if n.op == "output":
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if any(leaf is UNKNOWN_VALUE for leaf in _leaves((args, kwargs))):
+            return self._recorded(n)
+        if n in self.sites:
+            return self._run_attention(n)
+        try:
+            value = getattr(self, n.op)(n.target, args, kwargs)
+        except Exception as error:  # any operation of any library may refuse fake tensors; it is reported
+            self.context.notes.append(f"{n.name} ({n.target}) can't be traced: {type(error).__name__}: {error}")
+            return self._recorded(n)
+        return tree_map(self._fake, value)
+
+    def _run_attention(self, n: fx.Node) -> Any:
+        site = self.sites[n]
+        query, key, value = (self.env[x] for x in (site.call.query, site.call.key, site.call.value))
+        site.labels = (list(get_labels(query)), list(get_labels(key)))
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        recorded = value_of(n)
+        if isinstance(recorded, torch.Tensor):
+            out = self._like(recorded) if tuple(map(hint, recorded.shape)) == tuple(out.shape) else out
+        set_labels(out, attention(self.axis_mode, out, (query, key, value), {}))
+        return out
+
+    def _fake(self, value: Any) -> Any:
+        """Real tensors (constants of the graph) become fake ones."""
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            return self.fake_mode.from_tensor(value, static_shapes=True)
+        return value
+
+    def _recorded(self, n: fx.Node, kind: str = "op") -> Any:
+        """The node's recorded value with fresh axes."""
+
+        def convert(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                tensor = self._like(leaf)
+                if tensor is not UNKNOWN_VALUE:
+                    rank = tensor.dim()
+                    labels = [fresh(size, Source(n.name, d, kind, rank)) for d, size in enumerate(tensor.shape)]
+                    set_labels(tensor, labels)
+                return tensor
+            if isinstance(leaf, torch.SymInt):
+                size = hint(leaf)
+                return UNKNOWN_VALUE if size is None else size
+            if isinstance(leaf, (torch.SymFloat, torch.SymBool)):
+                return leaf.node.hint if leaf.node.has_hint() else UNKNOWN_VALUE
+            return leaf
+
+        value = value_of(n)
+        return UNKNOWN_VALUE if value is None else tree_map(convert, value)
+
+    def _like(self, tensor: torch.Tensor) -> Any:
+        """A fake tensor of the hinted sizes and strides."""
+        sizes, strides = [hint(s) for s in tensor.shape], [hint(s) for s in tensor.stride()]
+        if None in sizes or None in strides:
+            return UNKNOWN_VALUE
+        with self.fake_mode:
+            return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(tree)
