@@ -1,1 +1,39 @@
-"""DynamicRad-Compile: block-sparse attention for any video diffusion transformer, as a torch.compile backend."""
+"""DynamicRad-Compile: block-sparse attention for any video diffusion transformer, as a torch.compile backend.
+
+    model = torch.compile(model, backend="dynamicrad")
+
+Importing this package touches no GPU and loads neither diffusers nor an optimizer.
+"""
+
+from __future__ import annotations
+
+from .backend import report
+from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
+from .capture import explain
+from .kernels.block_sparse_attention import block_sparse_attention
+from .options import Options
+from .plan import BlockPlan
+from .planners import make_plan
+from .profiles import list_profiles, load_profile
+from .reports import Report, SiteReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockPlan",
+    "DynamicRadError",
+    "GridError",
+    "Options",
+    "OptionsError",
+    "PlanError",
+    "ProfileError",
+    "Report",
+    "SiteReport",
+    "StrictError",
+    "block_sparse_attention",
+    "explain",
+    "list_profiles",
+    "load_profile",
+    "make_plan",
+    "report",
+]

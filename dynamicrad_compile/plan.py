@@ -13,6 +13,9 @@ import torch
 
 from .errors import PlanError
 
+# Mask entries that `BlockPlan.from_mask` looks at in one go.
+MASK_CHUNK = 1 << 20
+
 
 def cdiv(a: int, b: int) -> int:
     """Ceiling division of non-negative integers."""
@@ -30,7 +33,8 @@ class BlockPlan:
 
     P is the number of regimes (1 = one for all), H' the number of heads (1 = shared by all heads),
     Mq = ceil(q_len / block_q), Mk = ceil(kv_len / block_kv), W >= the widest row.
-    A row whose count is Mk is dense: its indices are 0 .. Mk - 1 in any order.
+    A row whose count is Mk is dense and its indices are not read: a gate can make rows dense by `kv_counts`
+    alone.
 
     Raises PlanError if shapes, dtypes or ranges do not fit together.
     """
@@ -45,7 +49,9 @@ class BlockPlan:
     def __post_init__(self) -> None:
         counts, indices = self.kv_counts, self.kv_indices
         if counts.dtype != torch.int32 or indices.dtype != torch.int32:
-            raise PlanError(f"kv_counts and kv_indices must be int32, got {counts.dtype} and {indices.dtype}.")
+            raise PlanError(
+                f"kv_counts and kv_indices must be int32, got {counts.dtype} and {indices.dtype}."
+            )
         if counts.dim() != 3 or indices.dim() != 4 or counts.shape != indices.shape[:3]:
             raise PlanError(
                 "expected kv_counts [P, H', Mq] and kv_indices [P, H', Mq, W], got "
@@ -59,7 +65,9 @@ class BlockPlan:
                 f"but kv_counts has {counts.shape[-1]}."
             )
         if indices.shape[-1] > self.num_kv_blocks:
-            raise PlanError(f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks.")
+            raise PlanError(
+                f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks."
+            )
 
     @property
     def num_q_blocks(self) -> int:
@@ -78,7 +86,8 @@ class BlockPlan:
         # Inactive entries are sent to an extra column, which is cut off.
         target = torch.where(active, self.kv_indices, m_k).long()
         mask = torch.zeros(*self.kv_counts.shape, m_k + 1, dtype=torch.bool, device=self.kv_counts.device)
-        return mask.scatter_(-1, target, True)[..., :m_k]
+        mask = mask.scatter_(-1, target, True)[..., :m_k]
+        return mask | (self.kv_counts == m_k)[..., None]
 
     @property
     def sparsity(self) -> float:
@@ -91,9 +100,7 @@ class BlockPlan:
         return replace(self, kv_counts=self.kv_counts.to(device), kv_indices=self.kv_indices.to(device))
 
     @staticmethod
-    def from_mask(
-        mask: torch.Tensor, *, block_q: int, block_kv: int, q_len: int, kv_len: int
-    ) -> BlockPlan:
+    def from_mask(mask: torch.Tensor, *, block_q: int, block_kv: int, q_len: int, kv_len: int) -> BlockPlan:
         """Plan of a bool block mask [Mq, Mk], [H', Mq, Mk] or [P, H', Mq, Mk]; ids ascend in each row.
 
         Raises PlanError if the mask's shape does not fit the lengths.
@@ -101,14 +108,23 @@ class BlockPlan:
         if mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:
             raise PlanError(f"expected a bool mask [..., Mq, Mk], got {mask.dtype} {list(mask.shape)}.")
         if mask.shape[-1] != cdiv(kv_len, block_kv):
-            raise PlanError(f"kv_len {kv_len} in blocks of {block_kv} does not give {mask.shape[-1]} kv blocks.")
+            raise PlanError(
+                f"kv_len {kv_len} in blocks of {block_kv} does not give {mask.shape[-1]} kv blocks."
+            )
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         counts = mask.sum(-1, dtype=torch.int32)
         width = max(1, int(counts.max()))
-        # A stable sort of "not kept" puts the kept ids first, ascending.
-        order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[..., :width].to(torch.int32)
-        active = torch.arange(width, device=mask.device) < counts[..., None]
-        return BlockPlan(counts, torch.where(active, order, 0).contiguous(), block_q, block_kv, q_len, kv_len)
+        flat_mask, flat_counts = mask.reshape(-1, mask.shape[-1]), counts.flatten().long()
+        indices = torch.zeros(len(flat_mask), width, dtype=torch.int32, device=mask.device)
+        # Chunks of rows, because `nonzero` takes ten times the memory of the plan.
+        chunk = max(1, MASK_CHUNK // mask.shape[-1])
+        for low in range(0, len(flat_mask), chunk):
+            # Row by row, ids ascending.
+            rows, ids = flat_mask[low : low + chunk].nonzero(as_tuple=True)
+            kept = flat_counts[low : low + chunk]
+            place = torch.arange(len(ids), device=mask.device) - (kept.cumsum(0) - kept)[rows]
+            indices[low + rows, place] = ids.to(torch.int32)
+        return BlockPlan(counts, indices.reshape(*counts.shape, width), block_q, block_kv, q_len, kv_len)
 
     @staticmethod
     def from_block_mask(block_mask: Any) -> BlockPlan:
@@ -128,6 +144,8 @@ class BlockPlan:
         m_k = self.num_kv_blocks
         width = self.kv_indices.shape[-1]
         indices = torch.nn.functional.pad(self.kv_indices, (0, m_k - width))
+        every_block = torch.arange(m_k, dtype=torch.int32, device=indices.device)
+        indices = torch.where((self.kv_counts == m_k)[..., None], every_block, indices)
         # Separate tensors for partial and full blocks: the CPU template can't take one tensor twice.
         return BlockMask.from_kv_blocks(
             kv_num_blocks=torch.zeros_like(self.kv_counts),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
 from dynamicrad_compile.plan import BlockPlan
+from dynamicrad_compile.reports import TextTokens
 
 from ._axes import Label
 
@@ -19,13 +20,6 @@ TEMPORAL = "temporal_attention"
 CROSS = "cross_attention"
 OTHER_SELF = "self_attention"
 UNKNOWN = "unknown"
-
-
-class TextTokens(NamedTuple):
-    """Tokens of the sequence that are not on the grid: before and after the video."""
-
-    before: int
-    after: int
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import operator
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 
 from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_op  # noqa: F401
 from dynamicrad_compile.plan import BlockPlan
@@ -41,11 +42,14 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
 
 
 def _register_plan(gm: fx.GraphModule, plan: BlockPlan, number: int, site: Site) -> str:
-    device = value_of(site.call.query).device
+    """Make the plan's tensors buffers of the graph module; AOT autograd lifts them to static inputs."""
     name = f"_dynamicrad_plan_{number}"
-    on_device = plan.to(device)
-    gm.register_buffer(f"{name}_counts", on_device.kv_counts)
-    gm.register_buffer(f"{name}_indices", on_device.kv_indices)
+    on_device = plan.to(value_of(site.call.query).device)
+    sources = getattr(gm, "_param_name_to_source", None)
+    for suffix, tensor in (("counts", on_device.kv_counts), ("indices", on_device.kv_indices)):
+        gm.register_buffer(f"{name}_{suffix}", tensor)
+        if sources is not None:  # a graph of Dynamo must say where each of its buffers comes from
+            sources[f"{name}_{suffix}"] = ConstantSource(source_name=f"{name}_{suffix}")
     return name
 
 

@@ -1,0 +1,59 @@
+# `make demo` and `make test` do everything on a fresh machine: environment, installation, the job itself.
+#
+# Variables, all of them optional, as in `make demo VENV=/path/to/venv`:
+#   PYTHON    interpreter that creates the environment (3.10 or newer)
+#   VENV      the environment; one that is already there is used, and its torch is kept if it is 2.11 or newer
+#   TORCH     what to install where torch is missing or too old
+#   PIP_ARGS  passed to every pip install, such as an index with CPU-only builds of torch
+#   ARGS      passed to the script of `make demo`, `make bench` and to pytest in `make test`
+
+PYTHON ?= python3
+VENV ?= .venv
+# Without a GPU the version that is tested here; with one the newest that pip finds.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch>=2.11
+endif
+PIP_ARGS ?=
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.dynamicrad-installed
+# Fails where torch is missing or older than 2.11.
+HAS_TORCH := import torch, re; assert tuple(map(int, re.findall(r'\d+', torch.__version__)[:2])) >= (2, 11)
+
+.DEFAULT_GOAL := help
+.PHONY: help env lint test demo bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## create the environment and install the package in it
+
+$(STAMP): pyproject.toml
+	@test -x $(PY) || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PY) -c "$(HAS_TORCH)" 2>/dev/null || { echo "Installing $(TORCH)"; \
+		$(PY) -m pip install --quiet $(PIP_ARGS) "$(TORCH)"; }
+	@echo "Installing the package and its tools into $(VENV)"
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -e ".[dev,diffusers]"
+	@touch $@
+
+lint: env ## ruff and mypy
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+test: env ## all tests; those that need a GPU skip themselves without one
+	$(PY) -m pytest $(ARGS)
+
+demo: env ## check the machine, run the quickstart, write its pictures to outputs/
+	$(PY) -m dynamicrad_compile.cli doctor
+	$(PY) examples/quickstart.py $(ARGS)
+
+bench: env ## dense against block-sparse: attention alone and whole steps (half an hour on 2 cores)
+	$(PY) benchmarks/cpu_step.py $(ARGS)
+
+clean: ## remove caches, build results and outputs/; the environment stays
+	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

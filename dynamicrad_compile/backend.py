@@ -1,0 +1,156 @@
+"""The torch.compile backend "dynamicrad": run the passes on a captured graph, hand it to the inner compiler."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import OptionsError, StrictError
+from .options import Options
+from .passes import PassContext, Site, run_passes
+from .planning import SitePlanner
+from .reports import GraphReport, Report, SiteReport
+
+Compiled = Callable[..., Any]
+
+
+def dynamicrad(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Backend for `torch.compile(model, backend="dynamicrad", options={...})`; see `Options`.
+
+    `mode` is torch.compile's and goes to Inductor. Raises OptionsError, ProfileError, GridError or StrictError;
+    Dynamo shows them with its own prefix.
+    """
+    parsed = Options.from_mapping(options)
+    report = analyse(gm, example_inputs, parsed)
+    _captures.append(_Capture(options, _parameters(example_inputs), report))
+    start = time.perf_counter()
+    compiled = _inner_compiler(parsed, mode)(gm, example_inputs)
+    report.seconds["compile"] = time.perf_counter() - start
+    return compiled
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphReport:
+    """Run the passes on a graph, in place, and say what they did."""
+    planner = SitePlanner(options)
+    context = PassContext(build_plan=planner, grid=options.grid, training=_is_training(example_inputs))
+    start = time.perf_counter()
+    run_passes(gm, context)
+    total = time.perf_counter() - start
+    if options.strict:
+        _check_strict(context.sites, planner.asked)
+    number = len(_captures)
+    plans = context.seconds.get("build_plans", 0.0)
+    notes = list(context.notes)
+    if options.regime == "auto" and any(site.replaced for site in context.sites) and planner.pattern == "dynamicrad":
+        notes.append("regime 'auto' is 'mid': no motion router is fitted yet")
+    return GraphReport(
+        [_site_report(site, number) for site in context.sites], notes, {"passes": total - plans, "plans": plans}
+    )
+
+
+def report(compiled: Any) -> Report:
+    """What was done in every graph captured so far from a compiled model (or from its uncompiled original).
+
+    Graphs are recognised by the model's parameters and, where the model was compiled several times, by the
+    options given to torch.compile.
+    """
+    model = getattr(compiled, "_orig_mod", compiled)
+    wanted: set[int] = set()
+    if isinstance(model, torch.nn.Module):
+        wanted = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
+    given = _options_of(compiled)
+    return Report(
+        [c.report for c in _captures if c.belongs_to(wanted) and (given is _ANY or c.options is given)]
+    )
+
+
+@dataclass
+class _Capture:
+    """One captured graph: the options object it was compiled with and the parameters it reads."""
+
+    options: Mapping[str, Any] | None
+    parameters: list[weakref.ref[torch.Tensor]]
+    report: GraphReport
+
+    def belongs_to(self, wanted: set[int]) -> bool:
+        alive = {id(p) for ref in self.parameters if (p := ref()) is not None}
+        return bool(alive & wanted) or (not wanted and not self.parameters)
+
+
+_captures: list[_Capture] = []
+_ANY = object()
+
+
+def _parameters(example_inputs: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
+    return [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+
+
+def _options_of(compiled: Any) -> Any:
+    """The options object of a torch.compile wrapper; _ANY where it can't be told."""
+    callback = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    for _ in range(8):
+        if callback is None:
+            return _ANY
+        kwargs = getattr(callback, "kwargs", None)
+        if isinstance(kwargs, dict):
+            return kwargs.get("options")
+        callback = getattr(callback, "_torchdynamo_orig_backend", getattr(callback, "_torchdynamo_orig_callable", None))
+    return _ANY
+
+
+def _is_training(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+
+
+def _inner_compiler(options: Options, mode: str | None) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    if options.inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
+    if mode is not None:
+        raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
+    if options.inner == "dynamicrad":
+        raise OptionsError("inner='dynamicrad' would call itself; use 'inductor' or another backend.")
+    from torch._dynamo.backends.registry import lookup_backend
+
+    backend = lookup_backend(options.inner)
+    return lambda gm, inputs: backend(gm, inputs, **options.inner_options)
+
+
+def _check_strict(sites: list[Site], asked: set[int]) -> None:
+    """Raise StrictError if a video self-attention, or one that may be one, stays dense unasked."""
+    video = any(site.role == "video_self_attention" for site in sites)
+    for site in sites:
+        doubtful = site.role in ("video_self_attention", "unknown") or (site.role == "self_attention" and not video)
+        if doubtful and not site.replaced and id(site) not in asked:
+            raise StrictError(f"strict=True, and {site.path or site.node.name} stays dense: {site.reason}")
+
+
+def _site_report(site: Site, graph: int) -> SiteReport:
+    return SiteReport(
+        role=site.role,
+        replaced=site.replaced,
+        reason=site.reason,
+        grid=site.grid,
+        text_tokens=site.text,
+        shape=site.q_shape,
+        kv_length=site.kv_length,
+        sparsity=site.plan.sparsity if site.plan is not None and site.replaced else 0.0,
+        path=site.path,
+        graph=graph,
+        plan=site.plan,
+    )

@@ -1,0 +1,61 @@
+"""explain: what would be replaced in a model, from a capture alone; no code is generated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from .backend import analyse
+from .options import Options
+from .passes._graph import hint, value_of
+from .reports import GraphReport, Report
+
+
+def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Capture `model(*args, **kwargs)` and report what the backend would do to each attention.
+
+    The model is not run: its graphs return zeros of the right shapes. Only where the code between two graphs
+    can't go on with zeros are the graphs run eagerly. Gradients are off. `options` are the backend's.
+
+    Raises OptionsError, ProfileError or GridError (wrapped by Dynamo), or whatever the model itself raises.
+    """
+    parsed = Options.from_mapping(options)
+    target = getattr(model, "_orig_mod", model)
+    try:
+        return _capture(target, args, kwargs, parsed, run=False)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        raise
+    except Exception:  # zeros led the model's own Python astray; with real values its errors are its own
+        return _capture(target, args, kwargs, parsed, run=True)
+
+
+def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, run: bool) -> Report:
+    graphs: list[GraphReport] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        stand_in = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward if run else _returns_zeros(gm)
+        graphs.append(analyse(gm, example_inputs, options))
+        return stand_in
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    return Report(graphs)
+
+
+def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A function that returns zeros shaped like the graph's outputs."""
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    values = tree_map(lambda x: value_of(x) if isinstance(x, fx.Node) else x, output.args[0])
+
+    def zeros_like(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            sizes = [hint(size) or 0 for size in value.shape]
+            return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+        return hint(value) if isinstance(value, torch.SymInt) else value
+
+    return lambda *_: tree_map(zeros_like, values)

@@ -1,0 +1,204 @@
+"""Report: what was done to each attention of each captured graph, and why not."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .plan import BlockPlan
+
+
+class TextTokens(NamedTuple):
+    """Tokens of a sequence that are not on the grid: before and after the video."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention call of a captured graph.
+
+    role         "video_self_attention" | "spatial_attention" | "temporal_attention" | "cross_attention" |
+                 "self_attention" (no grid in it: text, image) | "unknown"
+    replaced     whether block-sparse attention took its place
+    reason       why it stayed dense; empty where it was replaced
+    grid         (frames, height, width) in latent tokens, or None
+    text_tokens  tokens of the sequence before and after the video
+    shape        query shape (batch, heads, tokens, head_dim), or None where it depends on data
+    kv_length    number of keys
+    sparsity     share of blocks skipped; 0.0 where dense
+    path         dotted path of the module
+    graph        number of the captured graph, from 0
+    plan         the block plan, or None
+    """
+
+    role: str
+    replaced: bool
+    reason: str
+    grid: tuple[int, int, int] | None
+    text_tokens: TextTokens
+    shape: tuple[int, ...] | None
+    kv_length: int | None
+    sparsity: float
+    path: str
+    graph: int = 0
+    plan: BlockPlan | None = field(default=None, repr=False)
+
+    @property
+    def dense_flops(self) -> int:
+        """Multiply-adds counted twice for the dense attention: 4 x batch x heads x queries x keys x head_dim."""
+        if self.shape is None or self.kv_length is None or len(self.shape) < 3:
+            return 0
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return 4 * rows * self.kv_length * self.shape[-1]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the attention as it is now."""
+        return round(self.dense_flops * (1.0 - self.sparsity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the plan is left out."""
+        values = {k: v for k, v in self.__dict__.items() if k != "plan"}
+        values["text_tokens"] = self.text_tokens._asdict()
+        return {**values, "dense_flops": self.dense_flops, "flops": self.flops}
+
+
+@dataclass
+class GraphReport:
+    """What happened to one captured graph. `seconds`: passes, plans and inner compilation."""
+
+    sites: list[SiteReport]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+@dataclass
+class Report:
+    """Reports of all graphs captured from one model, in order of capture."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """All sites of all graphs."""
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks that concern no single site."""
+        return list(dict.fromkeys(note for graph in self.graphs for note in graph.notes))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent, summed over graphs: "passes" (without plans), "plans", "compile" (inner backend)."""
+        total: dict[str, float] = {}
+        for graph in self.graphs:
+            for name, value in graph.seconds.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    @property
+    def replaced(self) -> list[SiteReport]:
+        """Sites where block-sparse attention took the place of dense attention."""
+        return [site for site in self.sites if site.replaced]
+
+    def summary(self) -> str:
+        """A few lines: how many sites were replaced, on which grids, how much attention work is left."""
+        if not self.graphs:
+            return "dynamicrad: no graph has been captured yet; call the compiled model first."
+        sites, replaced = self.sites, self.replaced
+        video = [site for site in sites if site.role == "video_self_attention"]
+        lines = [
+            f"dynamicrad: {len(replaced)} of {len(video)} video self-attentions replaced "
+            f"({len(sites)} attentions in {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)})"
+        ]
+        if replaced:
+            grids = dict.fromkeys("x".join(map(str, site.grid)) for site in replaced if site.grid)
+            mean = sum(site.sparsity for site in replaced) / len(replaced)
+            before, after = sum(s.dense_flops for s in sites), sum(s.flops for s in sites)
+            lines.append(
+                f"grid {', '.join(grids)}; sparsity {mean:.1%}; attention {before / 1e9:.1f} -> {after / 1e9:.1f} GFLOP "
+                f"a call ({1 - after / max(before, 1):.1%} saved)"
+            )
+        for reason in dict.fromkeys(site.reason for site in video if not site.replaced):
+            count = sum(site.reason == reason for site in video if not site.replaced)
+            lines.append(f"left dense ({count}): {reason}")
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(
+            {
+                "summary": self.summary(),
+                "seconds": self.seconds,
+                "notes": self.notes,
+                "sites": [site.to_dict() for site in self.sites],
+            },
+            indent=indent,
+        )
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *_rows(self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+        return "\n".join([self.summary(), "", *lines] if self.sites else [self.summary()])
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one self-contained HTML page."""
+        body = "".join(
+            f"<tr class={'y' if row[1] == 'sparse' else 'n'}>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            + "</tr>"
+            for row in _rows(self.sites)
+        )
+        head = "".join(f"<th>{cell}</th>" for cell in _HEADER)
+        Path(path).write_text(
+            "<!doctype html><meta charset=utf-8><title>dynamicrad report</title><style>"
+            "body{font:14px system-ui;margin:2em}pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
+            "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}"
+            ".y td:nth-child(2){color:#080}.n td:nth-child(2){color:#888}</style>"
+            f"<h1>dynamicrad report</h1><pre>{html.escape(self.summary())}</pre>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n",
+            encoding="utf-8",
+        )
+
+
+_HEADER = ("module", "now", "role", "query", "keys", "grid", "text", "sparsity", "why dense")
+
+
+def _rows(sites: Iterable[SiteReport]) -> list[tuple[str, ...]]:
+    """Table rows; sites of the same kind in numbered modules are put together."""
+    rows: dict[tuple[str, ...], int] = {}
+    first: dict[tuple[str, ...], str] = {}
+    for site in sites:
+        key = (
+            _pattern(site.path),
+            "sparse" if site.replaced else "dense",
+            site.role,
+            "x".join(map(str, site.shape)) if site.shape else "?",
+            str(site.kv_length if site.kv_length is not None else "?"),
+            "x".join(map(str, site.grid)) if site.grid else "-",
+            f"{site.text_tokens.before}+{site.text_tokens.after}",
+            f"{site.sparsity:.1%}" if site.replaced else "-",
+            site.reason,
+        )
+        rows[key] = rows.get(key, 0) + 1
+        first.setdefault(key, site.path or "(root)")
+    return [(first[key] if n == 1 else f"{key[0]} (x{n})", *key[1:]) for key, n in rows.items()]
+
+
+def _pattern(path: str) -> str:
+    """A module path with layer numbers as a star: blocks.3.attn1 -> blocks.*.attn1."""
+    return ".".join("*" if piece.isdigit() else piece for piece in path.split(".")) or "(root)"
+
+
+__all__ = ["GraphReport", "Report", "SiteReport", "TextTokens"]

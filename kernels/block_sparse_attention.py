@@ -1,0 +1,284 @@
+"""The op `dynamicrad::block_sparse_attention` and its Python wrapper.
+
+    out[i] = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j of the active blocks of i's block
+    lse[i] = log sum_j exp(scale * q_i . k_j)
+
+CUDA runs the Triton kernel of `triton_forward`; the op is a `triton_op`, so Inductor and AOTInductor see the
+kernel itself. CPU runs `cpu.forward`, which those compilers see as the opaque op
+`dynamicrad::block_sparse_attention_cpu`. Nothing here synchronises a CUDA device with the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dynamicrad_compile.errors import DynamicRadError, PlanError
+from dynamicrad_compile.plan import BlockPlan, cdiv
+
+from . import cpu
+
+try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
+    from .triton_forward import launch_forward
+except ImportError:
+    launch_forward = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def _require(condition: Any, message: Callable[[], str]) -> None:
+    """Raise PlanError unless `condition`; a symbolic one is left to the call with real tensors."""
+    if not isinstance(condition, torch.SymBool) and not condition:
+        raise PlanError(message())
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None,
+    mask_start: int,
+) -> None:
+    """Check shapes, dtypes and devices; the values of counts and indices are never read."""
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise PlanError(f"expected q [B, H, Sq, D], k and v [B, Hkv, Sk, D], {shapes}")
+    for d, name in enumerate(("batch", "head count", "length", "head_dim")):
+        _require(k.shape[d] == v.shape[d], lambda n=name: f"k and v must have the same {n}, {shapes}")
+        if name in ("batch", "head_dim"):
+            _require(q.shape[d] == k.shape[d], lambda n=name: f"q and k must have the same {n}, {shapes}")
+    _require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, lambda: f"Hkv must divide H, {shapes}")
+    _require(
+        1 <= q.shape[3] <= MAX_HEAD_DIM, lambda: f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}."
+    )
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise PlanError(
+            "q, k and v must share one dtype out of float16, bfloat16 and float32, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
+    if block_q < 1 or block_kv < 1:
+        raise PlanError(f"block_q and block_kv must be at least 1, got {block_q} and {block_kv}.")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise PlanError(f"scale must be positive and finite, got {scale}. Negate q for a negative scale.")
+    if kv_counts.dtype != torch.int32 or kv_indices.dtype != torch.int32:
+        raise PlanError(f"kv_counts and kv_indices must be int32, got {kv_counts.dtype} and {kv_indices.dtype}.")
+    table = f"got kv_counts {list(kv_counts.shape)} and kv_indices {list(kv_indices.shape)}"
+    if kv_counts.dim() != 3 or kv_indices.dim() != 4:
+        raise PlanError(f"expected kv_counts [B or 1, H or 1, Mq] and kv_indices [B or 1, H or 1, Mq, W], {table}.")
+    for d in range(3):
+        _require(
+            kv_counts.shape[d] == kv_indices.shape[d], lambda: f"kv_counts and kv_indices disagree: {table}."
+        )
+    for d, name in enumerate(("batch", "head count")):
+        if kv_counts.shape[d] != 1:
+            _require(
+                kv_counts.shape[d] == q.shape[d],
+                lambda d=d, n=name: f"the plan's {n} must be 1 or that of q, {q.shape[d]}; {table}.",
+            )
+    _require(
+        kv_counts.shape[2] == cdiv(q.shape[2], block_q),
+        lambda: (
+            f"{q.shape[2]} queries in blocks of {block_q} make {cdiv(q.shape[2], block_q)} rows, but {table}. "
+            "Was the plan made for another sequence length?"
+        ),
+    )
+    if mask_start < 0:
+        raise PlanError(f"mask_start must be at least 0, got {mask_start}.")
+    if kv_mask is not None:
+        got = f"got {kv_mask.dtype} {list(kv_mask.shape)} for keys {list(k.shape)}."
+        if kv_mask.dtype != torch.bool or kv_mask.dim() != 2:
+            raise PlanError(f"expected kv_mask bool [B or 1, Sk], {got}")
+        if kv_mask.shape[0] != 1:
+            _require(kv_mask.shape[0] == q.shape[0], lambda: f"kv_mask's batch must be 1 or that of q, {got}")
+        _require(kv_mask.shape[1] == k.shape[2], lambda: f"kv_mask must cover every key, {got}")
+    given = {"k": k, "v": v, "kv_counts": kv_counts, "kv_indices": kv_indices, "kv_mask": kv_mask}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.device != q.device:
+            raise PlanError(f"{name} is on {tensor.device}, q on {q.device}. Move it there (BlockPlan.to for plans).")
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.dynamicrad.block_sparse_attention_cpu(
+            q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start
+        )
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    if q.device.type != "cuda":
+        raise PlanError(f"block_sparse_attention runs on cpu and cuda tensors, got {q.device}.")
+    if launch_forward is None:
+        raise PlanError("block_sparse_attention needs Triton for CUDA tensors. Install triton.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return launch_forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return cpu.forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    # Contiguous whatever the strides of q: both kernels allocate their output, empty_like would copy strides.
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    raise DynamicRadError(
+        "block_sparse_attention has no backward yet. Run the model under torch.no_grad() or "
+        "torch.inference_mode(), or leave the attentions that you train dense."
+    )
+
+
+_define = torch.library.custom_op if launch_forward is None else torch.library.triton_op
+_op = _define("dynamicrad::block_sparse_attention", _forward, mutates_args=())
+_op_cpu = torch.library.custom_op("dynamicrad::block_sparse_attention_cpu", _forward_cpu, mutates_args=())
+_op_backward = torch.library.custom_op("dynamicrad::block_sparse_attention_backward", _backward, mutates_args=())
+
+
+@_op_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.n_inputs = len(inputs)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    # Through an op, so that compiling a model whose weights want gradients works and only backward() raises.
+    grads = torch.ops.dynamicrad.block_sparse_attention_backward(*ctx.saved_tensors, grad_out, grad_lse)
+    return (*grads, *[None] * (ctx.n_inputs - 3))
+
+
+_op.register_kernel("cpu")(_forward_cpu)  # saves eager code the second dispatch
+for _definition in (_op, _op_cpu):
+    _definition.register_fake(_fake)
+    _definition.register_autograd(_gradients, setup_context=_save)
+
+
+@register_flop_formula(
+    [torch.ops.dynamicrad.block_sparse_attention, torch.ops.dynamicrad.block_sparse_attention_cpu], get_raw=True
+)
+def flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """FLOPs of the two matrix products: 4 * head_dim * (query, key) pairs in active blocks.
+
+    Ragged tails count their real length; keys hidden by kv_mask inside an active block count. With real
+    tensors the value is exact, and reading the counts of a CUDA plan waits for the device. With fake tensors
+    every row is taken to be W blocks wide, an upper bound as long as no row is gated to dense.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_len, m_k = k.shape[2], cdiv(k.shape[2], block_kv)
+    if isinstance(kv_counts, torch._subclasses.FakeTensor) or kv_counts.device.type == "meta":
+        return 4 * dim * batch * heads * q_len * min(kv_indices.shape[-1] * block_kv, kv_len)
+    counts, ids = kv_counts.cpu().long(), kv_indices.cpu()
+    active = torch.arange(ids.shape[-1]) < counts[..., None]
+    holds_tail = (active & (ids == m_k - 1)).any(-1)
+    keys = counts * block_kv - torch.where(holds_tail, m_k * block_kv - kv_len, 0)
+    keys = torch.where(counts >= m_k, kv_len, keys)
+    rows = torch.full((counts.shape[2],), block_q)
+    rows[-1] = q_len - (counts.shape[2] - 1) * block_q
+    repeats = batch * heads // (counts.shape[0] * counts.shape[1])
+    return 4 * dim * repeats * int((keys * rows).sum())
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float | None = None,
+    *,
+    kv_length: Tensor | Sequence[int] | None = None,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the active blocks of `plan`.
+
+    q [B, H, Sq, D], k and v [B, Hkv, Sk, D], fp16, bf16 or fp32, any strides; Hkv divides H; D <= 256. On CUDA
+    the plan's blocks must be multiples of 16 tokens, up to 256.
+    plan: P is 1 (one plan for the batch) or B (one per sample); H' is 1 or H.
+    scale: factor on q . k, 1 / sqrt(D) if None; positive.
+    kv_length: int [B], keys of each sample that count, the rest is right padding.
+    kv_mask: bool [B or 1, Sk], True where a key may be attended; with kv_length both must allow it.
+    mask_start: promise that all keys before this position may be attended, so the mask is not read there.
+    Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
+    logarithm. A query with no key gives out = 0 and lse = -inf.
+    Raises PlanError if shapes, dtypes, devices or lengths do not fit together.
+    """
+    if q.dim() == 4 and k.dim() == 4:
+        _require(
+            plan.q_len == q.shape[2],
+            lambda: f"the plan is for {plan.q_len} queries, q has {q.shape[2]}. Make a plan for this length.",
+        )
+        _require(
+            plan.kv_len == k.shape[2],
+            lambda: f"the plan is for {plan.kv_len} keys, k has {k.shape[2]}. Make a plan for this length.",
+        )
+    if kv_length is not None:
+        lengths = torch.as_tensor(kv_length, device=q.device)
+        if lengths.dim() != 1 or lengths.is_floating_point():
+            raise PlanError(f"expected kv_length int [B], got {lengths.dtype} {list(lengths.shape)}.")
+        within = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
+        kv_mask = within if kv_mask is None else within & kv_mask
+    out, lse = torch.ops.dynamicrad.block_sparse_attention(
+        q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask, mask_start
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,22 @@
+"""Profiles: tuned parameters per model family and resolution, as TOML files with a versioned schema."""
+
+from dynamicrad_compile.profiles.loader import list_profiles, load_profile
+from dynamicrad_compile.profiles.schema import (
+    REGIMES,
+    Profile,
+    Provenance,
+    Regime,
+    Regimes,
+    StaticRatio,
+)
+
+__all__ = [
+    "REGIMES",
+    "Profile",
+    "Provenance",
+    "Regime",
+    "Regimes",
+    "StaticRatio",
+    "list_profiles",
+    "load_profile",
+]

@@ -1,0 +1,143 @@
+"""Find, read and check profile files. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dynamicrad_compile.errors import ProfileError, nearest
+from dynamicrad_compile.profiles.schema import Profile
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# "auto" will pick by model class and grid; so far there is one profile to pick.
+ALIASES = {"auto": "default"}
+
+
+def list_profiles() -> list[str]:
+    """Names of the profiles that ship with the package, sorted."""
+    files = resources.files("dynamicrad_compile.profiles").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load_profile(name_or_path: str | os.PathLike[str] = "auto") -> Profile:
+    """Load a shipped profile by name, or a profile file by path.
+
+    A string is a path if it ends in ".toml" or contains a path separator. "auto" is the "default" profile.
+    Raises ProfileError, which names the file, the key, the value and the range, and the nearest known name.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ProfileError(f"a profile is given by name or path, got {name_or_path!r}.")
+    text = os.fspath(name_or_path)
+    separators = [separator for separator in (os.sep, os.altsep) if separator]
+    is_path = isinstance(name_or_path, os.PathLike) or text.endswith(".toml")
+    if is_path or any(separator in text for separator in separators):
+        return _load_file(Path(text))
+    return _load_shipped(ALIASES.get(text, text))
+
+
+def parse_profile(text: str, file: str) -> Profile:
+    """Check the TOML text of a profile; `file` is the name to use in errors. Raises ProfileError."""
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ProfileError(f"{file} is not valid TOML: {error}.") from None
+    try:
+        return Profile.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(dict(detail)) for detail in error.errors()]
+        raise ProfileError("\n  ".join([f"{file} is not a valid profile:", *problems])) from None
+
+
+@functools.cache
+def _load_shipped(name: str) -> Profile:
+    known = list_profiles()
+    if name not in known:
+        raise ProfileError(
+            f"no profile is called {name!r}; shipped are {known}.{nearest(name, known)} "
+            "To load a file, give its path with the ending .toml."
+        )
+    file = resources.files("dynamicrad_compile.profiles").joinpath(f"{name}.toml")
+    return parse_profile(file.read_text(encoding="utf-8"), f"profiles/{name}.toml")
+
+
+def _load_file(path: Path) -> Profile:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = list_profiles()
+        raise ProfileError(f"no profile at {path}; shipped are {known}.{nearest(path.stem, known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path} can't be read as a UTF-8 text file: {error}.") from None
+    return parse_profile(text, str(path))
+
+
+def _problem(detail: dict[str, Any]) -> str:
+    """One line for one error of pydantic: key, value, what is expected."""
+    location = tuple(detail["loc"])
+    key = ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        known = _keys(location[:-1])
+        return f"{key}: unknown key; known here are {known}.{nearest(str(location[-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{key}: this key is missing.{_expected(location)}"
+    value = detail["input"]
+    shown = f"a table with {sorted(value)}" if isinstance(value, dict) else repr(value)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"{key} = {shown}: {message}.{_expected(location)}"
+
+
+def _models(location: tuple[Any, ...]) -> list[Any]:
+    """The fields along a key path, None where the path leaves the schema."""
+    table: Any = Profile
+    fields = []
+    for part in location:
+        found = None
+        if isinstance(table, type) and issubclass(table, BaseModel):
+            by_key = {field.alias or name: field for name, field in table.model_fields.items()}
+            found = by_key.get(str(part))
+        fields.append(found)
+        table = None if found is None else found.annotation
+    return fields
+
+
+def _keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the table at a key path."""
+    table: Any = Profile
+    if location:
+        field = _models(location)[-1]
+        table = None if field is None else field.annotation
+    if not (isinstance(table, type) and issubclass(table, BaseModel)):
+        return []
+    return [field.alias or name for name, field in table.model_fields.items()]
+
+
+def _expected(location: tuple[Any, ...]) -> str:
+    """' Expected ...' with the type and range of the field at a key path, else an empty string."""
+    field = _models(location)[-1]
+    if field is None:
+        return ""
+    annotation, metadata = field.annotation, list(field.metadata)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f" Expected a table with {_keys(location)}."
+    if typing.get_origin(annotation) is typing.Literal:
+        return f" Expected one of {list(typing.get_args(annotation))}."
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return ""
+    low = next((item.ge for item in metadata if hasattr(item, "ge")), None)
+    high = next((item.le for item in metadata if hasattr(item, "le")), None)
+    kind = {int: "an integer", float: "a number", str: "text"}.get(annotation, "a value")
+    if low is not None and high is not None:
+        return f" Expected {kind} in {low:g}..{high:g}."
+    return f" Expected {kind}." if low is None else f" Expected {kind} of at least {low:g}."
