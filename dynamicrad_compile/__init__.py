@@ -8,8 +8,8 @@ Importing this package touches no GPU and loads neither diffusers nor an optimiz
 from __future__ import annotations
 
 from .backend import report
-from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
 from .capture import explain
+from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
 from .kernels.block_sparse_attention import block_sparse_attention
 from .options import Options
 from .plan import BlockPlan

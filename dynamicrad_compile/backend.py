@@ -56,7 +56,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     if options.regime == "auto" and any(site.replaced for site in context.sites) and planner.pattern == "dynamicrad":
         notes.append("regime 'auto' is 'mid': no motion router is fitted yet")
     return GraphReport(
-        [_site_report(site, number) for site in context.sites], notes, {"passes": total - plans, "plans": plans}
+        [_site_report(site, number) for site in context.sites],
+        notes,
+        {"passes": total - plans, "plans": plans},
     )
 
 
@@ -71,9 +73,7 @@ def report(compiled: Any) -> Report:
     if isinstance(model, torch.nn.Module):
         wanted = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
     given = _options_of(compiled)
-    return Report(
-        [c.report for c in _captures if c.belongs_to(wanted) and (given is _ANY or c.options is given)]
-    )
+    return Report([c.report for c in _captures if c.belongs_to(wanted) and (given is _ANY or c.options is given)])
 
 
 @dataclass

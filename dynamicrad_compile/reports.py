@@ -149,7 +149,9 @@ class Report:
     def __str__(self) -> str:
         rows = [_HEADER, *_rows(self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
+        ]
         return "\n".join([self.summary(), "", *lines] if self.sites else [self.summary()])
 
     def to_html(self, path: str | Path) -> None:

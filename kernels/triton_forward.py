@@ -21,8 +21,6 @@ from torch.library import wrap_triton
 
 from .tiles import Tile, choose_tile
 
-LOG2E = 1.4426950408889634
-
 
 @triton.jit
 def _block_sparse_forward(
@@ -97,23 +95,24 @@ def _block_sparse_forward(
     p_ids = indices + i_b * stride_ib + i_h * stride_ih + i_row * stride_im
     i_kv = tl.load(p_ids, mask=n_listed > 0, other=0)
     scale2 = tl.cast(scale, tl.float32) * 1.4426950408889634
-    limit = SK
-    if HAS_MASK:
-        limit = tl.minimum(SK, mask_start)
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)  # in units of log2
     b_sum = tl.full([BLOCK_M], 0.0, tl.float32)
     b_acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
-    for i_t in range(0, count * TILES):
+    for i_t in range(count * TILES):
         i_next = (i_t + 1) // TILES
         i_kv_next = tl.load(p_ids + i_next, mask=i_next < n_listed, other=i_next)
         first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
         p_k_tile = p_k + first.to(tl.int64) * stride_kn + o_k
         p_v_tile = p_v + first.to(tl.int64) * stride_vn + o_v
-        if RAGGED:
+        if RAGGED and D < BLOCK_D:
             m_n = first + o_n < SK
             b_k = tl.load(p_k_tile, mask=m_n[None, :] & m_d[:, None], other=0.0)
             b_v = tl.load(p_v_tile, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        elif RAGGED:
+            m_n = first + o_n < SK
+            b_k = tl.load(p_k_tile, mask=m_n[None, :], other=0.0)
+            b_v = tl.load(p_v_tile, mask=m_n[:, None], other=0.0)
         elif D < BLOCK_D:
             b_k = tl.load(p_k_tile, mask=m_d[:, None], other=0.0)
             b_v = tl.load(p_v_tile, mask=m_d[None, :], other=0.0)
@@ -126,11 +125,11 @@ def _block_sparse_forward(
 
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if RAGGED or HAS_MASK:
-            if first + BLOCK_N > limit:
-                m_key = first + o_n < SK
-                if HAS_MASK:
-                    m_key = tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_key, other=0) != 0
-                b_s = tl.where(m_key[None, :], b_s, float("-inf"))
+            m_key = first + o_n < SK
+            if HAS_MASK:
+                m_load = m_key & (first + o_n >= mask_start)
+                m_key = m_key & (tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_load, other=1) != 0)
+            b_s = tl.where(m_key[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
         # Nothing seen yet and a tile of hidden keys: -inf - -inf must not become NaN.
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new) if RAGGED or HAS_MASK else b_new
@@ -142,8 +141,9 @@ def _block_sparse_forward(
         b_max = b_new
         i_kv = i_kv_next
 
-    b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453  # no key: -inf
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # no key: out 0, lse -inf
+    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    b_acc = b_acc / b_sum[:, None]
     i_out = (tl.program_id(1).to(tl.int64) * SQ + o_m)
     tl.store(out + i_out[:, None] * D + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(lse + i_out, b_lse, mask=m_m)

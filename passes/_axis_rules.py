@@ -31,7 +31,7 @@ def get_labels(tensor: torch.Tensor, source: Source | None = None) -> Labels:
 
 def set_labels(tensor: torch.Tensor, labels: Labels) -> None:
     """Attach labels, one per dimension."""
-    tensor._drad_labels = labels  # type: ignore[attr-defined]
+    tensor._drad_labels = labels
 
 
 class AxisMode(TorchDispatchMode):

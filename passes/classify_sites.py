@@ -127,7 +127,9 @@ def unsupported(site: Site) -> str:
     call = site.call
     shape = site.q_shape
     if shape is None or len(shape) != 4:
-        return f"the query has {len(shape) if shape else 'unknown'} dimensions; [batch, heads, tokens, head_dim] expected"
+        return (
+            f"the query has {len(shape) if shape else 'unknown'} dimensions; [batch, heads, tokens, head_dim] expected"
+        )
     if shape[-1] > MAX_HEAD_DIM:
         return f"head_dim {shape[-1]} is larger than {MAX_HEAD_DIM}"
     value_shape = shape_hint(call.value)

@@ -46,7 +46,7 @@ def find_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Append a `Site` for each attention call; returns how many were found."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in SDPA:
-            call = _read_call(node)
+            call = read_call(node)
             site = Site(node, call, module_path(node), q_shape=shape_hint(call.query))
             key_shape = shape_hint(call.key)
             site.kv_length = key_shape[-2] if key_shape else None
@@ -54,7 +54,8 @@ def find_attention(gm: fx.GraphModule, context: PassContext) -> int:
     return len(context.sites)
 
 
-def _read_call(node: fx.Node) -> AttentionCall:
+def read_call(node: fx.Node) -> AttentionCall:
+    """Arguments of an attention call by name."""
     bound = _SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     given: dict[str, Any] = dict(bound.arguments)

@@ -24,6 +24,7 @@ from dynamicrad_compile.plan import BlockPlan
 from ._axes import Axis, resolve
 from ._graph import hint, specialise, value_of
 from ._site import CROSS, PassContext, Site
+from .find_attention import read_call
 
 
 def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
@@ -44,7 +45,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
 def _register_plan(gm: fx.GraphModule, plan: BlockPlan, number: int, site: Site) -> str:
     """Make the plan's tensors buffers of the graph module; AOT autograd lifts them to static inputs."""
     name = f"_dynamicrad_plan_{number}"
-    on_device = plan.to(value_of(site.call.query).device)
+    on_device = plan.to(value_of(site.node).device)
     sources = getattr(gm, "_param_name_to_source", None)
     for suffix, tensor in (("counts", on_device.kv_counts), ("indices", on_device.kv_indices)):
         gm.register_buffer(f"{name}_{suffix}", tensor)
@@ -54,8 +55,9 @@ def _register_plan(gm: fx.GraphModule, plan: BlockPlan, number: int, site: Site)
 
 
 def _replace(gm: fx.GraphModule, site: Site, name: str) -> None:
-    node, call, plan = site.node, site.call, site.plan
+    node, plan = site.node, site.plan
     assert plan is not None
+    call = read_call(node)  # afresh: the query may be the output of an attention replaced a moment ago
     graph = gm.graph
     with graph.inserting_before(node):
         counts = graph.get_attr(f"{name}_counts")
@@ -65,7 +67,17 @@ def _replace(gm: fx.GraphModule, site: Site, name: str) -> None:
             keys = graph.call_function(operator.getitem, (call.mask, (slice(None), 0, 0)))
         pair = graph.call_function(
             torch.ops.dynamicrad.block_sparse_attention.default,
-            (call.query, call.key, call.value, counts, indices, call.scale, plan.block_q, plan.block_kv, keys),
+            (
+                call.query,
+                call.key,
+                call.value,
+                counts,
+                indices,
+                call.scale,
+                plan.block_q,
+                plan.block_kv,
+                keys,
+            ),
         )
         out = graph.call_function(operator.getitem, (pair, 0))
         order = _memory_order(value_of(node))

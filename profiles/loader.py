@@ -95,6 +95,8 @@ def _problem(detail: dict[str, Any]) -> str:
     value = detail["input"]
     shown = f"a table with {sorted(value)}" if isinstance(value, dict) else repr(value)
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        message = "this is not a table"
     return f"{key} = {shown}: {message}.{_expected(location)}"
 
 

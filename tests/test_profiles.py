@@ -99,6 +99,12 @@ def test_mistakes_are_named(tmp_path, old, new, message):
         load_profile(path)
 
 
+def test_value_in_place_of_a_table(tmp_path):
+    path = write(tmp_path, DEFAULT.split("[regimes.low")[0] + "[regimes]\nlow = 3\nmid = 4\nhigh = 5\n")
+    with pytest.raises(ProfileError, match=r"regimes\.low = 3: this is not a table\..*\['static_ratio'\]"):
+        load_profile(path)
+
+
 def test_all_mistakes_are_reported_together(tmp_path):
     path = write(tmp_path, DEFAULT.replace("0.85", "7").replace("0.70", "-1"))
     with pytest.raises(ProfileError) as caught:
