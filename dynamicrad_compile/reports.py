@@ -125,8 +125,8 @@ class Report:
             mean = sum(site.sparsity for site in replaced) / len(replaced)
             before, after = sum(s.dense_flops for s in sites), sum(s.flops for s in sites)
             lines.append(
-                f"grid {', '.join(grids)}; sparsity {mean:.1%}; attention {before / 1e9:.1f} -> {after / 1e9:.1f} GFLOP "
-                f"a call ({1 - after / max(before, 1):.1%} saved)"
+                f"grid {', '.join(grids)}; sparsity {mean:.1%}; all attention {before / 1e9:.1f} -> "
+                f"{after / 1e9:.1f} GFLOP a call ({1 - after / max(before, 1):.1%} saved)"
             )
         for reason in dict.fromkeys(site.reason for site in video if not site.replaced):
             count = sum(site.reason == reason for site in video if not site.replaced)
