@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from .options import MIN_TOKENS_AUTO, Options
 from .plan import BlockPlan
-from .planners import make_plan
+from .plan_op import PlanSpec
 from .profiles import load_profile
 
 if TYPE_CHECKING:
     from .passes import Site
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_plan(
-    pattern: str,
-    grid: tuple[int, int, int],
-    block_size: int,
-    text_before: int,
-    text_after: int,
-    params: tuple[tuple[str, Any], ...],
-) -> BlockPlan:
-    return make_plan(
-        pattern, grid, block_size=block_size, text_before=text_before, text_after=text_after, **dict(params)
-    )
 
 
 class SitePlanner:
@@ -49,10 +34,11 @@ class SitePlanner:
         if self.pattern == "radial":
             if options.decay_factor is None:
                 decay_factor = 1.0
-            self.params: dict[str, Any] = {"decay_factor": decay_factor, "sink_frames": sink_frames}
+            params: dict[str, Any] = {"decay_factor": decay_factor, "sink_frames": sink_frames}
         else:
             sparsity = static.sparsity if options.sparsity is None else options.sparsity
-            self.params = {"sparsity": sparsity, "decay_factor": decay_factor, "sink_frames": sink_frames}
+            params = {"sparsity": sparsity, "decay_factor": decay_factor, "sink_frames": sink_frames}
+        self.spec = PlanSpec(self.pattern, self.block_size, tuple(sorted(params.items())))
         self.video_sites = 0
         self.asked: set[int] = set()
 
@@ -64,9 +50,8 @@ class SitePlanner:
         site.reason = self._stays_dense(site, number)
         if site.reason:
             return None
-        return _cached_plan(
-            self.pattern, site.grid, self.block_size, *site.text, params=tuple(sorted(self.params.items()))
-        )
+        site.plan_spec = self.spec.to_json()
+        return self.spec.build(site.grid, *site.text)
 
     def _stays_dense(self, site: Site, number: int) -> str:
         assert site.grid is not None

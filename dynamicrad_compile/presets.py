@@ -180,9 +180,7 @@ def _kandinsky5(config: Config, size: Latents) -> Inputs:
         "timestep": _floats(1),
         "encoder_hidden_states": _floats(1, 256, config["in_text_dim"]),
         "pooled_projections": _floats(1, config["in_text_dim2"]),
-        "visual_rope_pos": [
-            torch.arange(n) for n in (size.frames, size.height // patch_h, size.width // patch_w)
-        ],
+        "visual_rope_pos": [torch.arange(n) for n in (size.frames, size.height // patch_h, size.width // patch_w)],
         "text_rope_pos": torch.arange(256),
     }
 

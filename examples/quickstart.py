@@ -171,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     written = ["comparison.webp", "report.html"]
     if report.replaced:
         site = report.replaced[0]
-        assert site.plan is not None and site.grid is not None
+        assert site.plan is not None
+        assert site.grid is not None
         boundaries = frame_boundaries(site.grid, site.text_tokens.before)
         plot_mask(site.plan, args.output_dir / "mask.png", title=site.path, boundaries=boundaries)
         written.append("mask.png")

@@ -49,8 +49,10 @@ class Site:
     role: str = UNKNOWN
     reason: str = ""  # why it stays dense; empty if nothing speaks against replacing it
     grid: tuple[int, int, int] | None = None
+    grid_axes: Label = ()  # its three axes where the grid was traced
     text: TextTokens = TextTokens(0, 0)
-    plan: BlockPlan | None = None
+    plan: BlockPlan | None = None  # for the sizes at hand
+    plan_spec: str = ""  # how to make the plan for other sizes; see dynamicrad_compile.plan_op
     replaced: bool = False
 
 
@@ -70,7 +72,7 @@ class PassContext:
     grid: tuple[int, int, int] | None = None
     training: bool = False
     sites: list[Site] = field(default_factory=list)
-    placeholder_labels: dict[str, list[Label]] = field(default_factory=dict)
+    node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -60,6 +60,7 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, user_grid: tuple[in
     traced = grid_of(parts[at].label)
     site.role = VIDEO
     site.grid = user_grid or traced
+    site.grid_axes = () if user_grid else grid_axes(parts[at].label)
     site.text = TextTokens(sum(p.size for p in parts[:at]), sum(p.size for p in parts[at + 1 :]))
     axes = resolve(parts[at].label)
     conflicts = [axis.conflict for axis in axes if axis.conflict]
@@ -101,17 +102,23 @@ def _classify_gridless(site: Site, query: Label, parts: tuple[Part, ...]) -> Non
     )
 
 
-def grid_of(label: Label) -> tuple[int, int, int] | None:
-    """(frames, height, width) of a label that is the raster product of three axes, frames first."""
+def grid_axes(label: Label) -> Label:
+    """Axes (frames, height, width) of a label that is their raster product, frames first; () if it is not."""
     axes = resolve(label)
     if len(axes) > 3:
         axes = coarsest(label)
     if len(axes) != 3 or len(set(axes)) != 3 or any(len(axis.parts or ()) > 1 for axis in axes):
-        return None
+        return ()
     dims = [axis.source.dim for axis in axes]
     if len({axis.source.node for axis in axes}) == 1 and axes[0].source.kind == "input" and dims != sorted(dims):
-        return None
-    return axes[0].size, axes[1].size, axes[2].size
+        return ()
+    return axes
+
+
+def grid_of(label: Label) -> tuple[int, int, int] | None:
+    """(frames, height, width) of a label, in tokens; None if it is no grid."""
+    axes = grid_axes(label)
+    return (axes[0].size, axes[1].size, axes[2].size) if axes else None
 
 
 def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None) -> list[int]:

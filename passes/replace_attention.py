@@ -6,62 +6,92 @@ After:   %counts, %indices = get_attr                                 (shared by
          %pair = dynamicrad.block_sparse_attention(%q, %k, %v, %counts, %indices, scale, block_q, block_kv, %keys)
          %out = %pair[0], in the memory order that the original had
 
-Sizes on which a plan rests become constants of the graph: another resolution compiles again, it never meets a
-plan that was made for a different grid. Batch size and the length of a separate prompt stay dynamic.
+In a graph with symbolic sizes the plan is made when the graph runs, from the sizes that it then has:
+
+         %f, %h, %w, %s = sym_size of nodes that hold these axes
+         %counts, %indices = dynamicrad.make_plan(%q, %f, %h, %w, text_before, %s, spec)
+
+Where an axis is in no shape of the graph, the sizes on which the plan rests become constants instead: another
+resolution compiles again. Either way no graph meets a plan that was made for a different grid.
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 
 from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_op  # noqa: F401
-from dynamicrad_compile.plan import BlockPlan
 
-from ._axes import Axis, resolve
-from ._graph import hint, specialise, value_of
-from ._site import CROSS, PassContext, Site
+from ._graph import hint, value_of
+from ._site import PassContext, Site
+from ._sizes import grid_homes, make_constant, symbolic_inputs
 from .find_attention import read_call
 
 
 def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Rewrite the graph; returns the number of replaced sites."""
     planned = [site for site in context.sites if site.plan is not None]
-    names: dict[int, str] = {}
+    if not planned:
+        return 0
+    sizes = symbolic_inputs(gm, context)
+    homes = {id(site): grid_homes(site, context) for site in planned} if sizes else {}
+    symbolic = bool(sizes) and all(homes[id(site)] and site.plan_spec and 0 in site.text for site in planned)
+    if sizes and not symbolic:
+        make_constant(sizes)
+    if symbolic:
+        context.notes.append("sizes are symbolic: plans are made when the graph runs, one for each grid it meets")
+    plans: dict[Any, tuple[fx.Node, fx.Node]] = {}
     for site in planned:
-        assert site.plan is not None
-        if id(site.plan) not in names:
-            names[id(site.plan)] = _register_plan(gm, site.plan, len(names), site)
-        _replace(gm, site, names[id(site.plan)])
+        key = (site.plan_spec, tuple(site.grid_axes)) if symbolic else id(site.plan)
+        if key not in plans:
+            name = f"_dynamicrad_plan_{len(plans)}"
+            with gm.graph.inserting_before(site.node):
+                plans[key] = _runtime_plan(gm, site, homes[id(site)]) if symbolic else _constant_plan(gm, site, name)
+        _replace(gm, site, *plans[key])
         site.replaced = True
-    if planned:
-        _specialise_sizes(gm, context)
     return len(planned)
 
 
-def _register_plan(gm: fx.GraphModule, plan: BlockPlan, number: int, site: Site) -> str:
-    """Make the plan's tensors buffers of the graph module; AOT autograd lifts them to static inputs."""
-    name = f"_dynamicrad_plan_{number}"
-    on_device = plan.to(value_of(site.node).device)
+def _runtime_plan(gm: fx.GraphModule, site: Site, homes: list[tuple[fx.Node, int]] | None) -> tuple[fx.Node, fx.Node]:
+    """Nodes of counts and indices made from the sizes that the graph has when it runs."""
+    assert homes is not None
+    graph = gm.graph
+    sym_size = torch.ops.aten.sym_size.int
+    query = read_call(site.node).query
+    frames, height, width = (graph.call_function(sym_size, home) for home in homes)
+    length = graph.call_function(sym_size, (query, 2))
+    before: Any = 0
+    if site.text.before:
+        area = graph.call_function(operator.mul, (height, width))
+        before = graph.call_function(operator.sub, (length, graph.call_function(operator.mul, (frames, area))))
+    pair = graph.call_function(
+        torch.ops.dynamicrad.make_plan.default, (query, frames, height, width, before, length, site.plan_spec)
+    )
+    return graph.call_function(operator.getitem, (pair, 0)), graph.call_function(operator.getitem, (pair, 1))
+
+
+def _constant_plan(gm: fx.GraphModule, site: Site, name: str) -> tuple[fx.Node, fx.Node]:
+    """Nodes of counts and indices as buffers of the graph module; AOT autograd lifts them to static inputs."""
+    assert site.plan is not None
+    plan = site.plan.to(value_of(site.node).device)
     sources = getattr(gm, "_param_name_to_source", None)
-    for suffix, tensor in (("counts", on_device.kv_counts), ("indices", on_device.kv_indices)):
+    for suffix, tensor in (("counts", plan.kv_counts), ("indices", plan.kv_indices)):
         gm.register_buffer(f"{name}_{suffix}", tensor)
         if sources is not None:  # a graph of Dynamo must say where each of its buffers comes from
             sources[f"{name}_{suffix}"] = ConstantSource(source_name=f"{name}_{suffix}")
-    return name
+    return gm.graph.get_attr(f"{name}_counts"), gm.graph.get_attr(f"{name}_indices")
 
 
-def _replace(gm: fx.GraphModule, site: Site, name: str) -> None:
+def _replace(gm: fx.GraphModule, site: Site, counts: fx.Node, indices: fx.Node) -> None:
     node, plan = site.node, site.plan
     assert plan is not None
     call = read_call(node)  # afresh: the query may be the output of an attention replaced a moment ago
     graph = gm.graph
     with graph.inserting_before(node):
-        counts = graph.get_attr(f"{name}_counts")
-        indices = graph.get_attr(f"{name}_indices")
         keys = None
         if call.mask is not None:
             keys = graph.call_function(operator.getitem, (call.mask, (slice(None), 0, 0)))
@@ -86,7 +116,7 @@ def _replace(gm: fx.GraphModule, site: Site, name: str) -> None:
             out = graph.call_method("permute", (out, order))
             out = graph.call_method("contiguous", (out,))
             out = graph.call_method("permute", (out, back))
-    for new in (counts, indices, keys, pair, out):
+    for new in (keys, pair, out):
         if new is not None:
             new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             new.meta["stack_trace"] = node.meta.get("stack_trace")
@@ -99,35 +129,3 @@ def _memory_order(value: torch.Tensor) -> list[int]:
     """Dimensions from the largest stride to the smallest."""
     strides = [hint(s) or 0 for s in value.stride()]
     return sorted(range(value.dim()), key=lambda d: -strides[d])
-
-
-def _specialise_sizes(gm: fx.GraphModule, context: PassContext) -> None:
-    """Make every symbolic input size constant, but for batch sizes and lengths of separate prompts."""
-    dynamic: set[Axis] = set()
-    for site in context.sites:
-        if site.labels is None:
-            continue
-        if site.replaced:
-            dynamic.update(resolve(site.labels[0][0]))
-        if site.role == CROSS:
-            dynamic.update(resolve(site.labels[1][-2]))
-    for site in context.sites:
-        if site.replaced and site.labels is not None:
-            dynamic.difference_update(resolve(site.labels[0][-2]))
-    sizes: list[tuple[torch.SymInt, bool]] = []
-    for node in gm.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = value_of(node)
-        if isinstance(value, torch.SymInt):
-            sizes.append((value, False))
-        elif isinstance(value, torch.Tensor):
-            labels = context.placeholder_labels.get(node.name, [()] * value.dim())
-            for size, label in zip(value.shape, labels, strict=True):
-                if isinstance(size, torch.SymInt):
-                    axes = resolve(label)
-                    sizes.append((size, bool(axes) and dynamic.issuperset(axes)))
-    free = {str(size) for size, is_free in sizes if is_free}
-    for size, _ in sizes:
-        if str(size) not in free:
-            specialise(size)

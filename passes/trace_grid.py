@@ -52,23 +52,25 @@ class _Tracer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.axis_mode.node = n.name
         if n.op == "placeholder":
-            value = self._recorded(n, kind="input")
-            if isinstance(value, torch.Tensor):
-                self.context.placeholder_labels[n.name] = get_labels(value)
-            return value
+            return self._note(n, self._recorded(n, kind="input"))
         if n.op == "output":
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if any(leaf is UNKNOWN_VALUE for leaf in _leaves((args, kwargs))):
             return self._recorded(n)
         if n in self.sites:
-            return self._run_attention(n)
+            return self._note(n, self._run_attention(n))
         try:
             value = getattr(self, n.op)(n.target, args, kwargs)
         except Exception as error:  # any operation of any library may refuse fake tensors; it is reported
             self.context.notes.append(f"{n.name} ({n.target}) can't be traced: {type(error).__name__}: {error}")
             return self._recorded(n)
-        return tree_map(self._fake, value)
+        return self._note(n, tree_map(self._fake, value))
+
+    def _note(self, n: fx.Node, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            self.context.node_labels[n] = get_labels(value)
+        return value
 
     def _run_attention(self, n: fx.Node) -> Any:
         site = self.sites[n]

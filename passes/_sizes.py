@@ -1,0 +1,70 @@
+"""Symbolic sizes of a graph: which of them a plan rests on, and where the graph holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from ._axes import Axis, resolve
+from ._graph import specialise, value_of
+from ._site import CROSS, PassContext, Site
+
+
+def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymInt]:
+    """Symbolic sizes among the graph's inputs that may change a plan.
+
+    All but those that are only batch sizes, or lengths of prompts that are not part of a video's sequence.
+    """
+    harmless: set[Axis] = set()
+    for site in context.sites:
+        if site.labels is None:
+            continue
+        if site.plan is not None:
+            harmless.update(resolve(site.labels[0][0]))
+        if site.role == CROSS:
+            harmless.update(resolve(site.labels[1][-2]))
+    for site in context.sites:
+        if site.plan is not None and site.labels is not None:
+            harmless.difference_update(resolve(site.labels[0][-2]))
+    sizes = list(_input_sizes(gm, context))
+    free = {str(size) for size, axes in sizes if axes and harmless.issuperset(axes)}
+    return [size for size, _ in sizes if str(size) not in free]
+
+
+def _input_sizes(gm: fx.GraphModule, context: PassContext) -> Iterator[tuple[torch.SymInt, set[Axis]]]:
+    """(size, axes) of each symbolic dimension of an input; no axes for inputs that are sizes themselves."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            yield value, set()
+        elif isinstance(value, torch.Tensor):
+            labels = context.node_labels.get(node, [()] * value.dim())
+            for size, label in zip(value.shape, labels, strict=True):
+                if isinstance(size, torch.SymInt):
+                    yield size, set(resolve(label))
+
+
+def make_constant(sizes: list[torch.SymInt]) -> None:
+    """Guard sizes to their present values: other values compile again."""
+    for size in sizes:
+        specialise(size)
+
+
+def grid_homes(site: Site, context: PassContext) -> list[tuple[fx.Node, int]] | None:
+    """For frames, height and width of a site: a node and a dimension of it that is just that axis.
+
+    None if one of them is in no shape of the graph.
+    """
+    assert site.labels is not None
+    homes: dict[Axis, tuple[fx.Node, int]] = {}
+    for node, labels in context.node_labels.items():
+        if node is site.node:
+            break
+        for dim, label in enumerate(labels):
+            axes = resolve(label)
+            if len(axes) == 1:
+                homes.setdefault(axes[0], (node, dim))
+    found = [homes.get(axis) for axis in site.grid_axes]
+    return None if None in found or len(found) != 3 else found  # type: ignore[return-value]
