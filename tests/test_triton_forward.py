@@ -1,0 +1,104 @@
+"""The Triton forward kernel equals the fp64 reference: under Triton's interpreter, and on CUDA where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import CASES, Case, build, check
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, TILES, Tile, architecture, choose_tile
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Results of all cases. Another process, because the interpreter is chosen when Triton is imported."""
+    path = tmp_path_factory.mktemp("interpreter") / "results.npz"
+    script = Path(__file__).with_name("attention_cases.py")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(script), str(path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreter_matches_reference(case: Case, interpreted):
+    out = torch.from_numpy(interpreted[f"{case.name}.out"])
+    lse = torch.from_numpy(interpreted[f"{case.name}.lse"])
+    check(out, lse, build(case), case.dtype)
+
+
+GPU_ONLY = [
+    Case("gpu_dim_128_bf16", batch=2, heads=4, kv_heads=4, q_len=1013, kv_len=1013, dim=128, block_q=128, block_kv=128,
+         dtype=torch.bfloat16, layout="bshd"),
+    Case("gpu_dim_64_fp16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=777, dim=64, block_q=128, block_kv=64,
+         dtype=torch.float16, plan_heads=4, mask="padding", mask_start=500),
+    Case("gpu_dim_128_fp32", heads=2, q_len=519, kv_len=519, dim=128, block_q=128, block_kv=128),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES + GPU_ONLY, ids=str)
+def test_cuda_matches_reference(case: Case):
+    args = build(case)
+    on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    out, lse = torch.ops.dynamicrad.block_sparse_attention(*on_cuda)
+    assert out.is_contiguous()
+    check(out.cpu(), lse.cpu(), args, case.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16"])
+def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
+    args = build(next(case for case in CASES if case.name == name))
+    on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, on_cuda)
+    compiled = torch.compile(torch.ops.dynamicrad.block_sparse_attention, fullgraph=True)
+    for got, want in zip(compiled(*on_cuda), torch.ops.dynamicrad.block_sparse_attention(*on_cuda), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("arch", sorted(TILES))
+@pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 80, 128, 256])
+def test_tile_divides_the_blocks(arch: int, half: bool, block: int):
+    for dim in (8, 24, 64, 65, 128, 200, 256):
+        tile = choose_tile(divmod(arch, 10), half, dim, block, block)
+        assert block % tile.block_m == 0
+        assert block % tile.block_n == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)]
+)
+def test_architecture_falls_back_to_an_older_entry(capability, arch):
+    assert architecture(capability) == arch
+    assert arch in SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: choose_tile((7, 5), True, 64, 128, 128), r"compute capability 8\.0 or newer, got 7\.5"),
+        (lambda: choose_tile((8, 0), True, 257, 128, 128), "head_dim must be at most 256, got 257"),
+        (lambda: choose_tile((8, 0), True, 64, 24, 128), "block_q must be a multiple of 16 up to 256 on CUDA, got 24"),
+        (lambda: choose_tile((8, 0), True, 64, 128, 512), "block_kv must be a multiple of 16 up to 256 on CUDA"),
+        (lambda: Tile(96, 64, 4, 2), "block_m must be a power of two from 16 to 256, got 96"),
+        (lambda: Tile(64, 64, 3, 2), "num_warps must be 1, 2, 4, 8 or 16, got 3"),
+        (lambda: Tile(64, 64, 4, 0), "num_stages must be 1 to 8, got 0"),
+    ],
+    ids=["old_device", "head_dim", "block_q", "block_kv", "block_m", "num_warps", "num_stages"],
+)
+def test_tile_errors(call, message):
+    with pytest.raises(PlanError, match=message):
+        call()
