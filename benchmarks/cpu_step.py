@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -269,13 +270,13 @@ def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch._inductor.config.force_disable_caches = True  # compile times are those of a first compilation
     rows = []
-    for width in args.widths:
-        for size in args.tokens:
-            print(f"width {width}, {size} tokens ...", file=sys.stderr, flush=True)
+    for width, size in itertools.product(args.widths, args.tokens):
+        print(f"width {width}, {size} tokens ...", file=sys.stderr, flush=True)
+        # Without caches compile times are those of a first compilation.
+        with torch._inductor.config.patch(force_disable_caches=True):
             rows.append(measure(width, size, args))
-            print(table(rows[-1:]), "\n", file=sys.stderr, flush=True)
+        print(table(rows[-1:]), "\n", file=sys.stderr, flush=True)
     print(table(rows))
     if args.save:
         save(args.save, rows, args)

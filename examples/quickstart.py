@@ -28,7 +28,8 @@ from diffusers import (
 import dynamicrad_compile as drad
 from dynamicrad_compile.plot import frame_boundaries, plot_mask
 
-TEXT_DIM, TEXT_TOKENS = 4096, 512
+WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}  # Wan2.1-1.3B
+TEXT_TOKENS = 512
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,9 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def random_pipeline(layers: int, device: str, seed: int) -> WanPipeline:
     """WanPipeline at the widths of Wan2.1-1.3B with few layers and a narrow VAE, all weights random."""
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, text_dim=TEXT_DIM, num_layers=layers
-    )
+    transformer = WanTransformer3DModel(**WIDTHS, num_layers=layers)
     vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
     pipe = WanPipeline(
         tokenizer=None,
@@ -86,7 +85,7 @@ def call_arguments(pipe: WanPipeline, args: argparse.Namespace) -> dict[str, Any
     }
     if args.model:
         return {**shared, "prompt": args.prompt}
-    prompt = torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(args.seed))
+    prompt = torch.randn(1, TEXT_TOKENS, WIDTHS["text_dim"], generator=torch.Generator().manual_seed(args.seed))
     embeds = prompt.to(pipe.device, pipe.transformer.dtype)
     return {**shared, "prompt_embeds": embeds, "guidance_scale": 1.0}
 

@@ -13,23 +13,39 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def hint(size: Any) -> int | None:
-    """A size as an int without adding a guard; None where it is data-dependent."""
+# Stand-ins for sizes that only the data decide, one per unbacked symbol: small, and different from each other.
+_STAND_INS = (3, 2, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
+def depends_on_data(size: Any) -> bool:
+    """Whether a size is known only when the graph runs (a number of non-zero entries, say)."""
+    if not isinstance(size, torch.SymInt) or size.node.has_hint():
+        return False
+    return bool(size.node.expr.free_symbols)
+
+
+def hint(size: Any) -> int:
+    """A size as an int without adding a guard; a stand-in where it depends on data."""
     if isinstance(size, int):
         return size
-    node = getattr(size, "node", None)
-    if node is None or not node.has_hint():
-        return None
-    return int(node.hint)
+    node = size.node
+    if node.has_hint():
+        return int(node.hint)
+    values = {symbol: _symbol_hint(symbol, node.shape_env) for symbol in node.expr.free_symbols}
+    return int(node.expr.xreplace(values))
+
+
+def _symbol_hint(symbol: Any, shape_env: Any) -> int:
+    name = str(symbol)
+    if name.startswith("u") and name[1:].isdigit():
+        return _STAND_INS[int(name[1:]) % len(_STAND_INS)]
+    return int(shape_env.size_hint(symbol))
 
 
 def shape_hint(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of a node's tensor as ints, without guards; None where it has none or is data-dependent."""
+    """Shape of a node's tensor as ints, without guards; None where it yields no tensor."""
     value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return None
-    sizes = tuple(hint(size) for size in value.shape)
-    return None if None in sizes else sizes  # type: ignore[return-value]
+    return tuple(hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def specialise(size: Any) -> int:

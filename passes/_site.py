@@ -45,6 +45,7 @@ class Site:
     path: str
     q_shape: tuple[int, ...] | None = None
     kv_length: int | None = None
+    data_dependent: bool = False  # the number of tokens is known only when the graph runs; sizes here are stand-ins
     labels: tuple[list[Label], list[Label]] | None = None  # of query and key; None where tracing did not reach
     role: str = UNKNOWN
     reason: str = ""  # why it stays dense; empty if nothing speaks against replacing it

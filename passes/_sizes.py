@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ._axes import Axis, resolve
+from ._axes import Axis, parts_of, resolve
 from ._graph import specialise, value_of
 from ._site import CROSS, PassContext, Site
+
+Home = tuple[fx.Node, int]
 
 
 def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymInt]:
@@ -52,13 +55,22 @@ def make_constant(sizes: list[torch.SymInt]) -> None:
         specialise(size)
 
 
-def grid_homes(site: Site, context: PassContext) -> list[tuple[fx.Node, int]] | None:
-    """For frames, height and width of a site: a node and a dimension of it that is just that axis.
+@dataclass(frozen=True)
+class RuntimeSizes:
+    """Where a graph holds the sizes of one site, as (node, dimension) pairs.
 
-    None if one of them is in no shape of the graph.
+    grid     frames, height and width
+    before   axes whose products are the pieces in front of the video; None: whatever the video leaves of the sequence
     """
+
+    grid: tuple[Home, Home, Home]
+    before: tuple[tuple[Home, ...], ...] | None = ()
+
+
+def runtime_sizes(site: Site, context: PassContext) -> RuntimeSizes | None:
+    """Nodes from which the sizes of a site can be read when the graph runs; None if an axis is in no shape."""
     assert site.labels is not None
-    homes: dict[Axis, tuple[fx.Node, int]] = {}
+    homes: dict[Axis, Home] = {}
     for node, labels in context.node_labels.items():
         if node is site.node:
             break
@@ -66,5 +78,20 @@ def grid_homes(site: Site, context: PassContext) -> list[tuple[fx.Node, int]] | 
             axes = resolve(label)
             if len(axes) == 1:
                 homes.setdefault(axes[0], (node, dim))
-    found = [homes.get(axis) for axis in site.grid_axes]
-    return None if None in found or len(found) != 3 else found  # type: ignore[return-value]
+    if len(site.grid_axes) != 3 or any(axis not in homes for axis in site.grid_axes):
+        return None
+    frames, height, width = (homes[axis] for axis in site.grid_axes)
+    grid = (frames, height, width)
+    if not site.text.before:
+        return RuntimeSizes(grid)
+    if not site.text.after:
+        return RuntimeSizes(grid, None)
+    pieces = []
+    for part in parts_of(site.labels[0][-2]):
+        axes = resolve(part.label)
+        if axes == resolve(site.grid_axes):
+            return RuntimeSizes(grid, tuple(pieces))
+        if not part.whole or any(axis not in homes for axis in axes):
+            return None
+        pieces.append(tuple(homes[axis] for axis in axes))
+    return None

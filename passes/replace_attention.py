@@ -17,7 +17,9 @@ resolution compiles again. Either way no graph meets a plan that was made for a 
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_
 
 from ._graph import hint, value_of
 from ._site import PassContext, Site
-from ._sizes import grid_homes, make_constant, symbolic_inputs
+from ._sizes import RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
 from .find_attention import read_call
 
 
@@ -38,36 +40,51 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     if not planned:
         return 0
     sizes = symbolic_inputs(gm, context)
-    homes = {id(site): grid_homes(site, context) for site in planned} if sizes else {}
-    symbolic = bool(sizes) and all(homes[id(site)] and site.plan_spec and 0 in site.text for site in planned)
+    homes = {site.node: runtime_sizes(site, context) for site in planned}
+    symbolic = bool(sizes) and all(homes[site.node] for site in planned)
     if sizes and not symbolic:
         make_constant(sizes)
     if symbolic:
         context.notes.append("sizes are symbolic: plans are made when the graph runs, one for each grid it meets")
     plans: dict[Any, tuple[fx.Node, fx.Node]] = {}
     for site in planned:
-        key = (site.plan_spec, tuple(site.grid_axes)) if symbolic else id(site.plan)
+        where = homes[site.node] if symbolic or site.data_dependent else None
+        if site.data_dependent and where is None:
+            site.reason, site.plan = "its length depends on data, and an axis of its grid is in no shape of the graph", None
+            continue
+        key = (site.plan_spec, site.grid_axes, site.text, _length(site)) if where else id(site.plan)
         if key not in plans:
-            name = f"_dynamicrad_plan_{len(plans)}"
             with gm.graph.inserting_before(site.node):
-                plans[key] = _runtime_plan(gm, site, homes[id(site)]) if symbolic else _constant_plan(gm, site, name)
+                if where:
+                    plans[key] = _runtime_plan(gm, site, where)
+                else:
+                    plans[key] = _constant_plan(gm, site, f"_dynamicrad_plan_{len(plans)}")
         _replace(gm, site, *plans[key])
         site.replaced = True
-    return len(planned)
+    return sum(site.replaced for site in planned)
 
 
-def _runtime_plan(gm: fx.GraphModule, site: Site, homes: list[tuple[fx.Node, int]] | None) -> tuple[fx.Node, fx.Node]:
+def _length(site: Site) -> str:
+    """The symbolic length of the query's sequence, as text."""
+    return str(value_of(read_call(site.node).query).shape[-2])
+
+
+def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[fx.Node, fx.Node]:
     """Nodes of counts and indices made from the sizes that the graph has when it runs."""
-    assert homes is not None
     graph = gm.graph
-    sym_size = torch.ops.aten.sym_size.int
+
+    def product(homes: Sequence[tuple[fx.Node, int]]) -> Any:
+        sizes = [graph.call_function(torch.ops.aten.sym_size.int, home) for home in homes]
+        return functools.reduce(lambda a, b: graph.call_function(operator.mul, (a, b)), sizes)
+
     query = read_call(site.node).query
-    frames, height, width = (graph.call_function(sym_size, home) for home in homes)
-    length = graph.call_function(sym_size, (query, 2))
+    frames, height, width = (product([home]) for home in where.grid)
+    length = product([(query, 2)])
     before: Any = 0
-    if site.text.before:
-        area = graph.call_function(operator.mul, (height, width))
-        before = graph.call_function(operator.sub, (length, graph.call_function(operator.mul, (frames, area))))
+    if where.before is None:
+        before = graph.call_function(operator.sub, (length, product(where.grid)))
+    for piece in where.before or ():
+        before = graph.call_function(operator.add, (before, product(piece)))
     pair = graph.call_function(
         torch.ops.dynamicrad.make_plan.default, (query, frames, height, width, before, length, site.plan_spec)
     )

@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._pytree import tree_map
 
 from ._axes import Source, fresh
 from ._axis_rules import AxisMode, attention, get_labels, set_labels
-from ._graph import hint, value_of
+from ._graph import depends_on_data, hint, value_of
 from ._site import PassContext, Site
 
 
@@ -48,6 +53,7 @@ class _Tracer(fx.Interpreter):
         self.fake_mode = fake_mode
         self.axis_mode = axis_mode
         self.sites: dict[fx.Node, Site] = {site.node: site for site in context.sites}
+        self.data_dependent_graph = any(depends_on_data(value_of(n)) for n in gm.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         self.axis_mode.node = n.name
@@ -60,10 +66,15 @@ class _Tracer(fx.Interpreter):
             return self._recorded(n)
         if n in self.sites:
             return self._note(n, self._run_attention(n))
+        if "assert" in n.name or "_check" in n.name:  # they judge stand-ins
+            return None
         try:
             value = getattr(self, n.op)(n.target, args, kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            return self._recorded(n)
         except Exception as error:  # any operation of any library may refuse fake tensors; it is reported
-            self.context.notes.append(f"{n.name} ({n.target}) can't be traced: {type(error).__name__}: {error}")
+            if not self.data_dependent_graph:  # stand-ins for unknown sizes may contradict each other
+                self.context.notes.append(f"{n.name} ({n.target}) can't be traced: {type(error).__name__}: {error}")
             return self._recorded(n)
         return self._note(n, tree_map(self._fake, value))
 
@@ -76,6 +87,8 @@ class _Tracer(fx.Interpreter):
         site = self.sites[n]
         query, key, value = (self.env[x] for x in (site.call.query, site.call.key, site.call.value))
         site.labels = (list(get_labels(query)), list(get_labels(key)))
+        recorded_query = value_of(site.call.query)
+        site.data_dependent = any(depends_on_data(size) for size in getattr(recorded_query, "shape", ()))
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         recorded = value_of(n)
         if isinstance(recorded, torch.Tensor):
@@ -95,14 +108,11 @@ class _Tracer(fx.Interpreter):
         def convert(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
                 tensor = self._like(leaf)
-                if tensor is not UNKNOWN_VALUE:
-                    rank = tensor.dim()
-                    labels = [fresh(size, Source(n.name, d, kind, rank)) for d, size in enumerate(tensor.shape)]
-                    set_labels(tensor, labels)
+                rank = tensor.dim()
+                set_labels(tensor, [fresh(size, Source(n.name, d, kind, rank)) for d, size in enumerate(tensor.shape)])
                 return tensor
             if isinstance(leaf, torch.SymInt):
-                size = hint(leaf)
-                return UNKNOWN_VALUE if size is None else size
+                return hint(leaf)
             if isinstance(leaf, (torch.SymFloat, torch.SymBool)):
                 return leaf.node.hint if leaf.node.has_hint() else UNKNOWN_VALUE
             return leaf
@@ -110,11 +120,9 @@ class _Tracer(fx.Interpreter):
         value = value_of(n)
         return UNKNOWN_VALUE if value is None else tree_map(convert, value)
 
-    def _like(self, tensor: torch.Tensor) -> Any:
+    def _like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor of the hinted sizes and strides."""
         sizes, strides = [hint(s) for s in tensor.shape], [hint(s) for s in tensor.stride()]
-        if None in sizes or None in strides:
-            return UNKNOWN_VALUE
         with self.fake_mode:
             return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
 
