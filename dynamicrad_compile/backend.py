@@ -44,7 +44,12 @@ def dynamicrad(
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphReport:
     """Run the passes on a graph, in place, and say what they did."""
     planner = SitePlanner(options)
-    context = PassContext(build_plan=planner, grid=options.grid, training=_is_training(example_inputs))
+    context = PassContext(
+        build_plan=planner,
+        grid=options.grid,
+        training=_is_training(example_inputs),
+        example_inputs=example_inputs,
+    )
     start = time.perf_counter()
     run_passes(gm, context)
     total = time.perf_counter() - start

@@ -59,9 +59,7 @@ def _validate(
         if name in ("batch", "head_dim"):
             _require(q.shape[d] == k.shape[d], lambda n=name: f"q and k must have the same {n}, {shapes}")
     _require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, lambda: f"Hkv must divide H, {shapes}")
-    _require(
-        1 <= q.shape[3] <= MAX_HEAD_DIM, lambda: f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}."
-    )
+    _require(1 <= q.shape[3] <= MAX_HEAD_DIM, lambda: f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}.")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise PlanError(
             "q, k and v must share one dtype out of float16, bfloat16 and float32, "
@@ -77,9 +75,7 @@ def _validate(
     if kv_counts.dim() != 3 or kv_indices.dim() != 4:
         raise PlanError(f"expected kv_counts [B or 1, H or 1, Mq] and kv_indices [B or 1, H or 1, Mq, W], {table}.")
     for d in range(3):
-        _require(
-            kv_counts.shape[d] == kv_indices.shape[d], lambda: f"kv_counts and kv_indices disagree: {table}."
-        )
+        _require(kv_counts.shape[d] == kv_indices.shape[d], lambda: f"kv_counts and kv_indices disagree: {table}.")
     for d, name in enumerate(("batch", "head count")):
         if kv_counts.shape[d] != 1:
             _require(

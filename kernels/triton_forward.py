@@ -144,7 +144,7 @@ def _block_sparse_forward(
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # no key: out 0, lse -inf
     b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     b_acc = b_acc / b_sum[:, None]
-    i_out = (tl.program_id(1).to(tl.int64) * SQ + o_m)
+    i_out = tl.program_id(1).to(tl.int64) * SQ + o_m
     tl.store(out + i_out[:, None] * D + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(lse + i_out, b_lse, mask=m_m)
 

@@ -2,11 +2,12 @@
 
 find_attention      every attention call becomes a site
 trace_grid          what each site's sequence is made of
+decode_positions    the same from the values of a RoPE table, where no shape shows it
 classify_sites      video self-attention or not, and why not
 build_plans         which blocks are kept
 replace_attention   the rewrite
 
-The first three only look; a graph in which nothing is replaced is handed on as it came.
+All but the last only look; a graph in which nothing is replaced is handed on as it came.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ from torch import fx
 from ._site import AttentionCall, Pass, PassContext, Site, TextTokens
 from .build_plans import build_plans
 from .classify_sites import classify_sites
+from .decode_positions import decode_positions
 from .find_attention import find_attention
 from .replace_attention import replace_attention
 from .trace_grid import trace_grid
 
-PASSES: tuple[Pass, ...] = (find_attention, trace_grid, classify_sites, build_plans, replace_attention)
+PASSES: tuple[Pass, ...] = (
+    find_attention,
+    trace_grid,
+    decode_positions,
+    classify_sites,
+    build_plans,
+    replace_attention,
+)
 
 __all__ = ["PASSES", "AttentionCall", "PassContext", "Site", "TextTokens", "run_passes"]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Label = tuple["Axis", ...]
 
@@ -53,7 +54,7 @@ class Part:
 class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
-    __slots__ = ("alias", "conflict", "factors", "parent", "parts", "size", "source")
+    __slots__ = ("alias", "conflict", "factors", "parent", "parts", "size", "source", "table")
 
     def __init__(self, size: int, source: Source, parent: Axis | None = None):
         self.size = size
@@ -63,6 +64,7 @@ class Axis:
         self.factors: tuple[Axis, ...] | None = None
         self.parts: tuple[Part, ...] | None = None
         self.conflict: str | None = None
+        self.table: Any = None  # a PositionTable: this axis was read from values that may change from call to call
 
     def __repr__(self) -> str:
         inner = f"={list(self.parts)}" if self.parts else ""

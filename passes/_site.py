@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,13 @@ class PassContext:
     build_plan    makes the plan of a classified site; may set `site.reason` and return None to leave it dense
     grid          the user's grid, or None
     training      the graph will be differentiated
+    example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
     """
 
     build_plan: PlanBuilder
     grid: tuple[int, int, int] | None = None
     training: bool = False
+    example_inputs: Sequence[Any] = ()
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -11,8 +11,9 @@ In a graph with symbolic sizes the plan is made when the graph runs, from the si
          %f, %h, %w, %s = sym_size of nodes that hold these axes
          %counts, %indices = dynamicrad.make_plan(%q, %f, %h, %w, text_before, %s, spec)
 
-Where an axis is in no shape of the graph, the sizes on which the plan rests become constants instead: another
-resolution compiles again. Either way no graph meets a plan that was made for a different grid.
+Where the grid was read from the values of a position table, the plan holds only while the table shows that grid
+(see _table_plan). Where an axis is in no shape of a graph with symbolic sizes, those sizes become constants: another
+resolution compiles again. Whatever the case, no graph uses a plan that was made for a different grid.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 
 from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_op  # noqa: F401
+from dynamicrad_compile.plan import BlockPlan
 
 from ._graph import hint, value_of
 from ._site import PassContext, Site
 from ._sizes import RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
+from ._table_plan import grids_of, guarded_plan, table_of
 from .find_attention import read_call
 
 
@@ -49,18 +52,28 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     plans: dict[Any, tuple[fx.Node, fx.Node]] = {}
     for site in planned:
         where = homes[site.node] if symbolic or site.data_dependent else None
+        table = table_of(site)
+        constant = functools.partial(_constant_plan, gm, value_of(site.node).device)
         if site.data_dependent and where is None:
-            site.reason, site.plan = "its length depends on data, and an axis of its grid is in no shape of the graph", None
+            site.reason = "its length depends on data, and an axis of its grid is in no shape of the graph"
             continue
         key = (site.plan_spec, site.grid_axes, site.text, _length(site)) if where else id(site.plan)
         if key not in plans:
             with gm.graph.inserting_before(site.node):
                 if where:
                     plans[key] = _runtime_plan(gm, site, where)
+                elif table:
+                    plans[key] = guarded_plan(gm, site, table, constant)
                 else:
-                    plans[key] = _constant_plan(gm, site, f"_dynamicrad_plan_{len(plans)}")
+                    plans[key] = constant(site.plan)
         _replace(gm, site, *plans[key])
         site.replaced = True
+        if table:
+            grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(site))
+            context.notes.append(
+                f"the grid was read from the values of {table.node.name} and is looked up at each call: "
+                f"{grids} run sparse, other grids of as many tokens run dense"
+            )
     return sum(site.replaced for site in planned)
 
 
@@ -91,12 +104,11 @@ def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[
     return graph.call_function(operator.getitem, (pair, 0)), graph.call_function(operator.getitem, (pair, 1))
 
 
-def _constant_plan(gm: fx.GraphModule, site: Site, name: str) -> tuple[fx.Node, fx.Node]:
+def _constant_plan(gm: fx.GraphModule, device: torch.device, plan: BlockPlan) -> tuple[fx.Node, fx.Node]:
     """Nodes of counts and indices as buffers of the graph module; AOT autograd lifts them to static inputs."""
-    assert site.plan is not None
-    plan = site.plan.to(value_of(site.node).device)
     sources = getattr(gm, "_param_name_to_source", None)
-    for suffix, tensor in (("counts", plan.kv_counts), ("indices", plan.kv_indices)):
+    name = f"_dynamicrad_plan_{sum(buffer.startswith('_dynamicrad_plan') for buffer, _ in gm.named_buffers()) // 2}"
+    for suffix, tensor in (("counts", plan.kv_counts.to(device)), ("indices", plan.kv_indices.to(device))):
         gm.register_buffer(f"{name}_{suffix}", tensor)
         if sources is not None:  # a graph of Dynamo must say where each of its buffers comes from
             sources[f"{name}_{suffix}"] = ConstantSource(source_name=f"{name}_{suffix}")

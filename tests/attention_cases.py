@@ -83,9 +83,7 @@ def build_plan(case: Case, generator: torch.Generator) -> BlockPlan:
         mask[..., 0, :] = False
     if m_k > 1:
         mask[..., 0] &= ~mask.all(-1)  # so that W < Mk and the dense row below is wider than the table
-    plan = BlockPlan.from_mask(
-        mask, block_q=case.block_q, block_kv=case.block_kv, q_len=case.q_len, kv_len=case.kv_len
-    )
+    plan = BlockPlan.from_mask(mask, block_q=case.block_q, block_kv=case.block_kv, q_len=case.q_len, kv_len=case.kv_len)
     if m_q > 3:
         plan.kv_counts[..., 1] = m_k
         plan.kv_indices[..., 1, :] = 0

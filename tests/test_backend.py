@@ -136,15 +136,25 @@ def test_strict_raises_where_a_site_stays_dense():
     assert [site.replaced for site in drad.report(compiled).sites if site.grid] == [False, True]
 
 
-def test_regional_compilation_without_a_grid_stays_dense_and_says_why():
-    model, kwargs, _ = make("wan_t2v")
-    eager = call(model, kwargs)
-    model.compile_repeated_blocks(backend="dynamicrad", options=dict(min_tokens=0, block_size=16, inner="eager"))
-    assert relative_error(call(model, kwargs), eager) < 1e-5
+@pytest.mark.parametrize("name", ["wan_t2v", "hunyuan_video", "ltx", "kandinsky5"])
+def test_regional_compilation_reads_the_grid_from_the_rope_table(name):
+    """One compiled block serves every grid of 240 tokens: the plan follows the table's values at run time."""
+    model, _, _ = make(name)
+    eager, _, _ = make(name)
+    model.compile_repeated_blocks(backend="dynamicrad", options={**OPTIONS, "sparsity": 0.6})
+    for sizes in (dict(f=5, h=6, w=8), dict(f=5, h=8, w=6), dict(f=5, h=4, w=12), dict(f=5, h=6, w=8)):
+        _, kwargs, expected = make(name, **sizes)
+        grid = expected["grid"]
+        planned = sorted(grid[1:]) == [6, 8]
+        pattern = {"sparsity": 0.6, "regime": "mid"} if planned else {}
+        text = (expected["n_text_before"], expected["n_text_after"])
+        plan = drad.make_plan("dynamicrad" if planned else "dense", grid, 16, *text, **pattern)
+        sparse = call(model, kwargs)
+        with masked_dense(plan):
+            assert relative_error(sparse, call(eager, kwargs)) < 1e-5
     report = drad.report(model)
-    assert report.sites
-    assert not report.replaced
-    assert "no frames x height x width in its 240 tokens" in str(report)
+    assert {site.grid for site in report.replaced} == {(5, 6, 8)}
+    assert "5x6x8 and 5x8x6 run sparse" in report.summary()
 
 
 def test_regional_compilation_with_a_grid():

@@ -43,7 +43,9 @@ def test_matches_reference(case: Case):
     check(out, lse, args, case.dtype)
 
 
-@pytest.mark.parametrize("name", ["ragged_both", "gqa_per_head", "per_batch_and_head", "mask_start", "bf16", "mask_all"])
+@pytest.mark.parametrize(
+    "name", ["ragged_both", "gqa_per_head", "per_batch_and_head", "mask_start", "bf16", "mask_all"]
+)
 def test_small_budgets_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
     """Rows longer than a chunk, groups of one row, one head at a time."""
     monkeypatch.setattr(cpu, "CHUNK_TOKENS", 33)

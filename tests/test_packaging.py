@@ -50,26 +50,22 @@ print(json.dumps([profiles.list_profiles() != [], "torch" in sys.modules]))
 
 def test_backend_by_name_without_importing_us(tmp_path):
     code = """
-import json, sys, torch
+import json, torch
 compiled = torch.compile(lambda x: x + 1, backend="dynamicrad", options={"inner": "eager"})
-before = "dynamicrad_compile" in sys.modules
-print(json.dumps([before, compiled(torch.zeros(2)).tolist()]))
+print(json.dumps(compiled(torch.zeros(2)).tolist()))
 """
-    assert python(code, tmp_path)[1] == [1.0, 1.0]
+    assert python(code, tmp_path) == [1.0, 1.0]
 
 
 def test_no_top_level_kernels_package():
-    """With the repository on sys.path, as `python -c` puts it, other projects' probes must not find our folders."""
+    """With the repository on sys.path, as `python -c` puts it, diffusers must not take our folder for `kernels`."""
     code = """
 import importlib.util, json
-found = {}
-for name in ("kernels", "passes", "profiles"):
-    spec = importlib.util.find_spec(name)
-    found[name] = None if spec is None else spec.origin
-from diffusers import WanPipeline  # its loaders look for a package called `kernels`
-print(json.dumps(found["kernels"]))
+spec = importlib.util.find_spec("kernels")
+from diffusers import WanPipeline  # probes for that package
+print(json.dumps("" if spec is None else spec.origin or ""))
 """
-    assert python(code, ROOT) is None
+    assert not python(code, ROOT).startswith(str(ROOT / "kernels"))
 
 
 def test_entry_points():
