@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .backend import report
 from .capture import explain
+from .compiling import compile
 from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
 from .kernels.block_sparse_attention import block_sparse_attention
 from .options import Options
@@ -31,6 +32,7 @@ __all__ = [
     "SiteReport",
     "StrictError",
     "block_sparse_attention",
+    "compile",
     "explain",
     "list_profiles",
     "load_profile",

@@ -14,8 +14,9 @@ from torch import fx
 from .errors import OptionsError, StrictError
 from .options import Options
 from .passes import PassContext, Site, run_passes
+from .passes._graph import source_line
 from .planning import SitePlanner
-from .reports import GraphReport, Report, SiteReport
+from .reports import GraphReport, Report, SiteReport, TextTokens
 
 Compiled = Callable[..., Any]
 
@@ -33,7 +34,7 @@ def dynamicrad(
     Dynamo shows them with its own prefix.
     """
     parsed = Options.from_mapping(options)
-    report = analyse(gm, example_inputs, parsed)
+    report = analyse(gm, example_inputs, parsed, number=len(_captures))
     _captures.append(_Capture(options, _parameters(example_inputs), report))
     start = time.perf_counter()
     compiled = _inner_compiler(parsed, mode)(gm, example_inputs)
@@ -41,8 +42,8 @@ def dynamicrad(
     return compiled
 
 
-def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphReport:
-    """Run the passes on a graph, in place, and say what they did."""
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, number: int = 0) -> GraphReport:
+    """Run the passes on a graph, in place, and say what they did. `number` is the graph's, for the report."""
     planner = SitePlanner(options)
     context = PassContext(
         build_plan=planner,
@@ -55,7 +56,6 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     total = time.perf_counter() - start
     if options.strict:
         _check_strict(context.sites, planner.asked)
-    number = len(_captures)
     plans = context.seconds.get("build_plans", 0.0)
     notes = list(context.notes)
     if options.regime == "auto" and any(site.replaced for site in context.sites) and planner.pattern == "dynamicrad":
@@ -146,16 +146,19 @@ def _check_strict(sites: list[Site], asked: set[int]) -> None:
 
 
 def _site_report(site: Site, graph: int) -> SiteReport:
+    hidden = site.data_dependent  # sizes are stand-ins: not to be shown
+    text = TextTokens(*(None if n and hidden else n for n in site.text))
     return SiteReport(
         role=site.role,
         replaced=site.replaced,
         reason=site.reason,
         grid=site.grid,
-        text_tokens=site.text,
-        shape=site.q_shape,
-        kv_length=site.kv_length,
+        text_tokens=text,
+        shape=None if hidden else site.q_shape,
+        kv_length=None if hidden else site.kv_length,
         sparsity=site.plan.sparsity if site.plan is not None and site.replaced else 0.0,
         path=site.path,
+        source=source_line(site.node),
         graph=graph,
         plan=site.plan,
     )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd import profiler_legacy
 from torch.utils._pytree import tree_map
 
 from .backend import analyse
+from .compiling import CAPTURE, captures_data_dependent
 from .options import Options
 from .passes._graph import hint, value_of
 from .reports import GraphReport, Report
+
+_IN_GRAPH = "dynamicrad: captured graph"
+_SDPA = "aten::scaled_dot_product_attention"
 
 
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -21,17 +27,21 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
 
     The model is not run: its graphs return zeros of the right shapes. Only where the code between two graphs
     can't go on with zeros are the graphs run eagerly. Gradients are off. `options` are the backend's.
+    Attention calls that ran outside every graph, because Dynamo gave up there, are counted in a note.
+    Give the result of `drad.compile` to see what its capture settings change.
 
     Raises OptionsError, ProfileError or GridError (wrapped by Dynamo), or whatever the model itself raises.
     """
     parsed = Options.from_mapping(options)
     target = getattr(model, "_orig_mod", model)
-    try:
-        return _capture(target, args, kwargs, parsed, run=False)
-    except torch._dynamo.exc.BackendCompilerFailed:
-        raise
-    except Exception:  # zeros led the model's own Python astray; with real values its errors are its own
-        return _capture(target, args, kwargs, parsed, run=True)
+    settings = torch._dynamo.config.patch(CAPTURE) if captures_data_dependent(model) else contextlib.nullcontext()
+    with settings, torch.no_grad():
+        try:
+            return _capture(target, args, kwargs, parsed, run=False)
+        except torch._dynamo.exc.BackendCompilerFailed:
+            raise
+        except Exception:  # zeros led the model's own Python astray; with real values its errors are its own
+            return _capture(target, args, kwargs, parsed, run=True)
 
 
 def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, run: bool) -> Report:
@@ -39,12 +49,38 @@ def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         stand_in = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward if run else _returns_zeros(gm)
-        graphs.append(analyse(gm, example_inputs, options))
-        return stand_in
+        graphs.append(analyse(gm, example_inputs, options, number=len(graphs)))
 
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(*args, **kwargs)
+        def marked(*inputs: Any) -> Any:
+            with torch.profiler.record_function(_IN_GRAPH):
+                return stand_in(*inputs)
+
+        return marked
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(*args, **kwargs)
+    outside = _attention_outside_graphs(lambda: compiled(*args, **kwargs))
+    if outside and graphs:
+        graphs[-1].notes.append(
+            f"{outside} attention calls ran outside every graph, where nothing can be replaced: Dynamo gave up on the "
+            "code around them. Try drad.compile(model), or TORCH_LOGS=graph_breaks to see where."
+        )
     return Report(graphs)
+
+
+def _attention_outside_graphs(call: Callable[[], Any]) -> int:
+    """Number of attention calls that a call makes in plain Python, outside the captured graphs."""
+    with profiler_legacy.profile() as profile:  # the newer one prints to stderr at each start and stop
+        call()
+    count = 0
+    for event in profile.function_events or ():
+        if event.name != _SDPA:
+            continue
+        parent = event.cpu_parent
+        while parent is not None and parent.name != _IN_GRAPH:
+            parent = parent.cpu_parent
+        count += parent is None
+    return count
 
 
 def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:
@@ -54,8 +90,7 @@ def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:
 
     def zeros_like(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            sizes = [hint(size) or 0 for size in value.shape]
-            return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+            return torch.zeros([hint(size) for size in value.shape], dtype=value.dtype, device=value.device)
         return hint(value) if isinstance(value, torch.SymInt) else value
 
     return lambda *_: tree_map(zeros_like, values)

@@ -13,10 +13,10 @@ from .plan import BlockPlan
 
 
 class TextTokens(NamedTuple):
-    """Tokens of a sequence that are not on the grid: before and after the video."""
+    """Tokens of a sequence that are not on the grid, before and after the video; None where data decide."""
 
-    before: int
-    after: int
+    before: int | None
+    after: int | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SiteReport:
     kv_length    number of keys
     sparsity     share of blocks skipped; 0.0 where dense
     path         dotted path of the module
+    source       file and line of the call in the model's code
     graph        number of the captured graph, from 0
     plan         the block plan, or None
     """
@@ -46,6 +47,7 @@ class SiteReport:
     kv_length: int | None
     sparsity: float
     path: str
+    source: str = ""
     graph: int = 0
     plan: BlockPlan | None = field(default=None, repr=False)
 
@@ -189,7 +191,7 @@ def _rows(sites: Iterable[SiteReport]) -> list[tuple[str, ...]]:
             "x".join(map(str, site.shape)) if site.shape else "?",
             str(site.kv_length if site.kv_length is not None else "?"),
             "x".join(map(str, site.grid)) if site.grid else "-",
-            f"{site.text_tokens.before}+{site.text_tokens.after}",
+            "+".join("?" if n is None else str(n) for n in site.text_tokens),
             f"{site.sparsity:.1%}" if site.replaced else "-",
             site.reason,
         )

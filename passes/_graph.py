@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -65,3 +66,12 @@ def module_path(node: fx.Node) -> str:
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
     return path.strip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """File and line of the user's code that made the node ("attention.py:113"), '' where the graph doesn't say."""
+    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    found = re.search(r'File "(.*?)", line (\d+)', frames[-1])
+    return f"{found[1].replace(chr(92), '/').rsplit('/', 1)[-1]}:{found[2]}" if found else ""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from dynamicrad_compile.plan import BlockPlan
-from dynamicrad_compile.reports import TextTokens
 
 from ._axes import Label
 
@@ -20,6 +19,13 @@ TEMPORAL = "temporal_attention"
 CROSS = "cross_attention"
 OTHER_SELF = "self_attention"
 UNKNOWN = "unknown"
+
+
+class TextTokens(NamedTuple):
+    """Tokens of the sequence that are not on the grid: before and after the video."""
+
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def runtime_sizes(site: Site, context: PassContext) -> RuntimeSizes | None:
         return RuntimeSizes(grid)
     if not site.text.after:
         return RuntimeSizes(grid, None)
-    pieces = []
+    pieces: list[tuple[Home, ...]] = []
     for part in parts_of(site.labels[0][-2]):
         axes = resolve(part.label)
         if axes == resolve(site.grid_axes):

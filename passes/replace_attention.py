@@ -58,6 +58,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
             site.reason = "its length depends on data, and an axis of its grid is in no shape of the graph"
             continue
         key = (site.plan_spec, site.grid_axes, site.text, _length(site)) if where else id(site.plan)
+        assert site.plan is not None
         if key not in plans:
             with gm.graph.inserting_before(site.node):
                 if where:

@@ -93,7 +93,7 @@ def anyflow_far_train(f=5, h=8, w=8, batch=1):
     chunks = [1, 2, 2]
     mask = model.build_attention_mask(chunk_partition=chunks, height=2 * h, width=2 * w)
     kwargs = _flow_kwargs(batch, f, h, w) | dict(chunk_partition=chunks, attention_mask=mask)
-    return model, kwargs, _exp((4, h, w), L, n_attn=2 * L, mask="block", before=16, after=48)
+    return model, kwargs, _exp((4, h, w), L, n_attn=2 * L, mask="block", before=16, after=112)
 
 
 def anyflow_far_infer(f=2, h=8, w=8, batch=1):
@@ -107,7 +107,7 @@ def anyflow_far_infer(f=2, h=8, w=8, batch=1):
     return model, kwargs, _exp((f, h, w), L, n_attn=2 * L, kv_before=3 * h * w, mask="block")
 
 
-_HELIOS = {**_FLOW, "rope_dim": (8, 8, 8)}
+_HELIOS = {k: v for k, v in _FLOW.items() if k != "rope_max_seq_len"} | {"rope_dim": (8, 8, 8)}
 
 
 def helios_nohist(f=5, h=8, w=8, batch=1):
@@ -161,10 +161,31 @@ def wan_animate2_extract(f=5, h=6, w=8, batch=1):
     return _animate2(), kwargs, _exp((f, h, w), L, n_attn=2 * L, note="the grid is lost at a graph break")
 
 
+def wan_animate2_cached(f=6, h=6, w=8, batch=1):
+    """The denoising pass: video scattered into a buffer padded to 128, keys of a reference video behind it."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    model, kwargs, _ = wan_animate2_extract(f, h, w, batch)
+    cache = WanAnimate2KVCache(L)
+    for layer in cache.layer_caches:
+        layer.store(_r(1, (f - 1) * h * w, 2, 24), _r(1, (f - 1) * h * w, 2, 24))
+    q_len, kv_len = -(-f * h * w // 128) * 128, -(-(f - 1) * h * w // 128) * 128
+    model.block_masks[(f - 1, h * w)] = create_block_mask(  # made here without a compiler; forward would compile it
+        lambda b, n, q, k: (q < f * h * w) & (k < f * h * w), None, None, q_len, q_len + kv_len, device="cpu"
+    )
+    kwargs |= dict(
+        kv_cache=cache, kv_cache_mode="cached", reference_grid_sizes=torch.tensor([[f - 1, h, w]]),
+        origin_len=4 * (f - 2), origin_area=[16 * h, 16 * w],
+    )  # fmt: skip
+    return model, kwargs, _exp((f, h, w), L, n_attn=2 * L, after=q_len - f * h * w, mask="block", kv_before=kv_len)
+
+
 WAN = {
     f.__name__: f
     for f in (
         wan_flf2v, lucy_edit, wan_fused_qkv, chronoedit, chronoedit_two_frames, skyreels_v2_df, anyflow,
         anyflow_far_train, anyflow_far_infer, helios_nohist, helios, wan_animate2_extract,
+        wan_animate2_cached,
     )
 }  # fmt: skip
