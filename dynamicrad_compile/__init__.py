@@ -11,6 +11,7 @@ from .backend import report
 from .capture import explain
 from .compiling import compile
 from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
+from .exported import rewrite
 from .kernels.block_sparse_attention import block_sparse_attention
 from .options import Options
 from .plan import BlockPlan
@@ -38,4 +39,5 @@ __all__ = [
     "load_profile",
     "make_plan",
     "report",
+    "rewrite",
 ]

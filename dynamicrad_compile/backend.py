@@ -34,7 +34,8 @@ def dynamicrad(
     Dynamo shows them with its own prefix.
     """
     parsed = Options.from_mapping(options)
-    report = analyse(gm, example_inputs, parsed, number=len(_captures))
+    report = analyse(gm, example_inputs, parsed)
+    _captures[:] = [capture for capture in _captures if capture.is_alive()]
     _captures.append(_Capture(options, _parameters(example_inputs), report))
     start = time.perf_counter()
     compiled = _inner_compiler(parsed, mode)(gm, example_inputs)
@@ -42,14 +43,20 @@ def dynamicrad(
     return compiled
 
 
-def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, number: int = 0) -> GraphReport:
-    """Run the passes on a graph, in place, and say what they did. `number` is the graph's, for the report."""
+def analyse(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, is_final: bool = False
+) -> GraphReport:
+    """Run the passes on a graph, in place, and say what they did.
+
+    An `is_final` graph, as of an exported program, has to serve all sizes that it allows.
+    """
     planner = SitePlanner(options)
     context = PassContext(
         build_plan=planner,
         grid=options.grid,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
+        is_final=is_final,
     )
     start = time.perf_counter()
     run_passes(gm, context)
@@ -61,7 +68,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     if options.regime == "auto" and any(site.replaced for site in context.sites) and planner.pattern == "dynamicrad":
         notes.append("regime 'auto' is 'mid': no motion router is fitted yet")
     return GraphReport(
-        [_site_report(site, number) for site in context.sites],
+        [_site_report(site) for site in context.sites],
         notes,
         {"passes": total - plans, "plans": plans},
     )
@@ -88,6 +95,10 @@ class _Capture:
     options: Mapping[str, Any] | None
     parameters: list[weakref.ref[torch.Tensor]]
     report: GraphReport
+
+    def is_alive(self) -> bool:
+        """Whether the model may still be there."""
+        return not self.parameters or any(ref() is not None for ref in self.parameters)
 
     def belongs_to(self, wanted: set[int]) -> bool:
         alive = {id(p) for ref in self.parameters if (p := ref()) is not None}
@@ -145,7 +156,7 @@ def _check_strict(sites: list[Site], asked: set[int]) -> None:
             raise StrictError(f"strict=True, and {site.path or site.node.name} stays dense: {site.reason}")
 
 
-def _site_report(site: Site, graph: int) -> SiteReport:
+def _site_report(site: Site) -> SiteReport:
     hidden = site.data_dependent  # sizes are stand-ins: not to be shown
     text = TextTokens(*(None if n and hidden else n for n in site.text))
     return SiteReport(
@@ -159,6 +170,5 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         sparsity=site.plan.sparsity if site.plan is not None and site.replaced else 0.0,
         path=site.path,
         source=source_line(site.node),
-        graph=graph,
         plan=site.plan,
     )

@@ -49,7 +49,7 @@ def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         stand_in = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward if run else _returns_zeros(gm)
-        graphs.append(analyse(gm, example_inputs, options, number=len(graphs)))
+        graphs.append(analyse(gm, example_inputs, options))
 
         def marked(*inputs: Any) -> Any:
             with torch.profiler.record_function(_IN_GRAPH):

@@ -110,13 +110,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from .presets import PRESETS, build
+    from .presets import PRESETS
 
     if args.model == "list":
         for name, (class_name, _) in PRESETS.items():
             print(f"{name:14s} {class_name}")
         return 0
     from . import explain
+    from .fake_model import build
     from .options import Options
 
     options = dict(_key_value(text) for text in args.options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ class Report:
     @property
     def sites(self) -> list[SiteReport]:
         """All sites of all graphs."""
-        return [site for graph in self.graphs for site in graph.sites]
+        return [replace(site, graph=i) for i, graph in enumerate(self.graphs) for site in graph.sites]
 
     @property
     def notes(self) -> list[str]:

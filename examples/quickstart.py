@@ -41,13 +41,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="4 n + 1 (49; 81 with --model)")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (320; 480 with --model)")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (512; 832 with --model)")
-    parser.add_argument("--steps", type=int, help="denoising steps, at least 2 (3; 30 with --model)")
+    parser.add_argument("--steps", type=int, help="denoising steps, at least 2 (4; 30 with --model)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the random transformer (2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     args = parser.parse_args(argv)
-    sizes = {"frames": (49, 81), "height": (320, 480), "width": (512, 832), "steps": (3, 30)}
+    sizes = {"frames": (49, 81), "height": (320, 480), "width": (512, 832), "steps": (4, 30)}
     for name, defaults in sizes.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[bool(args.model)])

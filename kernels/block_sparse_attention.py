@@ -11,7 +11,7 @@ kernel itself. CPU runs `cpu.forward`, which those compilers see as the opaque o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
-def _require(condition: Any, message: Callable[[], str]) -> None:
+def _require(condition: Any, message: str) -> None:
     """Raise PlanError unless `condition`; a symbolic one is left to the call with real tensors."""
     if not isinstance(condition, torch.SymBool) and not condition:
-        raise PlanError(message())
+        raise PlanError(message)
 
 
 def _validate(
@@ -55,11 +55,11 @@ def _validate(
     if not q.dim() == k.dim() == v.dim() == 4:
         raise PlanError(f"expected q [B, H, Sq, D], k and v [B, Hkv, Sk, D], {shapes}")
     for d, name in enumerate(("batch", "head count", "length", "head_dim")):
-        _require(k.shape[d] == v.shape[d], lambda n=name: f"k and v must have the same {n}, {shapes}")
+        _require(k.shape[d] == v.shape[d], f"k and v must have the same {name}, {shapes}")
         if name in ("batch", "head_dim"):
-            _require(q.shape[d] == k.shape[d], lambda n=name: f"q and k must have the same {n}, {shapes}")
-    _require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, lambda: f"Hkv must divide H, {shapes}")
-    _require(1 <= q.shape[3] <= MAX_HEAD_DIM, lambda: f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}.")
+            _require(q.shape[d] == k.shape[d], f"q and k must have the same {name}, {shapes}")
+    _require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, f"Hkv must divide H, {shapes}")
+    _require(1 <= q.shape[3] <= MAX_HEAD_DIM, f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}.")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise PlanError(
             "q, k and v must share one dtype out of float16, bfloat16 and float32, "
@@ -69,26 +69,7 @@ def _validate(
         raise PlanError(f"block_q and block_kv must be at least 1, got {block_q} and {block_kv}.")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise PlanError(f"scale must be positive and finite, got {scale}. Negate q for a negative scale.")
-    if kv_counts.dtype != torch.int32 or kv_indices.dtype != torch.int32:
-        raise PlanError(f"kv_counts and kv_indices must be int32, got {kv_counts.dtype} and {kv_indices.dtype}.")
-    table = f"got kv_counts {list(kv_counts.shape)} and kv_indices {list(kv_indices.shape)}"
-    if kv_counts.dim() != 3 or kv_indices.dim() != 4:
-        raise PlanError(f"expected kv_counts [B or 1, H or 1, Mq] and kv_indices [B or 1, H or 1, Mq, W], {table}.")
-    for d in range(3):
-        _require(kv_counts.shape[d] == kv_indices.shape[d], lambda: f"kv_counts and kv_indices disagree: {table}.")
-    for d, name in enumerate(("batch", "head count")):
-        if kv_counts.shape[d] != 1:
-            _require(
-                kv_counts.shape[d] == q.shape[d],
-                lambda d=d, n=name: f"the plan's {n} must be 1 or that of q, {q.shape[d]}; {table}.",
-            )
-    _require(
-        kv_counts.shape[2] == cdiv(q.shape[2], block_q),
-        lambda: (
-            f"{q.shape[2]} queries in blocks of {block_q} make {cdiv(q.shape[2], block_q)} rows, but {table}. "
-            "Was the plan made for another sequence length?"
-        ),
-    )
+    _validate_plan(q, kv_counts, kv_indices, block_q)
     if mask_start < 0:
         raise PlanError(f"mask_start must be at least 0, got {mask_start}.")
     if kv_mask is not None:
@@ -96,12 +77,32 @@ def _validate(
         if kv_mask.dtype != torch.bool or kv_mask.dim() != 2:
             raise PlanError(f"expected kv_mask bool [B or 1, Sk], {got}")
         if kv_mask.shape[0] != 1:
-            _require(kv_mask.shape[0] == q.shape[0], lambda: f"kv_mask's batch must be 1 or that of q, {got}")
-        _require(kv_mask.shape[1] == k.shape[2], lambda: f"kv_mask must cover every key, {got}")
+            _require(kv_mask.shape[0] == q.shape[0], f"kv_mask's batch must be 1 or that of q, {got}")
+        _require(kv_mask.shape[1] == k.shape[2], f"kv_mask must cover every key, {got}")
     given = {"k": k, "v": v, "kv_counts": kv_counts, "kv_indices": kv_indices, "kv_mask": kv_mask}
     for name, tensor in given.items():
         if tensor is not None and tensor.device != q.device:
             raise PlanError(f"{name} is on {tensor.device}, q on {q.device}. Move it there (BlockPlan.to for plans).")
+
+
+def _validate_plan(q: Tensor, kv_counts: Tensor, kv_indices: Tensor, block_q: int) -> None:
+    if kv_counts.dtype != torch.int32 or kv_indices.dtype != torch.int32:
+        raise PlanError(f"kv_counts and kv_indices must be int32, got {kv_counts.dtype} and {kv_indices.dtype}.")
+    got = f"got kv_counts {list(kv_counts.shape)} and kv_indices {list(kv_indices.shape)}"
+    if kv_counts.dim() != 3 or kv_indices.dim() != 4:
+        raise PlanError(f"expected kv_counts [B or 1, H or 1, Mq] and kv_indices [B or 1, H or 1, Mq, W], {got}.")
+    for d in range(3):
+        _require(kv_counts.shape[d] == kv_indices.shape[d], f"kv_counts and kv_indices disagree: {got}.")
+    for d, name in enumerate(("batch", "head count")):
+        if kv_counts.shape[d] != 1:
+            message = f"the plan's {name} must be 1 or that of q, {q.shape[d]}; {got}."
+            _require(kv_counts.shape[d] == q.shape[d], message)
+    rows = cdiv(q.shape[2], block_q)
+    _require(
+        kv_counts.shape[2] == rows,
+        f"{q.shape[2]} queries in blocks of {block_q} make {rows} rows, but {got}. "
+        "Was the plan made for another sequence length?",
+    )
 
 
 def _forward(
@@ -259,15 +260,11 @@ def block_sparse_attention(
     logarithm. A query with no key gives out = 0 and lse = -inf.
     Raises PlanError if shapes, dtypes, devices or lengths do not fit together.
     """
-    if q.dim() == 4 and k.dim() == 4:
-        _require(
-            plan.q_len == q.shape[2],
-            lambda: f"the plan is for {plan.q_len} queries, q has {q.shape[2]}. Make a plan for this length.",
-        )
-        _require(
-            plan.kv_len == k.shape[2],
-            lambda: f"the plan is for {plan.kv_len} keys, k has {k.shape[2]}. Make a plan for this length.",
-        )
+    for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
+        if tensor.dim() == 4 and tensor.shape[2] != planned:
+            raise PlanError(
+                f"the plan is for {planned} {name}, not for {tensor.shape[2]}. Make a plan for this length."
+            )
     if kv_length is not None:
         lengths = torch.as_tensor(kv_length, device=q.device)
         if lengths.dim() != 1 or lengths.is_floating_point():

@@ -8,22 +8,25 @@ For a group of (head, query block) rows with the same number of active blocks
     lse = max(S) - log(max(P))    because max(P) = exp(max(S) - lse)
 
 Everything is plain eager PyTorch: nothing is compiled, so there is no compiler to look for, no recompilation
-when a length changes, and no wait at the first call. Per thread the scores of a group are kept near 1 MB,
-which stays in a core's L2 cache; measured on an AVX-512 core, gathering costs 3 to 8 % of the two GEMMs, and
-the GEMMs run faster than those inside dense SDPA, which works on smaller tiles.
+when a length changes, and no wait at the first call. A group's scores are kept near 1 MB, which stays in a
+core's L2 cache; measured on AVX-512 cores, gathering costs 3 to 8 % of the two GEMMs, which run faster than
+those inside dense SDPA. Groups run side by side, one core each (`workers`).
 Half precision inputs are widened to fp32, so the result is as exact as the rounding of the output allows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-SCORE_BYTES_PER_THREAD = 1 << 20  # scores of one group, per thread
-GROUP_BYTES = 256 << 20  # all buffers of one group
-COPY_BYTES = 16 << 20  # widened or re-laid copies of keys and values held at a time
-CHUNK_TOKENS = 4096  # longest key range of one softmax; longer rows are merged by their lse
+from . import workers
+from .workers import Buffers, Task
+
+SCORE_BYTES = 1 << 20  # scores of one group
+COPY_BYTES_PER_WORKER = 8 << 20  # widened or re-laid copies of keys and values held at a time
+CHUNK_TOKENS = 2048  # longest key range of one softmax; longer rows are merged by their lse
+DIRECT_QUERIES = 256  # queries of dense rows handled together
 
 
 @dataclass
@@ -36,33 +39,17 @@ class _Rows:
 
 
 @dataclass
-class _Buffers:
-    """Scratch tensors by name that grow when they must, so that groups reuse warm memory."""
+class _Work:
+    """Some heads of one sample, as contiguous fp32 blocks."""
 
-    held: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def get(self, name: str, *shape: int) -> torch.Tensor:
-        numel = 1
-        for size in shape:
-            numel *= size
-        buffer = self.held.get(name)
-        if buffer is None or buffer.numel() < numel:
-            buffer = self.held[name] = torch.empty(numel, dtype=torch.float32, device="cpu")
-        return buffer[:numel].view(shape)
-
-
-def _to_blocks(x: torch.Tensor, block: int, n_blocks: int, name: str, buffers: _Buffers) -> torch.Tensor:
-    """[H, S, D] of any dtype and strides -> contiguous fp32 [H * n_blocks, block, D], padded with zeros.
-
-    A view if `x` is that already.
-    """
-    heads, length, dim = x.shape
-    if n_blocks * block == length and x.dtype == torch.float32 and x.is_contiguous():
-        return x.view(heads * n_blocks, block, dim)
-    padded = buffers.get(name, heads, n_blocks * block, dim)
-    padded[:, :length] = x
-    padded[:, length:] = 0
-    return padded.view(heads * n_blocks, block, dim)
+    queries: torch.Tensor  # [h * Mq, block_q, D]
+    keys: torch.Tensor  # [hkv * Mk, block_kv, D]
+    values: torch.Tensor  # [hkv * Mk, block_kv, D]
+    out: torch.Tensor  # [h * Mq, block_q, D]
+    lse: torch.Tensor  # [h * Mq, block_q]
+    usable: torch.Tensor | None  # bool [Mk, block_kv]; None: all keys
+    kv_len: int
+    scale: float
 
 
 def _rows(counts: torch.Tensor, indices: torch.Tensor, n_kv: int, usable: torch.Tensor | None) -> _Rows:
@@ -71,7 +58,7 @@ def _rows(counts: torch.Tensor, indices: torch.Tensor, n_kv: int, usable: torch.
     ids = indices.reshape(count.numel(), -1).long()
     dense = count == n_kv
     if bool(dense.any()):
-        ids = torch.nn.functional.pad(ids, (0, n_kv - ids.shape[1]))
+        ids = torch.nn.functional.pad(ids, (0, max(0, n_kv - ids.shape[1])))[:, :n_kv]
         ids = torch.where(dense[:, None], torch.arange(n_kv, device="cpu"), ids)
     partial = torch.zeros_like(count)
     if usable is not None and ids.shape[1] > 0:
@@ -110,60 +97,107 @@ def _merge(
     return out, total
 
 
-def _group_size(block_q: int, tokens: int, dim: int) -> int:
-    """Rows handled together: whole multiples of the thread count, within the two byte budgets."""
-    tokens = min(tokens, CHUNK_TOKENS)
-    threads = torch.get_num_threads()
-    per_thread = max(1, SCORE_BYTES_PER_THREAD // (4 * block_q * tokens))
-    return max(1, min(threads * per_thread, GROUP_BYTES // (4 * tokens * (block_q + 2 * dim))))
-
-
 def _gathered(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    ids: torch.Tensor,
-    base: torch.Tensor,
-    n_partial: int,
-    scale: float,
-    usable: torch.Tensor | None,
-    buffers: _Buffers,
+    work: _Work, q: torch.Tensor, ids: torch.Tensor, base: torch.Tensor, n_partial: int, buffers: Buffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [G, bq, D] over the blocks ids [G, n] of the heads at offset `base` [G] of keys, values [*, bk, D]."""
+    """q [G, bq, D] over the blocks ids [G, n] of the heads whose blocks begin at `base` [G]."""
     group, n_blocks = ids.shape
-    block, dim = keys.shape[1:]
+    block, dim = work.keys.shape[1:]
     chunk = max(1, CHUNK_TOKENS // block)
     out, lse = q, q  # replaced by the first chunk
     for start in range(0, n_blocks, chunk):
         part = ids[:, start : start + chunk]
         width = part.shape[1]
         flat = (part + base[:, None]).reshape(-1)
-        k = torch.index_select(keys, 0, flat, out=buffers.get("k", flat.numel(), block, dim))
-        v = torch.index_select(values, 0, flat, out=buffers.get("v", flat.numel(), block, dim))
+        k = torch.index_select(work.keys, 0, flat, out=buffers.get("k", flat.numel(), block, dim))
+        v = torch.index_select(work.values, 0, flat, out=buffers.get("v", flat.numel(), block, dim))
         # Partly masked blocks come last in a row.
-        n_masked = max(0, start + width - (n_blocks - n_partial))
-        mask = None
-        if usable is not None and n_masked:
-            mask = usable[part[:, width - min(n_masked, width) :]].flatten(1)
+        n_masked = min(width, max(0, start + width - (n_blocks - n_partial)))
+        mask = work.usable[part[:, width - n_masked :]].flatten(1) if work.usable is not None and n_masked else None
         k, v = k.view(group, width * block, dim), v.view(group, width * block, dim)
-        scores = buffers.get("s", group, q.shape[1], width * block)
-        new = _attend(q, k, v, scale, scores, mask)
+        new = _attend(q, k, v, work.scale, buffers.get("s", group, q.shape[1], width * block), mask)
         out, lse = new if start == 0 else _merge(out, lse, *new)
     return out, lse
 
 
-def _direct(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, buffers: _Buffers
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense rows of one head: q [G, bq, D] over all of keys, values [N, D], which are read in place."""
-    group, block, _ = q.shape
+def _direct(work: _Work, q: torch.Tensor, first: int, n_kv: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense rows of one head: q [G, bq, D] over all keys of the n_kv blocks from `first` on, read in place."""
+    group, block, dim = q.shape
+    keys, values = (x[first : first + n_kv].view(1, -1, dim)[:, : work.kv_len] for x in (work.keys, work.values))
+    q = q.view(1, group * block, dim)
     out, lse = q, q  # replaced by the first chunk
-    for start in range(0, keys.shape[0], CHUNK_TOKENS):
-        k = keys[start : start + CHUNK_TOKENS].expand(group, -1, -1)
-        v = values[start : start + CHUNK_TOKENS].expand(group, -1, -1)
-        new = _attend(q, k, v, scale, buffers.get("s", group, block, k.shape[1]), None)
+    for start in range(0, work.kv_len, CHUNK_TOKENS):
+        k, v = keys[:, start : start + CHUNK_TOKENS], values[:, start : start + CHUNK_TOKENS]
+        new = _attend(q, k, v, work.scale, buffers.get("s", 1, group * block, k.shape[1]), None)
         out, lse = new if start == 0 else _merge(out, lse, *new)
-    return out, lse
+    return out.view(group, block, dim), lse.view(group, block)
+
+
+def _groups(work: _Work, rows: _Rows, n_q: int, n_kv: int, rep: int, masked: bool) -> list[Task]:
+    """One task per group of query blocks; `rep` query heads share a key/value head."""
+    items, block_q = work.queries.shape[:2]
+    block_kv = work.keys.shape[1]
+    item = torch.arange(items, device="cpu")
+    row = item if rows.count.numel() == items else item % n_q  # heads may share their rows
+    count, kv_head = rows.count[row], item // n_q // rep
+    order = torch.argsort(count, descending=True, stable=True)  # longest first, for balance
+    counts, heads = count[order].tolist(), kv_head[order].tolist()
+
+    def group(start: int, stop: int, n: int) -> Task:
+        def task(buffers: Buffers) -> None:
+            own = order[start:stop]
+            if n == 0:
+                work.out[own], work.lse[own] = 0.0, float("-inf")
+                return
+            q = torch.index_select(work.queries, 0, own)
+            if n == n_kv and not masked:
+                out, lse = _direct(work, q, heads[start] * n_kv, n_kv, buffers)
+            else:
+                line = row[own]
+                n_partial = int(rows.partial[line].max())
+                out, lse = _gathered(work, q, rows.ids[line, :n], kv_head[own] * n_kv, n_partial, buffers)
+            work.out.index_copy_(0, own, out)
+            work.lse.index_copy_(0, own, lse)
+
+        return task
+
+    tasks, start = [], 0
+    while start < items:
+        n = counts[start]
+        direct = n == n_kv > 0 and not masked  # dense rows of one head only
+        limit = items
+        if direct:
+            limit = start + max(1, DIRECT_QUERIES // block_q)
+        elif n > 0:
+            limit = start + max(1, SCORE_BYTES // (4 * block_q * min(n * block_kv, CHUNK_TOKENS)))
+        stop = start + 1
+        while stop < min(limit, items) and counts[stop] == n and not (direct and heads[stop] != heads[start]):
+            stop += 1
+        tasks.append(group(start, stop, n))
+        start = stop
+    return tasks
+
+
+def _to_blocks(
+    x: torch.Tensor, block: int, n_blocks: int, name: str, buffers: Buffers
+) -> tuple[torch.Tensor, list[Task]]:
+    """[h, S, D] of any dtype and strides as contiguous fp32 [h * n_blocks, block, D], and the tasks that fill it.
+
+    A view, and no task, if `x` is that already; the last block is padded with zeros.
+    """
+    heads, length, dim = x.shape
+    if n_blocks * block == length and x.dtype == torch.float32 and x.is_contiguous():
+        return x.view(heads * n_blocks, block, dim), []
+    padded = buffers.get(name, heads, n_blocks * block, dim)
+
+    def copy(h: int) -> Task:
+        def task(_: Buffers) -> None:
+            padded[h, :length] = x[h]
+            padded[h, length:] = 0
+
+        return task
+
+    return padded.view(heads * n_blocks, block, dim), [copy(h) for h in range(heads)]
 
 
 def _heads(
@@ -178,59 +212,41 @@ def _heads(
     mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    buffers: _Buffers,
+    buffers: list[Buffers],
 ) -> None:
     """Some heads of one sample: q [h, Sq, D], k and v [hkv, Sk, D], counts [h or 1, Mq], mask [Sk] or None.
 
-    Fills out fp32 [h * Mq, block_q, D] and lse [h * Mq, block_q].
+    Fills out [h, Sq, D], contiguous, dtype of q, and lse fp32 [h, Sq].
     """
-    heads, _, dim = q.shape
-    n_q, n_kv, kv_len = counts.shape[-1], -(-k.shape[1] // block_kv), k.shape[1]
-    queries = _to_blocks(q, block_q, n_q, "queries", buffers)
-    keys, values = (_to_blocks(x, block_kv, n_kv, name, buffers) for x, name in ((k, "keys"), (v, "values")))
+    heads, q_len, dim = q.shape
+    n_q, kv_len = counts.shape[-1], k.shape[1]
+    n_kv = -(-kv_len // block_kv)
+    shared = buffers[-1]
+    queries, fill_q = _to_blocks(q, block_q, n_q, "queries", shared)
+    keys, fill_k = _to_blocks(k, block_kv, n_kv, "keys", shared)
+    values, fill_v = _to_blocks(v, block_kv, n_kv, "values", shared)
+    in_place = n_q * block_q == q_len and q.dtype == torch.float32
+    rows_out = out if in_place else shared.get("out", heads, n_q * block_q, dim)
+    rows_lse = lse if in_place else shared.get("lse", heads, n_q * block_q)
     usable = None
     if mask is not None or kv_len % block_kv:
         usable = torch.zeros(n_kv * block_kv, dtype=torch.bool, device="cpu")
         usable[:kv_len] = True if mask is None else mask
         usable = usable.view(n_kv, block_kv)
+    blocks_out, blocks_lse = rows_out.view(-1, block_q, dim), rows_lse.view(-1, block_q)
+    work = _Work(queries, keys, values, blocks_out, blocks_lse, usable, kv_len, scale)
+    workers.run(fill_q + fill_k + fill_v, buffers)
     rows = _rows(counts, indices, n_kv, usable)
+    workers.run(_groups(work, rows, n_q, n_kv, heads // k.shape[0], mask is not None), buffers)
 
-    # One item is one query block of one head; `row` is its line in `rows`, which heads may share.
-    item = torch.arange(heads * n_q, device="cpu")
-    row = item if counts.shape[0] > 1 else item % n_q
-    kv_head = item // n_q // (heads // k.shape[0])
-    count = rows.count[row]
-    # Longest first: buffers get their final size at once. Dense items must not mix heads in a group.
-    order = torch.argsort(count, descending=True, stable=True)
-    count_list, head_list = count[order].tolist(), kv_head[order].tolist()
-    start = 0
-    while start < len(count_list):
-        n = count_list[start]
-        in_place = n == n_kv and mask is None
-        limit = len(count_list) if n == 0 else start + _group_size(block_q, n * block_kv, dim)
-        stop = start + 1
-        while stop < min(limit, len(count_list)) and count_list[stop] == n:
-            if in_place and head_list[stop] != head_list[start]:
-                break
-            stop += 1
-        items = order[start:stop]
-        if n == 0:
-            out[items], lse[items] = 0.0, float("-inf")
-        else:
-            group_q = queries.index_select(0, items)
-            if in_place:
-                first = head_list[start] * n_kv
-                all_k = keys[first : first + n_kv].view(-1, dim)[:kv_len]
-                all_v = values[first : first + n_kv].view(-1, dim)[:kv_len]
-                result = _direct(group_q, all_k, all_v, scale, buffers)
-            else:
-                line = row[items]
-                n_partial = int(rows.partial[line].max())
-                ids, base = rows.ids[line, :n], kv_head[items] * n_kv
-                result = _gathered(group_q, keys, values, ids, base, n_partial, scale, usable, buffers)
-            out.index_copy_(0, items, result[0])
-            lse.index_copy_(0, items, result[1])
-        start = stop
+    def copy_out(h: int) -> Task:
+        def task(_: Buffers) -> None:
+            out[h], lse[h] = rows_out[h, :q_len], rows_lse[h, :q_len]
+
+        return task
+
+    if not in_place:
+        workers.run([copy_out(h) for h in range(heads)], buffers)
 
 
 def forward(
@@ -246,17 +262,17 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention of CPU tensors; arguments as of the op, already validated.
 
-    Memory beyond the output: the copies of some heads (about COPY_BYTES, at least one key/value head) and the
-    buffers of a group (GROUP_BYTES at most, or one row).
+    Memory beyond the output: copies of some heads (COPY_BYTES_PER_WORKER a worker, at least one key/value
+    head) and, per worker, the scores, keys and values of a group.
     """
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, _ = q.shape
     rep = heads // k.shape[1]
-    out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device="cpu")
+    out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device="cpu")
-    step = rep * max(1, COPY_BYTES // (8 * max(1, k.shape[2] * dim)))
-    padded = block_q * kv_counts.shape[2]
-    in_place = padded == q_len and q.dtype == torch.float32
-    buffers = _Buffers()
+    copied = 8 * max(1, k.shape[2] * k.shape[3])  # keys and values of one head in fp32
+    step = rep * max(1, COPY_BYTES_PER_WORKER * workers.count() // copied)
+    # One per worker; the last one holds what all of them share.
+    buffers = [Buffers() for _ in range(workers.count() + 1)]
     # The caller's autocast must not narrow the GEMMs in here.
     with torch.autocast("cpu", enabled=False):
         for b in range(batch):
@@ -265,11 +281,6 @@ def forward(
             for h in range(0, heads, step):
                 own, own_kv = slice(h, h + step), slice(h // rep, (h + step) // rep)
                 planned = own if kv_counts.shape[1] > 1 else slice(0, 1)
-                n = q[b, own].shape[0]
-                if in_place:
-                    rows_out, rows_lse = out[b, own], lse[b, own]
-                else:
-                    rows_out, rows_lse = buffers.get("out", n, padded, dim), buffers.get("lse", n, padded)
                 _heads(
                     q[b, own],
                     k[b, own_kv],
@@ -280,10 +291,8 @@ def forward(
                     block_q,
                     block_kv,
                     mask,
-                    rows_out.view(-1, block_q, dim),
-                    rows_lse.view(-1, block_q),
+                    out[b, own],
+                    lse[b, own],
                     buffers,
                 )
-                if not in_place:
-                    out[b, own], lse[b, own] = rows_out[:, :q_len], rows_lse[:, :q_len]
     return out, lse

@@ -5,11 +5,12 @@
 One program computes `BLOCK_M` queries of one head of one sample: it walks the row's active key blocks in tiles
 of `BLOCK_N` keys with the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), in powers of two with
 log2(e) folded into the scale, and accumulates in fp32. The id of the next block is loaded one tile ahead.
-Tiles that reach past the last key, or into keys that a mask may hide, take a uniform branch that masks them.
+Scores are masked only in builds for a ragged last block or a key mask, by a select in every tile; mask bytes
+are loaded only from `mask_start` on. A uniform branch around the masking took 50 registers more and spilled on
+sm_80 and sm_120.
 
-fp32 inputs use `input_precision="tf32x3"`: three TF32 products, about the precision of fp32 FMA, on tensor
-cores, as PyTorch's memory-efficient SDPA does. The interpreter's `tl.dot` is wrong for bf16, so operands are
-widened there.
+fp32 inputs use `input_precision="tf32x3"`: three TF32 products on tensor cores, about the precision of fp32.
+The interpreter's `tl.dot` is wrong for bf16, so operands are widened there.
 """
 
 from __future__ import annotations

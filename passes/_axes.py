@@ -5,7 +5,7 @@ dimension of size 1. An axis is an unknown until something is learnt of it:
 
 * it may turn out to be another axis (`alias`), because an elementwise operation aligned the two;
 * it may turn out to be a product of smaller axes (`factors`), because a reshape or an alignment split it;
-* it may be a concatenation of pieces (`parts`), because `cat`, `pad` or a slice made it so.
+* it may be a concatenation of pieces (`parts`), because `cat`, `pad`, a slice or writes into a buffer made it so.
 
 What is learnt of an axis holds for every tensor that carries it: a RoPE table built from three aranges labels
 the packed sequence that it multiplies, and a reshape after the last layer labels the sequence of the first.
@@ -27,7 +27,7 @@ class Source:
 
     node: str
     dim: int
-    kind: str  # "input" | "op"
+    kind: str  # "input" | "op" | "feature"
     rank: int = 0  # number of dimensions of the tensor
 
     def __str__(self) -> str:
@@ -54,12 +54,20 @@ class Part:
 class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
-    __slots__ = ("alias", "conflict", "factors", "parent", "parts", "size", "source", "table")
+    __slots__ = (
+        "alias", "blank", "born", "conflict", "factors", "feature", "kin", "parent", "parts", "size", "source", "table",
+        "why",
+    )  # fmt: skip
 
-    def __init__(self, size: int, source: Source, parent: Axis | None = None):
+    def __init__(self, size: int, source: Source, parent: Axis | None = None, born: str = ""):
         self.size = size
         self.source = source
         self.parent = parent
+        self.born = born  # the node whose reshape or alignment split it off its parent
+        self.blank = False  # rows of a new buffer: nothing is in them until they are written
+        self.feature = source.kind == "feature"  # outputs of a projection: channels, heads, query-key-value
+        self.why: str | None = None  # why nothing is known of it, where there is a reason to give
+        self.kin: tuple[Axis, ...] = ()  # axes that turned out to be this one
         self.alias: Axis | None = None
         self.factors: tuple[Axis, ...] | None = None
         self.parts: tuple[Part, ...] | None = None
@@ -94,8 +102,8 @@ def resolve(label: Label) -> Label:
     return tuple(leaves)
 
 
-def split(axis: Axis, outer: int) -> tuple[Label, Label] | None:
-    """Split a leaf axis into (outer, rest); None where that is impossible."""
+def split(axis: Axis, outer: int, node: str = "") -> tuple[Label, Label] | None:
+    """Split a leaf axis into (outer, rest) because `node` needs it; None where that is impossible."""
     if axis.parts is not None or axis.size % outer:
         return None
     if outer == 1:
@@ -103,14 +111,17 @@ def split(axis: Axis, outer: int) -> tuple[Label, Label] | None:
     if outer == axis.size:
         return (axis,), ()
     axis.factors = (
-        Axis(outer, axis.source, axis),
-        Axis(axis.size // outer, axis.source, axis),
+        Axis(outer, axis.source, axis, node),
+        Axis(axis.size // outer, axis.source, axis, node),
     )
+    for factor in axis.factors:
+        factor.blank = axis.blank
+        factor.feature = axis.feature
     return axis.factors[:1], axis.factors[1:]
 
 
-def take(leaves: list[Axis], size: int) -> Label | None:
-    """Remove leading axes of exactly `size` positions from `leaves`, splitting one if needed."""
+def take(leaves: list[Axis], size: int, node: str = "") -> Label | None:
+    """Remove leading axes of exactly `size` positions from `leaves`, splitting one if `node` needs it."""
     taken: list[Axis] = []
     need = size
     while need > 1:
@@ -121,7 +132,7 @@ def take(leaves: list[Axis], size: int) -> Label | None:
             taken.append(leaves.pop(0))
             need //= head.size
             continue
-        halves = split(head, need) if head.size and head.size % need == 0 else None
+        halves = split(head, need, node) if head.size and head.size % need == 0 else None
         if halves is None:
             return None
         taken.extend(halves[0])
@@ -142,7 +153,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
             right.pop(0)
             continue
         big, small = (left, right) if x.size > y.size else (right, left)
-        halves = split(big[0], small[0].size) if small[0].size else None
+        halves = split(big[0], small[0].size, why) if small[0].size else None
         if halves is None:
             _refuse(big[0], small[0], why)
             break
@@ -152,7 +163,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
 
 def _merge(x: Axis, y: Axis, why: str) -> None:
     """Make two leaf axes of the same size one axis."""
-    if x.parts and y.parts:
+    if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
         if [p.size for p in x.parts] != [p.size for p in y.parts]:
             _refuse(x, y, why)
             return
@@ -161,6 +172,9 @@ def _merge(x: Axis, y: Axis, why: str) -> None:
                 unify(a.label, b.label, why)
     keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
     keep.conflict = keep.conflict or drop.conflict
+    keep.why = keep.why or drop.why
+    keep.feature = keep.feature or drop.feature
+    keep.kin = (*keep.kin, drop, *drop.kin)
     drop.alias = keep
 
 
@@ -171,22 +185,45 @@ def _refuse(x: Axis, y: Axis, why: str) -> None:
     y.conflict = y.conflict or reason
 
 
-def _rank(axis: Axis) -> tuple[bool, bool, bool, int]:
-    """Which of two merged axes says more: a concatenation, an input, a slice of something, anything."""
+def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, int]:
+    """Which of two merged axes says more: a concatenation, an input, a slice of something, anything, a new buffer."""
     pieces = len(axis.parts or ())
-    return (pieces > 1, axis.source.kind == "input", pieces == 1, axis.source.rank)
+    return (pieces > 1, axis.source.kind == "input", pieces == 1, not axis.blank, axis.source.rank)
 
 
 def parts_of(label: Label) -> tuple[Part, ...]:
     """The label as pieces of a concatenation; a label that is none is one piece. Contiguous pieces are glued."""
     leaves = resolve(label)
     if len(leaves) == 1 and leaves[0].parts:
-        pieces: list[Part] = []
-        for part in leaves[0].parts:
-            inner = parts_of(part.label) if part.whole else (part,)
-            pieces.extend(inner)
-        return glue(pieces)
+        return glue([inner for part in leaves[0].parts for inner in rows_of(part.label, part.start, part.stop)])
     return (Part(leaves, 0, label_size(leaves)),)
+
+
+def rows_of(label: Label, start: int, stop: int) -> tuple[Part, ...]:
+    """Pieces of rows `start..stop` of a label."""
+    kept: list[Part] = []
+    offset = 0
+    for part in parts_of(label):
+        low, high = max(start, offset), min(stop, offset + part.size)
+        if low < high:
+            base = part.start - offset
+            kept.append(Part(part.label, low + base, high + base))
+        offset += part.size
+    return tuple(kept)
+
+
+def segments_of(label: Label) -> tuple[Part, ...]:
+    """`parts_of`, where frames put together from several sources are several pieces as well."""
+    out: list[Part] = []
+    for part in parts_of(label):
+        leaves = resolve(part.label)
+        pieces = parts_of(leaves[:1]) if part.whole and len(leaves) > 1 else ()
+        area = label_size(leaves[1:])
+        if len(pieces) > 1:
+            out.extend(Part((*p.label, *leaves[1:]), p.start * area, p.stop * area) for p in pieces)
+        else:
+            out.append(part)
+    return glue(out)
 
 
 def glue(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -213,6 +250,7 @@ def concat(parts: Sequence[Part], source: Source) -> Label:
         return pieces[0].label
     axis = Axis(size, source)
     axis.parts = pieces
+    axis.feature = all(leaf.feature for part in pieces for leaf in resolve(part.label))
     return (axis,)
 
 
@@ -220,14 +258,7 @@ def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
     """Label of rows `start..stop` (step 1) of a dimension."""
     if start == 0 and stop == label_size(label):
         return label
-    kept: list[Part] = []
-    offset = 0
-    for part in parts_of(label):
-        low, high = max(start, offset), min(stop, offset + part.size)
-        if low < high:
-            base = part.start - offset
-            kept.append(Part(part.label, low + base, high + base))
-        offset += part.size
+    kept = rows_of(label, start, stop)
     return concat(kept, source) if kept else fresh(0, source)
 
 
@@ -240,6 +271,11 @@ def same(first: Label, second: Label) -> bool:
 def same_part(a: Part, b: Part) -> bool:
     """Whether two pieces are the same rows of the same label."""
     return a.start == b.start and a.stop == b.stop and _same_leaves(resolve(a.label), resolve(b.label))
+
+
+def within(a: Part, b: Part) -> bool:
+    """Whether a piece is among the rows of another."""
+    return b.start <= a.start and a.stop <= b.stop and _same_leaves(resolve(a.label), resolve(b.label))
 
 
 def _same_leaves(a: Label, b: Label) -> bool:
@@ -272,7 +308,7 @@ def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> li
     d = 0
     while d < len(sizes):
         attempt = list(leaves)
-        label = take(attempt, sizes[d])
+        label = take(attempt, sizes[d], source.node)
         if label is not None:
             leaves = attempt
             out.append(label)
@@ -283,6 +319,7 @@ def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> li
             new = fresh(sizes[k], Source(source.node, k, source.kind))
             for axis in new:
                 axis.conflict = f"reshape at {source.node} cuts across {[leaf.size for leaf in leaves[:skipped]]}"
+                axis.feature = all(leaf.feature for leaf in leaves[:skipped])
             out.append(new)
         leaves = leaves[skipped:]
         d = end

@@ -29,8 +29,30 @@ class TextTokens(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Projections:
+    """Weights of an attention that projects its own inputs and output (nn.MultiheadAttention), as nodes or None."""
+
+    heads: int
+    in_weight: fx.Node
+    in_bias: fx.Node | None
+    out_weight: fx.Node
+    out_bias: fx.Node | None
+
+
+@dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of one scaled_dot_product_attention call, as nodes and constants."""
+    """One attention, softmax(scale * query key^T + mask) value, as nodes and constants.
+
+    scale        None: 1 / sqrt(head_dim)
+    layouts      dimensions of query, key, value and output: b batch, h heads, s tokens, d features, and t for
+                 `sequences` sequences of equal length packed along one dimension
+    mask_layout  dimensions that a mask of full rank has: b batch, h heads, q queries, k keys
+    mask_is      "keep": bool, True where a key is attended; "drop": bool, False there; "bias": added to the scores
+    output       position of the attention among the outputs of the node; None where the node yields just that
+    dtype        of the computation, where operands are cast to it; None: the operands' own
+    inner        other nodes that serve this attention alone (scores, softmax), in order; they go with it
+    refusal      why this spelling can't be rewritten; empty if it can
+    """
 
     query: fx.Node
     key: fx.Node
@@ -40,6 +62,15 @@ class AttentionCall:
     is_causal: Any = False
     scale: Any = None
     enable_gqa: Any = False
+    layouts: tuple[str, str, str, str] = ("bhsd", "bhsd", "bhsd", "bhsd")
+    mask_layout: str = "bhqk"
+    mask_is: str = "keep"
+    output: int | None = None
+    sequences: int | None = None
+    dtype: torch.dtype | None = None
+    inner: tuple[fx.Node, ...] = ()
+    projections: Projections | None = None
+    refusal: str = ""
 
 
 @dataclass
@@ -53,6 +84,7 @@ class Site:
     kv_length: int | None = None
     data_dependent: bool = False  # the number of tokens is known only when the graph runs; sizes here are stand-ins
     labels: tuple[list[Label], list[Label]] | None = None  # of query and key; None where tracing did not reach
+    same_tokens: bool = True  # query and key were computed from the same tokens by the same steps; see _streams.py
     role: str = UNKNOWN
     reason: str = ""  # why it stays dense; empty if nothing speaks against replacing it
     grid: tuple[int, int, int] | None = None
@@ -74,12 +106,14 @@ class PassContext:
     grid          the user's grid, or None
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
+    is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     """
 
     build_plan: PlanBuilder
     grid: tuple[int, int, int] | None = None
     training: bool = False
     example_inputs: Sequence[Any] = ()
+    is_final: bool = False
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -4,8 +4,9 @@ Before:  site.labels = sequence of the query and of the key as axes
 After:   site.role, and for video self-attention site.grid = (frames, height, width) and site.text;
          site.reason is set where the site must stay dense
 
-A sequence is video if exactly one of its pieces is the row-major product of three axes, frames first. Two axes
-are an image or one frame, one axis is text or time: those stay dense. So does every doubt.
+A sequence is video if one of its pieces is the row-major product of three axes, frames first. Two axes are an image
+or one frame, one axis is text or time: those stay dense. Of several videos (a history before the video that is being
+denoised) it is the one that the graph gives back; the others are extra tokens, as text is. Every doubt stays dense.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ from torch import fx
 
 from dynamicrad_compile.errors import GridError
 
-from ._axes import Axis, Label, Part, coarsest, parts_of, resolve, same, same_part
-from ._graph import shape_hint, value_of
-from ._site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, VIDEO, PassContext, Site, TextTokens
+from ._axes import Axis, Label, Part, parts_of, resolve, same, segments_of, within
+from ._graph import value_of
+from ._grids import denoised, grid_axes, grid_of, joined_frames, shown_axes, why_no_grid
+from ._layout import plain_shape
+from ._masks import not_key_padding
+from ._site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens
+from ._windows import windows
 
 MAX_HEAD_DIM = 256
+MIN_FRAMES = 3  # two frames are a pair of images: there is no motion for a plan to follow
+DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 
 def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
@@ -29,8 +36,11 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid fits no sequence of the graph that could be video.
     """
+    shown = shown_axes(gm, context)
     for site in context.sites:
-        _classify(site, context.grid)
+        _classify(site, context.grid, shown)
+        if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
+            site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
             site.reason = unsupported(site)
     if context.grid is not None:
@@ -38,46 +48,64 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
     return sum(site.role == VIDEO for site in context.sites)
 
 
-def _classify(site: Site, user_grid: tuple[int, int, int] | None) -> None:
+def _classify(site: Site, user_grid: tuple[int, int, int] | None, shown: set[Axis]) -> None:
     if site.labels is None:
         site.reason = "the axis trace did not reach it (sizes depend on data)"
         return
     query, key = site.labels[0][-2], site.labels[1][-2]
-    q_parts, k_parts = parts_of(query), parts_of(key)
     if not same(query, key):
-        _classify_unequal(site, q_parts, k_parts, user_grid)
+        _classify_unequal(site, parts_of(query), parts_of(key), user_grid)
         return
-    videos = _video_parts(q_parts, user_grid)
-    if len(videos) == 1:
-        _set_video(site, q_parts, videos[0], user_grid)
+    parts = segments_of(query)
+    if not site.same_tokens:
+        site.role = CROSS
+        site.reason = f"queries and keys are different tokens ({_length(parts)}) in the same arrangement"
+        return
+    windowed = windows(site.labels[0][0], query)
+    if windowed:
+        site.role, site.reason = OTHER_SELF, windowed
+        return
+    joined = [part for part in parts_of(query) if part.whole and joined_frames(part.label)]
+    if joined and shown.issuperset(joined_frames(joined[0].label)):
+        parts = parts_of(query)
+        _set_video(site, parts, parts.index(joined[0]), user_grid)
+        return
+    videos = _video_parts(parts, user_grid)
+    chosen = videos[0] if len(videos) == 1 and not joined else denoised(parts, videos, shown)
+    if chosen is not None:
+        _set_video(site, parts, chosen, user_grid)
     elif videos:
-        site.role, site.reason = VIDEO, f"{len(videos)} video segments in one sequence are not supported yet"
+        sizes = ", ".join("x".join(map(str, grid_of(parts[i].label) or ())) for i in videos)
+        site.role = VIDEO
+        site.reason = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
     else:
-        _classify_gridless(site, query, q_parts)
+        _classify_gridless(site, query, parts)
 
 
 def _set_video(site: Site, parts: tuple[Part, ...], at: int, user_grid: tuple[int, int, int] | None) -> None:
-    traced = grid_of(parts[at].label)
+    axes = grid_axes(parts[at].label) or joined_frames(parts[at].label)
     site.role = VIDEO
-    site.grid = user_grid or traced
-    site.grid_axes = () if user_grid else grid_axes(parts[at].label)
+    site.grid = user_grid or (axes[0].size, axes[1].size, axes[2].size)
+    site.grid_axes = () if user_grid else axes
     site.text = TextTokens(sum(p.size for p in parts[:at]), sum(p.size for p in parts[at + 1 :]))
-    axes = resolve(parts[at].label)
-    conflicts = [axis.conflict for axis in axes if axis.conflict]
-    if user_grid is None and conflicts:
-        site.reason = conflicts[0]
+    conflicts = [axis.conflict for axis in resolve(parts[at].label) if axis.conflict]
     if user_grid and math.prod(user_grid) != parts[at].size:
         raise GridError(_grid_message(user_grid, parts[at].size, site))
+    if user_grid is None and conflicts:
+        site.reason = conflicts[0]
+    elif user_grid is None and axes[0].size < MIN_FRAMES:
+        site.reason = f"only {axes[0].size} frames: images to be edited rather than a video"
 
 
 def _classify_unequal(
     site: Site, q_parts: tuple[Part, ...], k_parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None
 ) -> None:
     """Query and key sequences differ: cross-attention, or self-attention with extra keys."""
-    videos = _video_parts(q_parts, user_grid)
-    if any(any(same_part(q_parts[i], k) for k in k_parts) for i in videos):
-        site.role, site.grid = VIDEO, grid_of(q_parts[videos[0]].label)
-        site.reason = f"keys are {_length(k_parts)} tokens, queries {_length(q_parts)}: not supported yet"
+    found = [i for i, part in enumerate(q_parts) if any(within(part, k) for k in k_parts)]
+    videos = [i for i in _video_parts(q_parts, user_grid) if i in found]
+    if videos or (q_parts and len(found) == len(q_parts)):
+        site.role, site.grid = (VIDEO, grid_of(q_parts[videos[0]].label)) if videos else (OTHER_SELF, None)
+        site.reason = f"keys are {_length(k_parts)} tokens, queries {_length(q_parts)}: more keys are not supported yet"
         return
     site.role = CROSS
     site.reason = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
@@ -90,35 +118,18 @@ def _classify_gridless(site: Site, query: Label, parts: tuple[Part, ...]) -> Non
     inputs = {axis.source.node for axis in sequence if axis.source.kind == "input" and axis.source.rank >= 4}
     batch = [a for a in resolve(site.labels[0][0]) if a.source.node in inputs]
     if batch and sequence and all(axis.source.node in inputs for axis in sequence):
-        frames_in_batch = min(a.source.dim for a in batch) < min(a.source.dim for a in sequence)
+        dims = {a.source.dim for a in (*batch, *sequence) if a.source.dim or a.source.rank == 4}
+        frames_in_batch = min(dims) not in {a.source.dim for a in sequence}
         site.role = SPATIAL if frames_in_batch else TEMPORAL
         missing = "frames are" if frames_in_batch else "height and width are"
         site.reason = f"{missing} in the batch: attention over {_length(parts)} tokens of {_describe(parts)}"
         return
-    conflicts = [axis.conflict for axis in sequence if axis.conflict]
+    known = [axis.conflict or axis.why for axis in sequence] + [why_no_grid(part.label) for part in parts]
     site.role = OTHER_SELF
-    site.reason = (
-        conflicts[0] if conflicts else f"no frames x height x width in its {_length(parts)} tokens: {_describe(parts)}"
+    site.reason = next(
+        (why for why in known if why),
+        f"no frames x height x width in its {_length(parts)} tokens: {_describe(parts)}",
     )
-
-
-def grid_axes(label: Label) -> Label:
-    """Axes (frames, height, width) of a label that is their raster product, frames first; () if it is not."""
-    axes = resolve(label)
-    if len(axes) > 3:
-        axes = coarsest(label)
-    if len(axes) != 3 or len(set(axes)) != 3 or any(len(axis.parts or ()) > 1 for axis in axes):
-        return ()
-    dims = [axis.source.dim for axis in axes]
-    if len({axis.source.node for axis in axes}) == 1 and axes[0].source.kind == "input" and dims != sorted(dims):
-        return ()
-    return axes
-
-
-def grid_of(label: Label) -> tuple[int, int, int] | None:
-    """(frames, height, width) of a label, in tokens; None if it is no grid."""
-    axes = grid_axes(label)
-    return (axes[0].size, axes[1].size, axes[2].size) if axes else None
 
 
 def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None) -> list[int]:
@@ -131,37 +142,34 @@ def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None
 
 def unsupported(site: Site) -> str:
     """Why a video self-attention can't be replaced; '' if it can."""
-    call = site.call
-    shape = site.q_shape
-    if shape is None or len(shape) != 4:
-        return (
-            f"the query has {len(shape) if shape else 'unknown'} dimensions; [batch, heads, tokens, head_dim] expected"
-        )
+    call, shape = site.call, site.q_shape
+    if call.refusal:
+        return call.refusal
+    value_shape, key_shape = plain_shape(call, 2), plain_shape(call, 1)
+    if shape is None or value_shape is None or key_shape is None:
+        return "the shapes of its operands are not recorded"
+    if any(layout.count("b") > 1 for layout in call.layouts):
+        return f"the query has {len(call.layouts[0])} dimensions; [batch, heads, tokens, head_dim] expected"
     if shape[-1] > MAX_HEAD_DIM:
         return f"head_dim {shape[-1]} is larger than {MAX_HEAD_DIM}"
-    value_shape = shape_hint(call.value)
-    if value_shape is None or value_shape[-1] != shape[-1]:
+    if value_shape[-1] != shape[-1]:
         return f"values have another head_dim ({value_shape}) than queries ({shape})"
+    if not shape[0] == key_shape[0] == value_shape[0]:
+        return f"queries, keys and values differ in batch ({shape[0]}, {key_shape[0]}, {value_shape[0]})"
+    if key_shape[1] != value_shape[1] or shape[1] % key_shape[1]:
+        return f"{shape[1]} heads of queries, {key_shape[1]} of keys and {value_shape[1]} of values don't fit"
     if call.is_causal is not False:
         return "causal attention"
     if call.dropout_p not in (0, 0.0):
         return f"attention dropout ({call.dropout_p})"
-    if call.mask is not None and not is_key_padding(call.mask):
-        mask = value_of(call.mask)
-        return f"mask {getattr(mask, 'dtype', '?')} {shape_hint(call.mask)} is not a key padding mask [B, 1, 1, S]"
-    return ""
-
-
-def is_key_padding(mask: fx.Node) -> bool:
-    """Whether a mask is bool [B, 1, 1, S]: the same keys for every query."""
-    value, shape = value_of(mask), shape_hint(mask)
-    return (
-        isinstance(value, torch.Tensor)
-        and value.dtype == torch.bool
-        and shape is not None
-        and len(shape) == 4
-        and shape[1:3] == (1, 1)
-    )
+    if call.scale is not None and not (isinstance(call.scale, (int, float)) and 0 < call.scale < math.inf):
+        return f"its scale is {call.scale}; a positive number is needed"
+    dtypes = {value_of(node).dtype for node in (call.query, call.key, call.value)}
+    if call.dtype is None and len(dtypes) > 1:
+        return f"queries, keys and values have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    if not {call.dtype or value_of(call.query).dtype} <= DTYPES:
+        return f"{call.dtype or value_of(call.query).dtype} is not float16, bfloat16 or float32"
+    return "" if call.mask is None else not_key_padding(call, key_shape[2])
 
 
 def _check_user_grid(context: PassContext) -> None:

@@ -1,6 +1,9 @@
 """Find the attention calls of a graph.
 
 Before:  %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%m)      (functional, torch._C._nn, or aten)
+         %out = softmax(%q @ %k^T * scale + %m) @ %v                        (see _softmax_attention)
+         %out = flash_attn._flash_attn_forward(%q, %k, %v, ...)             (see _library_attention)
+         %out = multi_head_attention_forward(%x, %x, %x, ...)               (see _multihead_attention)
 After:   the same graph; `context.sites` holds one `Site` with the call's arguments by name
 
 A near miss is left alone: linear attention (matrix products without a softmax) is no site.
@@ -15,8 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ._graph import module_path, shape_hint
+from ._graph import module_path
+from ._layout import layout_of_rank, plain_shape
+from ._library_attention import read_library_attention
+from ._multihead_attention import read_multihead_attention
 from ._site import AttentionCall, PassContext, Site
+from ._softmax_attention import read_softmax_attention
+from ._spelling import Positions, tensor_value
 
 SDPA = (
     F.scaled_dot_product_attention,
@@ -44,20 +52,41 @@ _SIGNATURE = inspect.Signature(
 
 def find_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Append a `Site` for each attention call; returns how many were found."""
+    positions = Positions(gm.graph)
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in SDPA:
-            call = read_call(node)
-            site = Site(node, call, module_path(node), q_shape=shape_hint(call.query))
-            key_shape = shape_hint(call.key)
-            site.kv_length = key_shape[-2] if key_shape else None
-            context.sites.append(site)
+        call = _read(gm, node, positions)
+        if call is None:
+            continue
+        shape, key_shape = plain_shape(call, 0), plain_shape(call, 1)
+        site = Site(node, call, module_path(node), q_shape=shape)
+        site.kv_length = key_shape[2] if key_shape else None
+        context.sites.append(site)
     return len(context.sites)
 
 
+def _read(gm: fx.GraphModule, node: fx.Node, positions: Positions) -> AttentionCall | None:
+    """The attention that ends in a node; None if none does."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.op == "call_function" and node.target in SDPA:
+        return read_call(node)
+    for found in (read_multihead_attention(node), read_library_attention(gm, node)):
+        if found is not None:
+            return found
+    return read_softmax_attention(node, positions)
+
+
 def read_call(node: fx.Node) -> AttentionCall:
-    """Arguments of an attention call by name."""
+    """Arguments of a scaled_dot_product_attention call by name."""
     bound = _SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     given: dict[str, Any] = dict(bound.arguments)
     given["mask"] = given.pop("attn_mask")
+    tensors = [tensor_value(given[name]) for name in ("query", "key", "value")]
+    layouts = [layout_of_rank(x.dim()) if x is not None else "bhsd" for x in tensors]
+    given["layouts"] = (*layouts, layouts[0])
+    given["mask_layout"] = layouts[0].replace("s", "q").replace("d", "k")
+    mask, out = tensor_value(given["mask"]), tensor_value(node)
+    given["mask_is"] = "keep" if mask is None or mask.dtype == torch.bool else "bias"
+    given["dtype"] = out.dtype if out is not None else None  # under autocast it is not the operands'
     return AttentionCall(**given)

@@ -3,8 +3,9 @@
 Before:  %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%m)
 After:   %counts, %indices = get_attr                                 (shared by sites with the same plan)
          %keys = %m[:, 0, 0]                                          (only with a key padding mask)
+         %q, %k, %v in the layout [B, H, S, D]                        (see _layout)
          %pair = dynamicrad.block_sparse_attention(%q, %k, %v, %counts, %indices, scale, block_q, block_kv, %keys)
-         %out = %pair[0], in the memory order that the original had
+         %out = %pair[0], in the layout and the memory order that the original had
 
 In a graph with symbolic sizes the plan is made when the graph runs, from the sizes that it then has:
 
@@ -30,11 +31,13 @@ from torch._dynamo.source import ConstantSource
 from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_op  # noqa: F401
 from dynamicrad_compile.plan import BlockPlan
 
-from ._graph import hint, value_of
+from ._graph import value_of
+from ._layout import token_dim
+from ._masks import keys_node
+from ._operands import copy_origin, original_output, plain_operands, take_over
 from ._site import PassContext, Site
 from ._sizes import RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
 from ._table_plan import grids_of, guarded_plan, table_of
-from .find_attention import read_call
 
 
 def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
@@ -46,6 +49,11 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     homes = {site.node: runtime_sizes(site, context) for site in planned}
     symbolic = bool(sizes) and all(homes[site.node] for site in planned)
     if sizes and not symbolic:
+        if context.is_final:
+            for site in planned:
+                names = ", ".join(sorted({str(size) for size in sizes}))
+                site.plan, site.reason = None, f"sizes {names} are dynamic, and an axis of its grid is in no shape"
+            return 0
         make_constant(sizes)
     if symbolic:
         context.notes.append("sizes are symbolic: plans are made when the graph runs, one for each grid it meets")
@@ -53,7 +61,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     for site in planned:
         where = homes[site.node] if symbolic or site.data_dependent else None
         table = table_of(site)
-        constant = functools.partial(_constant_plan, gm, value_of(site.node).device)
+        constant = functools.partial(_constant_plan, gm, value_of(site.call.query).device)
         if site.data_dependent and where is None:
             site.reason = "its length depends on data, and an axis of its grid is in no shape of the graph"
             continue
@@ -67,7 +75,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
                     plans[key] = guarded_plan(gm, site, table, constant)
                 else:
                     plans[key] = constant(site.plan)
-        _replace(gm, site, *plans[key])
+        _replace(gm, site, context.sites, *plans[key])
         site.replaced = True
         if table:
             grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(site))
@@ -80,7 +88,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
 
 def _length(site: Site) -> str:
     """The symbolic length of the query's sequence, as text."""
-    return str(value_of(read_call(site.node).query).shape[-2])
+    return str(value_of(site.call.query).shape[token_dim(site.call)])
 
 
 def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[fx.Node, fx.Node]:
@@ -91,9 +99,9 @@ def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[
         sizes = [graph.call_function(torch.ops.aten.sym_size.int, home) for home in homes]
         return functools.reduce(lambda a, b: graph.call_function(operator.mul, (a, b)), sizes)
 
-    query = read_call(site.node).query
+    query = site.call.query
     frames, height, width = (product([home]) for home in where.grid)
-    length = product([(query, 2)])
+    length = product([(query, token_dim(site.call))])
     before: Any = 0
     if where.before is None:
         before = graph.call_function(operator.sub, (length, product(where.grid)))
@@ -116,46 +124,15 @@ def _constant_plan(gm: fx.GraphModule, device: torch.device, plan: BlockPlan) ->
     return gm.graph.get_attr(f"{name}_counts"), gm.graph.get_attr(f"{name}_indices")
 
 
-def _replace(gm: fx.GraphModule, site: Site, counts: fx.Node, indices: fx.Node) -> None:
-    node, plan = site.node, site.plan
+def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], counts: fx.Node, indices: fx.Node) -> None:
+    node, plan, call, graph = site.node, site.plan, site.call, gm.graph
     assert plan is not None
-    call = read_call(node)  # afresh: the query may be the output of an attention replaced a moment ago
-    graph = gm.graph
+    before = node.prev
     with graph.inserting_before(node):
-        keys = None
-        if call.mask is not None:
-            keys = graph.call_function(operator.getitem, (call.mask, (slice(None), 0, 0)))
-        pair = graph.call_function(
-            torch.ops.dynamicrad.block_sparse_attention.default,
-            (
-                call.query,
-                call.key,
-                call.value,
-                counts,
-                indices,
-                call.scale,
-                plan.block_q,
-                plan.block_kv,
-                keys,
-            ),
-        )
-        out = graph.call_function(operator.getitem, (pair, 0))
-        order = _memory_order(value_of(node))
-        if order != sorted(order):
-            back = [order.index(d) for d in range(len(order))]
-            out = graph.call_method("permute", (out, order))
-            out = graph.call_method("contiguous", (out,))
-            out = graph.call_method("permute", (out, back))
-    for new in (keys, pair, out):
-        if new is not None:
-            new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-            new.meta["stack_trace"] = node.meta.get("stack_trace")
-    out.meta = {**node.meta, **{k: v for k, v in out.meta.items() if v}}
-    node.replace_all_uses_with(out)
-    graph.erase_node(node)
-
-
-def _memory_order(value: torch.Tensor) -> list[int]:
-    """Dimensions from the largest stride to the smallest."""
-    strides = [hint(s) or 0 for s in value.stride()]
-    return sorted(range(value.dim()), key=lambda d: -strides[d])
+        keys = keys_node(graph, call) if call.mask is not None else None
+        scale = None if call.scale is None else float(call.scale)
+        arguments = (*plain_operands(graph, call), counts, indices, scale, plan.block_q, plan.block_kv, keys)
+        pair = graph.call_function(torch.ops.dynamicrad.block_sparse_attention.default, arguments)
+        out = original_output(graph, site, graph.call_function(operator.getitem, (pair, 0)))
+    copy_origin(before, node)
+    take_over(graph, site, out, sites)

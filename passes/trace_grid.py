@@ -21,10 +21,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map
 
-from ._axes import Source, fresh
-from ._axis_rules import AxisMode, attention, get_labels, set_labels
+from ._axes import Label, Source, fresh, label_size
+from ._axis_rules import AxisMode
 from ._graph import depends_on_data, hint, value_of
+from ._layout import output_labels, plain_labels
 from ._site import PassContext, Site
+from ._streams import Stream, get_stream, set_stream
+from ._tensor_labels import get_labels, range_of_values, set_labels, set_range
 
 
 class _Unknown:
@@ -53,6 +56,8 @@ class _Tracer(fx.Interpreter):
         self.fake_mode = fake_mode
         self.axis_mode = axis_mode
         self.sites: dict[fx.Node, Site] = {site.node: site for site in context.sites}
+        self.streams: dict[fx.Node, Stream | None] = {}
+        self.vmap_depth = 0
         self.data_dependent_graph = any(depends_on_data(value_of(n)) for n in gm.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -61,12 +66,13 @@ class _Tracer(fx.Interpreter):
             return self._note(n, self._recorded(n, kind="input"))
         if n.op == "output":
             return None
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if any(leaf is UNKNOWN_VALUE for leaf in _leaves((args, kwargs))):
-            return self._recorded(n)
         if n in self.sites:
+            self.context.node_labels[n] = []  # several outputs: no dimensions, but a place in the order
             return self._note(n, self._run_attention(n))
-        if "assert" in n.name or "_check" in n.name:  # they judge stand-ins
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if self._inside_vmap(n) or any(leaf is UNKNOWN_VALUE for leaf in _leaves((args, kwargs))):
+            return self._recorded(n)
+        if "assert" in n.name or "_check" in n.name or n.name == "_guards_fn":  # they judge stand-ins
             return None
         try:
             value = getattr(self, n.op)(n.target, args, kwargs)
@@ -78,37 +84,73 @@ class _Tracer(fx.Interpreter):
             return self._recorded(n)
         return self._note(n, tree_map(self._fake, value))
 
+    def _inside_vmap(self, n: fx.Node) -> bool:
+        """Whether a node is a part of a written out vmap (FlexAttention builds its masks so); none of it is run."""
+        if getattr(n.target, "__module__", "") != "torch._functorch.predispatch":
+            return self.vmap_depth > 0
+        name = getattr(n.target, "__name__", "")
+        self.vmap_depth += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
+        return True
+
     def _note(self, n: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             self.context.node_labels[n] = get_labels(value)
+            self.streams[n] = get_stream(value)
         return value
 
     def _run_attention(self, n: fx.Node) -> Any:
-        site = self.sites[n]
-        query, key, value = (self.env[x] for x in (site.call.query, site.call.key, site.call.value))
-        site.labels = (list(get_labels(query)), list(get_labels(key)))
-        recorded_query = value_of(site.call.query)
+        site, call = self.sites[n], self.sites[n].call
+        query, key, value = (self._labels_of(x) for x in (call.query, call.key, call.value))
+        if query is None or key is None or value is None:
+            return self._recorded(n)
+        site.labels = (plain_labels(call, 0, query), plain_labels(call, 1, key))
+        streams = [self._stream_of(x) for x in (call.query, call.key)]
+        site.same_tokens = (streams[0] and streams[0].term) == (streams[1] and streams[1].term)
+        recorded_query = value_of(call.query)
         site.data_dependent = any(depends_on_data(size) for size in getattr(recorded_query, "shape", ()))
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        recorded = value_of(n)
-        if isinstance(recorded, torch.Tensor):
-            out = self._like(recorded) if tuple(map(hint, recorded.shape)) == tuple(out.shape) else out
-        set_labels(out, attention(self.axis_mode, out, (query, key, value), {}))
-        return out
+        result = self._recorded(n)
+        if result is UNKNOWN_VALUE:
+            return result
+        out = result if call.output is None else result[call.output]
+        set_stream(out, streams[0])
+        labels = output_labels(call, query, value)
+        if labels is None:
+            return result
+        sizes = [label_size(label) for label in labels]
+        if sizes != list(out.shape):  # the recorded sizes are stand-ins
+            if call.output is not None:
+                return result
+            with self.fake_mode:
+                result = out = torch.empty(sizes, dtype=out.dtype, device=out.device)
+            set_stream(out, streams[0])
+        set_labels(out, labels)
+        return result
+
+    def _labels_of(self, n: fx.Node) -> list[Label] | None:
+        value = self.env.get(n)
+        return list(get_labels(value)) if isinstance(value, torch.Tensor) else self.context.node_labels.get(n)
+
+    def _stream_of(self, n: fx.Node) -> Stream | None:
+        value = self.env.get(n)
+        return get_stream(value) if isinstance(value, torch.Tensor) else self.streams.get(n)
 
     def _fake(self, value: Any) -> Any:
         """Real tensors (constants of the graph) become fake ones."""
         if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
-            return self.fake_mode.from_tensor(value, static_shapes=True)
+            fake = self.fake_mode.from_tensor(value, static_shapes=True)
+            set_range(fake, range_of_values(value))
+            return fake
         return value
 
     def _recorded(self, n: fx.Node, kind: str = "op") -> Any:
-        """The node's recorded value with fresh axes."""
+        """The node's recorded value with fresh axes; tokens of their own, unless it is a weight."""
 
         def convert(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
                 tensor = self._like(leaf)
                 rank = tensor.dim()
+                term = self.axis_mode.streams.term(kind, n.name, id(leaf))
+                set_stream(tensor, None if isinstance(leaf, torch.nn.Parameter) else Stream(term, False))
                 set_labels(tensor, [fresh(size, Source(n.name, d, kind, rank)) for d, size in enumerate(tensor.shape)])
                 return tensor
             if isinstance(leaf, torch.SymInt):

@@ -18,7 +18,7 @@ def capture(fn, *args, grid=None, build_plan=lambda site: None, training=False, 
     captured = []
 
     def backend(gm, example_inputs):
-        context = PassContext(build_plan=build_plan, grid=grid, training=training)
+        context = PassContext(build_plan, grid, training, example_inputs)
         run_passes(gm, context)
         captured.append((context, gm))
         return gm.forward

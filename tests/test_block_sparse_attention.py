@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicrad_compile.errors import DynamicRadError, PlanError
-from dynamicrad_compile.kernels import cpu
+from dynamicrad_compile.kernels import cpu, workers
 from dynamicrad_compile.kernels.block_sparse_attention import block_sparse_attention
 from dynamicrad_compile.kernels.reference import token_mask
 from dynamicrad_compile.plan import BlockPlan
@@ -49,8 +49,8 @@ def test_matches_reference(case: Case):
 def test_small_budgets_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
     """Rows longer than a chunk, groups of one row, one head at a time."""
     monkeypatch.setattr(cpu, "CHUNK_TOKENS", 33)
-    monkeypatch.setattr(cpu, "SCORE_BYTES_PER_THREAD", 1)
-    monkeypatch.setattr(cpu, "COPY_BYTES", 1)
+    monkeypatch.setattr(cpu, "SCORE_BYTES", 1)
+    monkeypatch.setattr(cpu, "COPY_BYTES_PER_WORKER", 1)
     args = build(BY_NAME[name])
     check(*OP(*args), args, BY_NAME[name].dtype)
 
@@ -117,6 +117,41 @@ def test_autocast_does_not_narrow_the_products():
     expected = block_sparse_attention(q, k, v, plan)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(block_sparse_attention(q, k, v, plan), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_thread_number_changes_nothing(threads: int):
+    args = build(BY_NAME["per_batch_and_head"])
+    expected, before = OP(*args), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for got, want in zip(OP(*args), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_every_gradient_mode(mode):
+    q, k, v = (x.requires_grad_() for x in qkv(2, 3, 101, 16))
+    plan = random_plan(101, 101)
+    with mode():
+        out, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
+        check(out, lse, (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None), torch.float32)
+
+
+def test_a_failing_task_stops_the_others():
+    done = []
+
+    def fail(_):
+        raise ValueError("this one")
+
+    buffers = [workers.Buffers() for _ in range(workers.count())]
+    with pytest.raises(ValueError, match="this one"):
+        workers.run([fail] * workers.count() + [done.append] * 1000, buffers)
+    workers.run([done.append] * 10, buffers)
+    assert len(done) >= 10
 
 
 # ---- tracing
@@ -270,9 +305,9 @@ def test_wrong_arguments(changes, message):
 
 def test_wrapper_names_both_lengths():
     q, k, v = qkv(1, 2, 64, 16)
-    with pytest.raises(PlanError, match="the plan is for 96 queries, q has 64"):
+    with pytest.raises(PlanError, match="the plan is for 96 queries, not for 64"):
         block_sparse_attention(q, k, v, random_plan(96, 64))
-    with pytest.raises(PlanError, match="the plan is for 96 keys, k has 64"):
+    with pytest.raises(PlanError, match="the plan is for 96 keys, not for 64"):
         block_sparse_attention(q, k, v, random_plan(64, 96))
     with pytest.raises(PlanError, match=r"expected kv_length int \[B\]"):
         block_sparse_attention(q, k, v, random_plan(64, 64), kv_length=torch.tensor([1.5]))

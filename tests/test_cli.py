@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dynamicrad_compile import cli, doctor
-from dynamicrad_compile.presets import PRESETS, build
+from dynamicrad_compile.fake_model import build
+from dynamicrad_compile.presets import PRESETS
 
 SMALL = ["--frames", "17", "--height", "256", "--width", "256"]
 

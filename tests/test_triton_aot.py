@@ -35,6 +35,9 @@ def build(arch: int, dtype: str, dim: int, tile: Tile, masked: bool) -> dict[str
         "HAS_MASK": masked,
         "WIDEN": False,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        # What the launcher specialises because it is 1.
+        "KV_GROUP": 1,
+        "stride_cm": 1,
     }
     names = _block_sparse_forward.arg_names
     pointers = POINTERS | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
@@ -88,9 +91,9 @@ CASES = [
 def test_tile_compiles_without_spills(arch: int, dtype: str, dim: int, masked: bool):
     tile = choose_tile(divmod(arch, 10), dtype != "fp32", dim, 128, 128)
     built = build(arch, dtype, dim, tile, masked)
-    print(f"\nsm_{arch} {dtype} head_dim {dim} {tile} {built}")
+    print(f"\nsm_{arch} {dtype} head_dim {dim} {'masked' if masked else 'plain'} {tile} {built}")
     assert built["spilled"] == 0
     assert built["shared"] <= SHARED_MEMORY[arch]
     assert built["cp_async"] > 0, "the software pipeline is gone"
-    if arch == 90:
+    if arch == 90 and dtype != "fp32":  # the fp32 tile is too small for wgmma
         assert built["wgmma"] > 0

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,6 @@ GPU_ONLY = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES + GPU_ONLY, ids=str)
 def test_cuda_matches_reference(case: Case):
     args = build(case)
@@ -57,15 +57,39 @@ def test_cuda_matches_reference(case: Case):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16"])
 def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
     args = build(next(case for case in CASES if case.name == name))
     on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
     torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, on_cuda)
-    compiled = torch.compile(torch.ops.dynamicrad.block_sparse_attention, fullgraph=True)
+    compiled = torch.compile(lambda *x: torch.ops.dynamicrad.block_sparse_attention(*x), fullgraph=True)
     for got, want in zip(compiled(*on_cuda), torch.ops.dynamicrad.block_sparse_attention(*on_cuda), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_compiled_graph_holds_the_kernel(monkeypatch: pytest.MonkeyPatch):
+    """On CUDA the op decomposes into the kernel, which is known to write nothing but out and lse."""
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    monkeypatch.setattr(type(driver), "active", property(lambda self: target))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+
+    class Attention(torch.nn.Module):
+        def forward(self, *args):
+            return torch.ops.dynamicrad.block_sparse_attention(*args, None, 32, 32)
+
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(3))
+        counts = torch.empty(1, 1, 4, device="cuda", dtype=torch.int32)
+        indices = torch.empty(1, 1, 4, 2, device="cuda", dtype=torch.int32)
+        graph, _ = aot_export_module(Attention(), (q, k, v, counts, indices), trace_joint=False)
+    (kernel,) = (n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional)
+    assert kernel.kwargs["grid"] == [(4, 8, 1)]
+    assert kernel.kwargs["tensors_to_clone"] == ["out", "lse"]
 
 
 @pytest.mark.parametrize("arch", sorted(TILES))

@@ -107,7 +107,7 @@ def sana_wm_refiner(f=5, h=6, w=8, batch=1):
     return model, kwargs, _exp((f, h, w), L, n_attn=2 * L, kv_before=sink + history)
 
 
-def kandinsky5_nabla(f=4, h=16, w=8, batch=1):
+def kandinsky5_nabla(f=3, h=16, w=16, batch=1):
     """Frames in tiles of 8 x 8, blocks chosen by the model itself, flex attention."""
     model = _m("Kandinsky5Transformer3DModel", **_K5, attention_type="nabla")
     for module in model.modules():
@@ -145,7 +145,7 @@ def kandinsky6(f=5, h=6, w=8, batch=1):
     return model, kwargs, _exp((f, h, w), L, n_attn=2 + 6 * L, frames={"hidden_states": 1})
 
 
-def kandinsky6_sr(f=4, h=16, w=8, batch=1):
+def kandinsky6_sr(f=3, h=16, w=16, batch=1):
     model = _m(
         "Kandinsky6SRTransformer3DModel", in_visual_dim=4, out_visual_dim=5, time_dim=16, model_dim=48, ff_dim=32,
         num_visual_blocks=L, axes_dims=(8, 8, 8), nabla_window=(3, 3, 3),

@@ -43,8 +43,9 @@ def chronoedit(f=5, h=6, w=8, batch=1):
 
 
 def chronoedit_two_frames(f=2, h=6, w=8, batch=1):
-    """Image editing as a video of two frames: a grid as any other; min_tokens decides whether it pays."""
-    return chronoedit(f, h, w, batch)
+    """Image editing as a video of two frames: there is no motion for a plan to follow."""
+    model, kwargs, _ = chronoedit(f, h, w, batch)
+    return model, kwargs, _exp((f, h, w), 0, n_attn=3 * L)
 
 
 def skyreels_v2_df(f=6, h=6, w=8, batch=1):
