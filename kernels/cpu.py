@@ -9,8 +9,8 @@ For a group of (head, query block) rows with the same number of active blocks
 
 Everything is plain eager PyTorch: nothing is compiled, so there is no compiler to look for, no recompilation
 when a length changes, and no wait at the first call. A group's scores are kept near 1 MB, which stays in a
-core's L2 cache; measured on AVX-512 cores, gathering costs 3 to 8 % of the two GEMMs, which run faster than
-those inside dense SDPA. Groups run side by side, one core each (`workers`).
+core's L2 cache; measured on AVX-512 cores, gathering costs 3 to 8 % of the two GEMMs. Groups run side by side,
+one core each (`workers`).
 Half precision inputs are widened to fp32, so the result is as exact as the rounding of the output allows.
 """
 

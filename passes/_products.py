@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ._graph import shape_hint
+from ._graph import shape_hint, value_of
 from ._spelling import Positions, argument, is_mutating, number, op_name, operand, permutation, tensor_value
 
 HALF = (torch.float16, torch.bfloat16)
@@ -115,3 +115,14 @@ def peel(node: fx.Node, layout: str, until: fx.Node, positions: Positions) -> tu
         nodes.insert(0, node)
         node = base
     return node, layout, scale, nodes
+
+
+def computed_in(query: fx.Node, key: fx.Node, outer: Product, scores: fx.Node) -> torch.dtype:
+    """The dtype of an attention of two products: autocast makes both narrower than their operands."""
+
+    def of(node: fx.Node, product: fx.Node) -> torch.dtype:
+        result = value_of(product).dtype
+        return result if result in HALF else value_of(node).dtype
+
+    parts = [of(query, scores), of(key, scores), of(outer.right, outer.node)]
+    return torch.promote_types(torch.promote_types(parts[0], parts[1]), parts[2])

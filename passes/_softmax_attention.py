@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
-from ._graph import shape_hint, value_of
+from ._graph import shape_hint
 from ._layout import layout_of_rank
 from ._masks import HIDDEN
-from ._products import HALF, Product, peel, read_product
+from ._products import Product, computed_in, peel, read_product
 from ._site import AttentionCall
 from ._spelling import Positions, argument, number, op_name, operand, permutation, tensor_value
 
@@ -229,7 +228,7 @@ def _attention(outer: Product, steps: _Steps, positions: Positions) -> Attention
         dropout_p=steps.dropout_p, scale=steps.scale * factor * other,
         layouts=(query_layout, key_layout, value_layout, out_layout),
         mask_layout="".join(names[x] for x in steps.mask_dims) or "bhqk", mask_is=steps.mask_is,
-        dtype=_dtype(query, key, outer, inner.node), inner=(*q_nodes, *k_nodes, *steps.nodes), refusal=refusal,
+        dtype=computed_in(query, key, outer, inner.node), inner=(*q_nodes, *k_nodes, *steps.nodes), refusal=refusal,
     )  # fmt: skip
 
 
@@ -245,14 +244,3 @@ def _names(product: Product, keys: str) -> dict[str, str] | None:
         return None
     letters = "b" if len(batch) == 1 else "b" * (len(batch) - 1) + "h"
     return {keys: "k", queries[-1]: "q", product.summed: "d", **dict(zip(batch, letters, strict=True))}
-
-
-def _dtype(query: fx.Node, key: fx.Node, outer: Product, scores: fx.Node) -> torch.dtype | None:
-    """In which dtype the original computed: autocast makes both products narrower than their operands."""
-
-    def of(node: fx.Node, product: fx.Node) -> torch.dtype:
-        result = value_of(product).dtype
-        return result if result in HALF else value_of(node).dtype
-
-    parts = [of(query, scores), of(key, scores), of(outer.right, outer.node)]
-    return torch.promote_types(torch.promote_types(parts[0], parts[1]), parts[2])

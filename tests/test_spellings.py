@@ -7,8 +7,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
-from tiny_dit import DIM, HEADS, KEEP, LATENTS, OP, SCALE, TinyDiT, check_sparse, plan_everything, run_rewritten
+from helpers import compile_sparse, drad, relative_error
+from tiny_dit import (
+    DIM,
+    HEADS,
+    KEEP,
+    LATENTS,
+    OP,
+    SCALE,
+    TinyDiT,
+    check_sparse,
+    dense_attention,
+    plan_everything,
+    run_rewritten,
+    token_mask,
+)  # fmt: skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -203,6 +216,26 @@ def test_autocast(attend):
         eager = model(LATENTS)
     assert out.dtype == eager.dtype == torch.bfloat16
     assert relative_error(out, eager) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["matmul-3d", "einsum", "keys-first"])
+def test_dynamic_frames(name):
+    """Plans are made when the graph runs, whatever the layout."""
+    attend, layout = SPELLINGS[name]
+    model = TinyDiT(attend, layout)
+    compiled = compile_sparse(model, sparsity=0.5)
+    for frames in (4, 7):
+        latents = torch.randn(2, 3, frames, 6, 10)
+        torch._dynamo.mark_dynamic(latents, 2)
+        with torch.no_grad():
+            out, operands = compiled(latents), model.operands(latents)
+        plan = drad.make_plan("dynamicrad", (frames, 3, 5), 16, sparsity=0.5, regime="mid")
+        expected = dense_attention(*operands, token_mask(plan))
+        expected = expected if layout == "bshd" else expected.transpose(1, 2)
+        assert relative_error(out, expected.reshape(out.shape)) < 1e-5
+    report = drad.report(compiled)
+    assert len(report.graphs) == 1
+    assert len(report.replaced) == 1
 
 
 @pytest.mark.parametrize("name", ["sdpa", "matmul-3d", "einsum", "mask-added", "flex"])
