@@ -154,11 +154,37 @@ def unify(first: Label, second: Label, why: str) -> Label:
             continue
         big, small = (left, right) if x.size > y.size else (right, left)
         halves = split(big[0], small[0].size, why) if small[0].size else None
-        if halves is None:
+        if halves is not None:
+            big[:1] = [*halves[0], *halves[1]]
+            continue
+        inner = list(small)
+        taken = take(inner, big[0].size, why) if big[0].parts else None
+        if taken is None or not _regard(big[0], taken):
             _refuse(big[0], small[0], why)
             break
-        big[:1] = [*halves[0], *halves[1]]
+        big[:1], small[:] = [], inner
     return first
+
+
+def _regard(joined: Axis, label: Label) -> bool:
+    """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
+    pieces = parts_of((joined,))
+    if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
+        return False
+    if len(pieces) == 1:
+        if pieces[0].whole and resolve(pieces[0].label) != resolve(label):
+            return False
+        joined.parts, joined.factors = None, label
+        return True
+    unknown = [resolve(piece.label) for piece in pieces]
+    if any(len(x) > 1 or not piece.whole or set(x) & set(label) for x, piece in zip(unknown, pieces, strict=True)):
+        return False
+    offset = 0
+    for axes, piece in zip(unknown, pieces, strict=True):
+        for axis in axes:
+            axis.parts = rows_of(label, offset, offset + piece.size)
+        offset += piece.size
+    return True
 
 
 def _merge(x: Axis, y: Axis, why: str) -> None:
@@ -171,11 +197,22 @@ def _merge(x: Axis, y: Axis, why: str) -> None:
             if a.whole and b.whole:
                 unify(a.label, b.label, why)
     keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
+    if _holds(keep, drop):  # rows of an axis, put together again and aligned with it
+        keep, drop = drop, keep
+    if _holds(keep, drop):
+        _refuse(x, y, why)
+        return
     keep.conflict = keep.conflict or drop.conflict
     keep.why = keep.why or drop.why
     keep.feature = keep.feature or drop.feature
     keep.kin = (*keep.kin, drop, *drop.kin)
     drop.alias = keep
+
+
+def _holds(axis: Axis, inner: Axis) -> bool:
+    """Whether `inner` is among the pieces of `axis`."""
+    leaves = (leaf for part in axis.parts or () for leaf in resolve(part.label))
+    return any(leaf is inner or _holds(leaf, inner) for leaf in leaves)
 
 
 def _refuse(x: Axis, y: Axis, why: str) -> None:
@@ -269,7 +306,9 @@ def same(first: Label, second: Label) -> bool:
 
 
 def same_part(a: Part, b: Part) -> bool:
-    """Whether two pieces are the same rows of the same label."""
+    """Whether two pieces are the same rows of the same label. A single row has no axis to be told by."""
+    if a.size == b.size == 1 and not (resolve(a.label) and resolve(b.label)):
+        return True
     return a.start == b.start and a.stop == b.stop and _same_leaves(resolve(a.label), resolve(b.label))
 
 

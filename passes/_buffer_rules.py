@@ -156,17 +156,19 @@ def _write_rows(
             unify(labels[offset + d], label, mode.node)
     size, n = tensor.shape[dim], source.shape[dim - offset] if dim >= offset else 1
     old = labels[dim]
-    if (interleaved or n == 1) and not any(axis.blank for axis in resolve(old)):
+    start, stop = (rows.start, rows.start + n) if rows is not None else (0, size)
+    empty = any(axis.blank for piece in rows_of(old, start, stop) for axis in resolve(piece.label))
+    if (interleaved or n == 1) and not empty:
         return labels
-    if rows is None or rows.start + n > size or n == 1:
+    if rows is None or stop > size:
         labels[dim] = spoilt(mode, size, dim, _unknown_order(mode))
         return labels
-    start, stop, new = rows.start, rows.start + n, get_labels(source)[dim - offset]
+    new = get_labels(source)[dim - offset] if dim >= offset else ()
     if (start, stop) == (0, size) and get_base(tensor) is tensor:
         labels[dim] = new
     elif in_place:
         put(slice_label(old, start, stop, mode.source(dim)), new, mode.node)
-    elif any(axis.blank for piece in rows_of(old, start, stop) for axis in resolve(piece.label)):
+    elif empty:
         pieces = [*rows_of(old, 0, start), Part(new, 0, label_size(new)), *rows_of(old, stop, size)]
         labels[dim] = concat(pieces, mode.source(dim))
     else:

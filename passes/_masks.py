@@ -2,7 +2,10 @@
 
 bool [B, 1, 1, S]                                         its values are read when the graph runs
 the same expanded or repeated over heads or queries       followed back through the reshapes
+the same for keys and queries                             see _row_masks
 float, 0 or very negative, added to the scores            only where the graph shows that it is nothing else
+
+A query that is left without any key gets 0.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import fx
 
 from ._axes import Label, Source, fresh, label_size, reshape, resolve
 from ._graph import hint, shape_hint
+from ._row_masks import row_mask
 from ._site import AttentionCall
 from ._spelling import argument, is_rewritten, number, op_name, permutation, tensor_value
 
@@ -32,6 +36,8 @@ def not_key_padding(call: AttentionCall, tokens: int) -> str:
     value, shape = tensor_value(call.mask), shape_hint(call.mask)
     if value is None or shape is None:
         return "a mask whose shape is unknown"
+    if masks_rows(call):
+        return ""
     is_bool = value.dtype == torch.bool
     if call.mask_is == "bias" and not is_bool and not shows_hiding(call.mask):
         return f"additive mask {_name(value)} {list(shape)}: nothing in the graph shows that it is 0 or -inf"
@@ -48,13 +54,28 @@ def not_key_padding(call: AttentionCall, tokens: int) -> str:
     return ""
 
 
+def masks_rows(call: AttentionCall) -> fx.Node | None:
+    """The bool [B, 1, 1, S] of a mask that hides tokens as keys and as queries; None for any other mask."""
+    return row_mask(call.mask) if call.mask_is == "keep" and call.mask_layout == "bhqk" else None
+
+
+def without_hidden_rows(graph: fx.Graph, call: AttentionCall, out: fx.Node, keys: fx.Node) -> fx.Node:
+    """Node of the op's output with 0 for queries that the mask hides; `keys` is the bool [B or 1, S] of the mask."""
+    if masks_rows(call) is None:
+        return out
+    hidden = graph.call_function(torch.logical_not, (keys,))
+    rows = graph.call_function(operator.getitem, (hidden, (slice(None), None, slice(None), None)))
+    return graph.call_method("masked_fill", (out, rows, 0))
+
+
 def keys_node(graph: fx.Graph, call: AttentionCall) -> fx.Node:
     """Nodes of the bool [B or 1, S] that is True for keys to attend."""
     assert call.mask is not None
     value = tensor_value(call.mask)
     assert value is not None
     letters = call.mask_layout[-value.dim() :]
-    keys = call.mask
+    known = masks_rows(call)
+    keys = call.mask if known is None else known
     if any(letter in "hq" for letter in letters):
         index = tuple(slice(None) if letter in "bk" else 0 for letter in letters)
         keys = graph.call_function(operator.getitem, (keys, index))
@@ -79,7 +100,7 @@ def mask_labels(node: fx.Node) -> list[Label]:
     base = node.args[0] if node.args else None
     name = op_name(node)
     inner = shape_hint(base) if isinstance(base, fx.Node) and name in _MOVES else None
-    if isinstance(base, fx.Node) and inner is not None:
+    if isinstance(base, fx.Node) and inner is not None and not is_rewritten(node):
         labels = _MOVES[name](node, mask_labels(base), inner, shape)
         if labels is not None and [label_size(label) for label in labels] == list(shape):
             return labels

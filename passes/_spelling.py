@@ -148,8 +148,10 @@ def is_mutating(node: fx.Node) -> bool:
         return bool(target._schema.is_mutable)
     if "out" in node.kwargs or node.kwargs.get("inplace") is True:
         return True
+    if getattr(target, "__module__", "") == "_operator":  # and_ and or_ end like methods that write in place
+        return target in _IN_PLACE
     name = getattr(target, "__name__", "")
-    return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return name.endswith("_") and not name.endswith("__")
 
 
 _IN_PLACE = {

@@ -18,9 +18,9 @@ from torch import fx
 
 from dynamicrad_compile.errors import GridError
 
-from ._axes import Axis, Label, Part, parts_of, resolve, same, segments_of, within
+from ._axes import Axis, Part, parts_of, resolve, same, segments_of, within
 from ._graph import value_of
-from ._grids import denoised, grid_axes, grid_of, joined_frames, shown_axes, why_no_grid
+from ._grids import Grids
 from ._layout import plain_shape
 from ._masks import not_key_padding
 from ._site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens
@@ -36,9 +36,9 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid fits no sequence of the graph that could be video.
     """
-    shown = shown_axes(gm, context)
+    grids = Grids(gm, context)
     for site in context.sites:
-        _classify(site, context.grid, shown)
+        _classify(site, context.grid, grids)
         if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
             site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
@@ -48,13 +48,13 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
     return sum(site.role == VIDEO for site in context.sites)
 
 
-def _classify(site: Site, user_grid: tuple[int, int, int] | None, shown: set[Axis]) -> None:
+def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) -> None:
     if site.labels is None:
         site.reason = "the axis trace did not reach it (sizes depend on data)"
         return
     query, key = site.labels[0][-2], site.labels[1][-2]
     if not same(query, key):
-        _classify_unequal(site, parts_of(query), parts_of(key), user_grid)
+        _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
         return
     parts = segments_of(query)
     if not site.same_tokens:
@@ -65,25 +65,27 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, shown: set[Axi
     if windowed:
         site.role, site.reason = OTHER_SELF, windowed
         return
-    joined = [part for part in parts_of(query) if part.whole and joined_frames(part.label)]
-    if joined and shown.issuperset(joined_frames(joined[0].label)):
+    joined = [part for part in parts_of(query) if part.whole and grids.joined_axes(part.label)]
+    if joined and grids.given_back(grids.joined_axes(joined[0].label)):
         parts = parts_of(query)
-        _set_video(site, parts, parts.index(joined[0]), user_grid)
+        _set_video(site, parts, parts.index(joined[0]), user_grid, grids)
         return
-    videos = _video_parts(parts, user_grid)
-    chosen = videos[0] if len(videos) == 1 and not joined else denoised(parts, videos, shown)
+    videos = _video_parts(parts, user_grid, grids)
+    chosen = videos[0] if len(videos) == 1 and not joined else grids.denoised(parts, videos)
     if chosen is not None:
-        _set_video(site, parts, chosen, user_grid)
+        _set_video(site, parts, chosen, user_grid, grids)
     elif videos:
-        sizes = ", ".join("x".join(map(str, grid_of(parts[i].label) or ())) for i in videos)
+        sizes = ", ".join("x".join(map(str, grids.size(parts[i].label) or ())) for i in videos)
         site.role = VIDEO
         site.reason = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
     else:
-        _classify_gridless(site, query, parts)
+        _classify_gridless(site, parts, grids)
 
 
-def _set_video(site: Site, parts: tuple[Part, ...], at: int, user_grid: tuple[int, int, int] | None) -> None:
-    axes = grid_axes(parts[at].label) or joined_frames(parts[at].label)
+def _set_video(
+    site: Site, parts: tuple[Part, ...], at: int, user_grid: tuple[int, int, int] | None, grids: Grids
+) -> None:
+    axes = grids.axes(parts[at].label) or grids.joined_axes(parts[at].label)
     site.role = VIDEO
     site.grid = user_grid or (axes[0].size, axes[1].size, axes[2].size)
     site.grid_axes = () if user_grid else axes
@@ -98,20 +100,24 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, user_grid: tuple[in
 
 
 def _classify_unequal(
-    site: Site, q_parts: tuple[Part, ...], k_parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None
+    site: Site,
+    q_parts: tuple[Part, ...],
+    k_parts: tuple[Part, ...],
+    user_grid: tuple[int, int, int] | None,
+    grids: Grids,
 ) -> None:
     """Query and key sequences differ: cross-attention, or self-attention with extra keys."""
     found = [i for i, part in enumerate(q_parts) if any(within(part, k) for k in k_parts)]
-    videos = [i for i in _video_parts(q_parts, user_grid) if i in found]
+    videos = [i for i in _video_parts(q_parts, user_grid, grids) if i in found]
     if videos or (q_parts and len(found) == len(q_parts)):
-        site.role, site.grid = (VIDEO, grid_of(q_parts[videos[0]].label)) if videos else (OTHER_SELF, None)
+        site.role, site.grid = (VIDEO, grids.size(q_parts[videos[0]].label)) if videos else (OTHER_SELF, None)
         site.reason = f"keys are {_length(k_parts)} tokens, queries {_length(q_parts)}: more keys are not supported yet"
         return
     site.role = CROSS
     site.reason = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
 
 
-def _classify_gridless(site: Site, query: Label, parts: tuple[Part, ...]) -> None:
+def _classify_gridless(site: Site, parts: tuple[Part, ...], grids: Grids) -> None:
     """Self-attention over a sequence in which no grid was found."""
     assert site.labels is not None
     sequence = {axis for part in parts for axis in resolve(part.label)}
@@ -124,7 +130,7 @@ def _classify_gridless(site: Site, query: Label, parts: tuple[Part, ...]) -> Non
         missing = "frames are" if frames_in_batch else "height and width are"
         site.reason = f"{missing} in the batch: attention over {_length(parts)} tokens of {_describe(parts)}"
         return
-    known = [axis.conflict or axis.why for axis in sequence] + [why_no_grid(part.label) for part in parts]
+    known = [axis.conflict or axis.why for axis in sequence] + [grids.why_none(part.label) for part in parts]
     site.role = OTHER_SELF
     site.reason = next(
         (why for why in known if why),
@@ -132,9 +138,9 @@ def _classify_gridless(site: Site, query: Label, parts: tuple[Part, ...]) -> Non
     )
 
 
-def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None) -> list[int]:
+def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None, grids: Grids) -> list[int]:
     """Positions of the pieces that are a whole video."""
-    traced = [i for i, part in enumerate(parts) if part.whole and grid_of(part.label)]
+    traced = [i for i, part in enumerate(parts) if part.whole and grids.size(part.label)]
     if user_grid is None or traced:
         return traced
     return [i for i, part in enumerate(parts) if part.size == math.prod(user_grid)]

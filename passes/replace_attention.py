@@ -33,7 +33,7 @@ from dynamicrad_compile.plan import BlockPlan
 
 from ._graph import value_of
 from ._layout import token_dim
-from ._masks import keys_node
+from ._masks import keys_node, without_hidden_rows
 from ._operands import copy_origin, original_output, plain_operands, take_over
 from ._site import PassContext, Site
 from ._sizes import RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
@@ -133,6 +133,9 @@ def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], counts: fx.Node,
         scale = None if call.scale is None else float(call.scale)
         arguments = (*plain_operands(graph, call), counts, indices, scale, plan.block_q, plan.block_kv, keys)
         pair = graph.call_function(torch.ops.dynamicrad.block_sparse_attention.default, arguments)
-        out = original_output(graph, site, graph.call_function(operator.getitem, (pair, 0)))
+        out = graph.call_function(operator.getitem, (pair, 0))
+        if keys is not None:
+            out = without_hidden_rows(graph, call, out, keys)
+        out = original_output(graph, site, out)
     copy_origin(before, node)
     take_over(graph, site, out, sites)

@@ -101,7 +101,8 @@ class _Tracer(fx.Interpreter):
     def _run_attention(self, n: fx.Node) -> Any:
         site, call = self.sites[n], self.sites[n].call
         query, key, value = (self._labels_of(x) for x in (call.query, call.key, call.value))
-        if query is None or key is None or value is None:
+        ranks = [len(labels) if labels is not None else -1 for labels in (query, key, value)]
+        if query is None or key is None or value is None or ranks != [len(layout) for layout in call.layouts[:3]]:
             return self._recorded(n)
         site.labels = (plain_labels(call, 0, query), plain_labels(call, 1, key))
         streams = [self._stream_of(x) for x in (call.query, call.key)]

@@ -53,7 +53,10 @@ class DitConfig:
     def truth(self) -> tuple[tuple[int, int, int], int, int] | None:
         """(grid, tokens before, tokens after) of each attention; None where none must be replaced."""
         f, h, w = self.grid
-        if self.order != "fhw" or self.attend in ("cross", "causal", "cache") or f < 3 or min(h, w) < 2:
+        in_order = self.order == "fhw" or (self.order == "tiles" and w == 2)  # one column of tiles is in order
+        if 2 * self.history > f:  # too many extra tokens to be worth it
+            return None
+        if not in_order or self.attend in ("cross", "causal", "cache") or f < 3 or min(h, w) < 2:
             return None
         if (
             self.layout == "packed"
@@ -82,7 +85,7 @@ class RandomDit(nn.Module):
         self.packed = nn.Linear(CHANNELS, DIM)
         self.text = nn.Linear(TEXT_DIM, DIM)
         self.layers = nn.ModuleList(nn.ModuleDict({
-            "qkv": nn.Linear(DIM, 3 * DIM), "q": nn.Linear(DIM, DIM), "k": nn.Linear(DIM, DIM), "v": nn.Linear(DIM, DIM),
+            **{name: nn.Linear(DIM, DIM) for name in "qkv"}, "qkv": nn.Linear(DIM, 3 * DIM),
             "text_qkv": nn.Linear(DIM, 3 * DIM), "out": nn.Linear(DIM, DIM), "norm": nn.LayerNorm(DIM),
             "mha": nn.MultiheadAttention(DIM, config.heads, batch_first=True),
         }) for _ in range(config.layers))  # fmt: skip

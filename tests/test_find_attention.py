@@ -67,6 +67,13 @@ def changed_in_place(q, k, v):
     return weights @ v
 
 
+def patched_mask(q, k, v):
+    """One query sees other keys: an expanded mask is written to."""
+    keep = (torch.arange(60) < 50)[None, None, None].repeat(2, 1, 60, 1)
+    keep[:, :, 7, 3] = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
 def block_masked(q, k, v):
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 60, 60, device="cpu")
     return flex_attention(q, k, v, block_mask=mask)
@@ -126,6 +133,7 @@ DENSE = {
         lambda q, k, v: soft(scores(q, k).masked_fill((torch.arange(60) > 9)[:, None], -1e9)) @ v,
         "mask [60, 1] is not a key padding mask",
     ),
+    "patched-mask": (patched_mask, "differs by query"),
     "two-masks": (
         lambda q, k, v: soft(scores(q, k).masked_fill(torch.arange(60) > 50, -1e9) + torch.eye(60)) @ v,
         "more than one mask",

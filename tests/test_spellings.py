@@ -20,6 +20,7 @@ from tiny_dit import (
     dense_attention,
     plan_everything,
     run_rewritten,
+    sparse_plan,
     token_mask,
 )  # fmt: skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -171,6 +172,24 @@ def test_spelling(name):
         scale=0.3 if name in ("sdpa-scale", "flex-scale") else SCALE,
         keep=KEEP if "mask" in name or "padding" in name else None,
     )
+
+
+def padded_both_ways(q, k, v):
+    """Padding hides tokens as keys and as queries; rows without a key are 0."""
+    keep = KEEP[:, None, None].repeat(1, 1, 60, 1)
+    return eager_sdpa(q, k, v, attn_mask=(keep & keep.transpose(2, 3)).bool().contiguous())
+
+
+def test_mask_of_padded_queries_and_keys():
+    model, plan = TinyDiT(padded_both_ways), sparse_plan()
+    kept, site, _ = run_rewritten(model, (LATENTS,), plan_everything)
+    assert site.replaced, site.reason
+    sparse, _, _ = run_rewritten(model, (LATENTS,), lambda site: plan)
+    with torch.no_grad():
+        expected = dense_attention(*model.operands(LATENTS), token_mask(plan), keep=KEEP).transpose(1, 2)
+        assert relative_error(kept, model(LATENTS)) < 1e-5
+    assert relative_error(sparse, expected.masked_fill(~KEEP[:, None, :, None], 0)) < 1e-5
+    assert not sparse[0, :, 57:].any()
 
 
 HALF = {
