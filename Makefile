@@ -45,7 +45,7 @@ lint: env ## ruff and mypy
 	$(PY) -m mypy
 
 test: env ## all tests; those that need a GPU skip themselves without one
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 demo: env ## check the machine, run the quickstart, write its pictures to outputs/
 	$(PY) -m dynamicrad_compile.cli doctor

@@ -12,7 +12,7 @@ from ._axes import Axis, parts_of, resolve
 from ._graph import specialise, value_of
 from ._site import CROSS, PassContext, Site
 
-Home = tuple[fx.Node, int]
+Home = tuple[fx.Node, int] | int
 
 
 def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymInt]:
@@ -57,7 +57,7 @@ def make_constant(sizes: list[torch.SymInt]) -> None:
 
 @dataclass(frozen=True)
 class RuntimeSizes:
-    """Where a graph holds the sizes of one site, as (node, dimension) pairs.
+    """Where a graph holds the sizes of one site, as (node, dimension) pairs, or as numbers that it was compiled for.
 
     grid     frames, height and width
     before   axes whose products are the pieces in front of the video; None: whatever the video leaves of the sequence
@@ -67,8 +67,11 @@ class RuntimeSizes:
     before: tuple[tuple[Home, ...], ...] | None = ()
 
 
-def runtime_sizes(site: Site, context: PassContext) -> RuntimeSizes | None:
-    """Nodes from which the sizes of a site can be read when the graph runs; None if an axis is in no shape."""
+def runtime_sizes(site: Site, context: PassContext, fixed_inputs: bool) -> RuntimeSizes | None:
+    """Nodes from which the sizes of a site can be read when the graph runs; None if an axis is in no shape.
+
+    With `fixed_inputs` (no input has a symbolic size) an axis that only a later reshape shows has a fixed size.
+    """
     assert site.labels is not None
     homes: dict[Axis, Home] = {}
     for node, labels in context.node_labels.items():
@@ -78,6 +81,9 @@ def runtime_sizes(site: Site, context: PassContext) -> RuntimeSizes | None:
             axes = resolve(label)
             if len(axes) == 1:
                 homes.setdefault(axes[0], (node, dim))
+    for axis in site.grid_axes:
+        if fixed_inputs and axis.table is None:
+            homes.setdefault(axis, axis.size)
     if len(site.grid_axes) != 3 or any(axis not in homes for axis in site.grid_axes):
         return None
     frames, height, width = (homes[axis] for axis in site.grid_axes)

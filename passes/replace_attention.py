@@ -36,7 +36,7 @@ from ._layout import token_dim
 from ._masks import keys_node, without_hidden_rows
 from ._operands import copy_origin, original_output, plain_operands, take_over
 from ._site import PassContext, Site
-from ._sizes import RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
+from ._sizes import Home, RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
 from ._table_plan import grids_of, guarded_plan, table_of
 
 
@@ -46,7 +46,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     if not planned:
         return 0
     sizes = symbolic_inputs(gm, context)
-    homes = {site.node: runtime_sizes(site, context) for site in planned}
+    homes = {site.node: runtime_sizes(site, context, fixed_inputs=not sizes) for site in planned}
     symbolic = bool(sizes) and all(homes[site.node] for site in planned)
     if sizes and not symbolic:
         if context.is_final:
@@ -95,13 +95,15 @@ def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[
     """Nodes of counts and indices made from the sizes that the graph has when it runs."""
     graph = gm.graph
 
-    def product(homes: Sequence[tuple[fx.Node, int]]) -> Any:
-        sizes = [graph.call_function(torch.ops.aten.sym_size.int, home) for home in homes]
-        return functools.reduce(lambda a, b: graph.call_function(operator.mul, (a, b)), sizes)
+    def size(home: Home) -> Any:
+        return home if isinstance(home, int) else graph.call_function(torch.ops.aten.sym_size.int, home)
+
+    def product(homes: Sequence[Home]) -> Any:
+        return functools.reduce(lambda a, b: graph.call_function(operator.mul, (a, b)), map(size, homes))
 
     query = site.call.query
-    frames, height, width = (product([home]) for home in where.grid)
-    length = product([(query, token_dim(site.call))])
+    frames, height, width = map(size, where.grid)
+    length = size((query, token_dim(site.call)))
     before: Any = 0
     if where.before is None:
         before = graph.call_function(operator.sub, (length, product(where.grid)))

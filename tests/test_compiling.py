@@ -27,6 +27,18 @@ def test_mochi_is_sparse_and_follows_the_number_of_valid_text_tokens(batch):
     assert tuple(report.replaced[0].text_tokens) == (0, None)
 
 
+def test_hunyuan_video_15_is_sparse():
+    """Its mask hides padded text as keys and as queries; its text is sorted by validity, so lengths depend on data."""
+    model, kwargs, expected = make("hunyuan_video15")
+    compiled = drad.compile(model, **OPTIONS, sparsity=0.6)
+    plan = drad.make_plan("dynamicrad", expected["grid"], 16, 0, expected["n_text_after"], sparsity=0.6, regime="mid")
+    for _ in range(2):
+        sparse = call(compiled, kwargs)
+        with masked_dense(plan):
+            assert relative_error(sparse, call(model, kwargs)) < 1e-5
+    assert len(drad.report(compiled).replaced) == expected["n_video_self_attn_nodes"]
+
+
 def test_capture_settings_are_for_this_model_alone():
     compiled = drad.compile(torch.nn.Linear(3, 3), **OPTIONS)
     before = torch._dynamo.config.capture_scalar_outputs
