@@ -43,9 +43,7 @@ def dynamicrad(
     return compiled
 
 
-def analyse(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, is_final: bool = False
-) -> GraphReport:
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, is_final: bool = False) -> GraphReport:
     """Run the passes on a graph, in place, and say what they did.
 
     An `is_final` graph, as of an exported program, has to serve all sizes that it allows.

@@ -49,9 +49,7 @@ class BlockPlan:
     def __post_init__(self) -> None:
         counts, indices = self.kv_counts, self.kv_indices
         if counts.dtype != torch.int32 or indices.dtype != torch.int32:
-            raise PlanError(
-                f"kv_counts and kv_indices must be int32, got {counts.dtype} and {indices.dtype}."
-            )
+            raise PlanError(f"kv_counts and kv_indices must be int32, got {counts.dtype} and {indices.dtype}.")
         if counts.dim() != 3 or indices.dim() != 4 or counts.shape != indices.shape[:3]:
             raise PlanError(
                 "expected kv_counts [P, H', Mq] and kv_indices [P, H', Mq, W], got "
@@ -65,9 +63,7 @@ class BlockPlan:
                 f"but kv_counts has {counts.shape[-1]}."
             )
         if indices.shape[-1] > self.num_kv_blocks:
-            raise PlanError(
-                f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks."
-            )
+            raise PlanError(f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks.")
 
     @property
     def num_q_blocks(self) -> int:
@@ -108,9 +104,7 @@ class BlockPlan:
         if mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:
             raise PlanError(f"expected a bool mask [..., Mq, Mk], got {mask.dtype} {list(mask.shape)}.")
         if mask.shape[-1] != cdiv(kv_len, block_kv):
-            raise PlanError(
-                f"kv_len {kv_len} in blocks of {block_kv} does not give {mask.shape[-1]} kv blocks."
-            )
+            raise PlanError(f"kv_len {kv_len} in blocks of {block_kv} does not give {mask.shape[-1]} kv blocks.")
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         counts = mask.sum(-1, dtype=torch.int32)
         width = max(1, int(counts.max()))

@@ -81,9 +81,7 @@ def plot_difference(
     """
     n, m = len(first), len(second)
     if first.shape != (n, n) or second.shape != (m, m) or m > n:
-        raise PlanError(
-            f"expected masks [n, n] and [m, m] with m <= n, got {first.shape} and {second.shape}."
-        )
+        raise PlanError(f"expected masks [n, n] and [m, m] with m <= n, got {first.shape} and {second.shape}.")
     colors = np.empty((n, n, 3), dtype=np.float64)
     colors[...] = NO_ROW
     here, there = first[:m, :m], second
@@ -125,9 +123,7 @@ def _pillow() -> tuple[Any, Any, Any]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        raise PlanError(
-            "plots need pillow, which is not installed: pip install dynamicrad-compile[plot]"
-        ) from None
+        raise PlanError("plots need pillow, which is not installed: pip install dynamicrad-compile[plot]") from None
     return Image, ImageDraw, ImageFont
 
 

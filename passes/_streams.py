@@ -86,7 +86,7 @@ def get_stream(tensor: torch.Tensor) -> Stream | None:
 
 def set_stream(tensor: torch.Tensor, stream: Stream | None) -> None:
     """Attach a stream."""
-    tensor._drad_stream = stream  # type: ignore[attr-defined]
+    tensor._drad_stream = stream
 
 
 def is_feature(label: Label) -> bool:

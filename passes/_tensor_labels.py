@@ -38,7 +38,7 @@ def get_labels(tensor: torch.Tensor, source: Source | None = None) -> Labels:
 
 def set_labels(tensor: torch.Tensor, labels: Labels) -> None:
     """Attach labels, one per dimension."""
-    tensor._drad_labels = labels  # type: ignore[attr-defined]
+    tensor._drad_labels = labels
 
 
 def get_base(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def get_base(tensor: torch.Tensor) -> torch.Tensor:
 
 def set_base(view: torch.Tensor, of: torch.Tensor) -> None:
     if view is not of:
-        view._drad_base = get_base(of)  # type: ignore[attr-defined]
+        view._drad_base = get_base(of)
 
 
 def get_range(tensor: object) -> Range | None:
@@ -57,7 +57,7 @@ def get_range(tensor: object) -> Range | None:
 
 
 def set_range(tensor: torch.Tensor, found: Range | None) -> None:
-    tensor._drad_range = found  # type: ignore[attr-defined]
+    tensor._drad_range = found
 
 
 def range_of_values(tensor: torch.Tensor) -> Range | None:

@@ -17,9 +17,7 @@ from dynamicrad_compile.plot import frame_boundaries, plot_difference, plot_mask
 def cell(image, blocks, row, column):
     """Colour in the middle of a cell of a picture with `blocks` blocks a side."""
     scale = -(-plot.MIN_PIXELS // blocks)
-    return image.getpixel(
-        (plot.MARGIN_LEFT + int((column + 0.5) * scale), plot.MARGIN_TOP + int((row + 0.5) * scale))
-    )
+    return image.getpixel((plot.MARGIN_LEFT + int((column + 0.5) * scale), plot.MARGIN_TOP + int((row + 0.5) * scale)))
 
 
 def small_plan():

@@ -58,7 +58,7 @@ def cogvideox_15(f=6, h=6, w=8, batch=1):
 
 def consisid(f=5, h=6, w=8, batch=1):
     """CogVideoX with a face branch: unfused cross-attention (softmax of a product) from the video to face tokens."""
-    config = {k: v for k, v in _COG.items()}
+    config = dict(_COG.items())
     model = _m(
         "ConsisIDTransformer3DModel", **config, sample_width=2 * w, sample_height=2 * h, sample_frames=4 * f - 3,
         patch_size=2, use_rotary_positional_embeddings=True, is_train_face=True, cross_attn_interval=1,

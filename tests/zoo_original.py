@@ -287,7 +287,7 @@ class ComfyVideo(nn.Module):
     def forward(self, x, context):
         from einops import rearrange
 
-        b, _, f, oh, ow = x.shape
+        _b, _, f, oh, ow = x.shape
         h, w = oh // 2, ow // 2
         x = self.patch(rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=2, q=2))
         ids = torch.zeros(f, h, w, 3)
@@ -327,7 +327,7 @@ class Stdit(nn.Module):
     def forward(self, x, y):
         from einops import rearrange
 
-        b, _, t, oh, ow = x.shape
+        _b, _, t, oh, ow = x.shape
         h, w = oh // 2, ow // 2
         x = self.x_embedder(x)
         x = rearrange(x.flatten(2).transpose(1, 2), "b (t s) d -> b t s d", t=t, s=h * w)

@@ -66,8 +66,7 @@ def make_plan(
     if unknown:
         accepted = f"it takes {list(defaults)}" if defaults else "it takes none"
         raise PlanError(
-            f"unknown parameter {unknown[0]!r} of pattern {pattern!r}; {accepted}."
-            f"{nearest(unknown[0], defaults)}"
+            f"unknown parameter {unknown[0]!r} of pattern {pattern!r}; {accepted}.{nearest(unknown[0], defaults)}"
         )
     layout = _layout(grid, block_size, text_before, text_after)
     return _plan_of_mask(build(layout, **{**defaults, **params}), layout)

@@ -119,10 +119,7 @@ class _Scorer:
         first, row = height - 1 - y, height - 1 - y + self.cut_row
         left = width - 1 - x
         return (
-            self.rows[row, x]
-            - self.rows[first, x]
-            + self.in_row[row, left + self.cut_column]
-            - self.in_row[row, left]
+            self.rows[row, x] - self.rows[first, x] + self.in_row[row, left + self.cut_column] - self.in_row[row, left]
         )
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
