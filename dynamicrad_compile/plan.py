@@ -6,6 +6,7 @@ nothing of frames or of a model; the planners (`dynamicrad_compile.planners`) bu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,9 @@ class BlockPlan:
     A row whose count is Mk is dense and its indices are not read: a gate can make rows dense by `kv_counts`
     alone.
 
+    compensate, one number in 0..1 for each regime (or one for all), is the weight of the mean key that stands for
+    each dropped block; 0 drops them for good. See `kernels.block_sparse_attention`.
+
     Raises PlanError if shapes, dtypes or ranges do not fit together.
     """
 
@@ -45,6 +49,7 @@ class BlockPlan:
     block_kv: int
     q_len: int
     kv_len: int
+    compensate: tuple[float, ...] = (0.0,)
 
     def __post_init__(self) -> None:
         counts, indices = self.kv_counts, self.kv_indices
@@ -64,6 +69,10 @@ class BlockPlan:
             )
         if indices.shape[-1] > self.num_kv_blocks:
             raise PlanError(f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks.")
+        if len(self.compensate) not in (1, len(counts)) or not all(0 <= c <= 1 for c in self.compensate):
+            raise PlanError(
+                f"compensate must be 1 or {len(counts)} numbers in 0..1 (one a regime), got {self.compensate!r}."
+            )
 
     @property
     def num_q_blocks(self) -> int:
@@ -87,16 +96,48 @@ class BlockPlan:
 
     @property
     def sparsity(self) -> float:
-        """Share of blocks that is skipped, in 0..1, over all regimes and heads."""
-        total = self.kv_counts.numel() * self.num_kv_blocks
-        return 1.0 - int(self.kv_counts.sum(dtype=torch.int64)) / total
+        """Share of dense attention that is skipped, in 0..1, over all regimes and heads; compensation counts.
+
+        A row that drops blocks and compensates reads one more key for each block, 1 / block_kv of a dense row.
+        """
+        m_k = self.num_kv_blocks
+        kept = int(self.kv_counts.sum(dtype=torch.int64))
+        weights = torch.tensor(self.compensate, device=self.kv_counts.device)[:, None, None]
+        compensated = int(((self.kv_counts < m_k) & (weights > 0)).sum())
+        return 1.0 - (kept + compensated * m_k / self.block_kv) / (self.kv_counts.numel() * m_k)
+
+    def compensation(self) -> torch.Tensor | None:
+        """fp32 [P] for the op's `compensate`, on the plan's device; None where no regime compensates."""
+        if not any(self.compensate):
+            return None
+        weights = self.compensate * (len(self.kv_counts) // len(self.compensate))
+        return torch.tensor(weights, dtype=torch.float32, device=self.kv_counts.device)
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan with its tensors on `device`."""
         return replace(self, kv_counts=self.kv_counts.to(device), kv_indices=self.kv_indices.to(device))
 
     @staticmethod
-    def from_mask(mask: torch.Tensor, *, block_q: int, block_kv: int, q_len: int, kv_len: int) -> BlockPlan:
+    def stack(plans: Sequence[BlockPlan]) -> BlockPlan:
+        """One plan with the regimes of several, in order. Raises PlanError if their lengths or blocks differ."""
+        first = plans[0]
+        shapes = {(p.block_q, p.block_kv, p.q_len, p.kv_len) for p in plans}
+        if len(shapes) != 1:
+            raise PlanError(f"plans of one table must agree in block_q, block_kv, q_len and kv_len, got {shapes}.")
+        width = max(p.kv_indices.shape[-1] for p in plans)
+        padded = [torch.nn.functional.pad(p.kv_indices, (0, width - p.kv_indices.shape[-1])) for p in plans]
+        weights = [c for p in plans for c in p.compensate * (len(p.kv_counts) // len(p.compensate))]
+        return replace(
+            first,
+            kv_counts=torch.cat([p.kv_counts for p in plans]),
+            kv_indices=torch.cat(padded),
+            compensate=tuple(weights),
+        )
+
+    @staticmethod
+    def from_mask(
+        mask: torch.Tensor, *, block_q: int, block_kv: int, q_len: int, kv_len: int, compensate: float = 0.0
+    ) -> BlockPlan:
         """Plan of a bool block mask [Mq, Mk], [H', Mq, Mk] or [P, H', Mq, Mk]; ids ascend in each row.
 
         Raises PlanError if the mask's shape does not fit the lengths.
@@ -118,7 +159,8 @@ class BlockPlan:
             kept = flat_counts[low : low + chunk]
             place = torch.arange(len(ids), device=mask.device) - (kept.cumsum(0) - kept)[rows]
             indices[low + rows, place] = ids.to(torch.int32)
-        return BlockPlan(counts, indices.reshape(*counts.shape, width), block_q, block_kv, q_len, kv_len)
+        indices = indices.reshape(*counts.shape, width)
+        return BlockPlan(counts, indices, block_q, block_kv, q_len, kv_len, (compensate,))
 
     @staticmethod
     def from_block_mask(block_mask: Any) -> BlockPlan:
@@ -149,4 +191,32 @@ class BlockPlan:
             BLOCK_SIZE=(self.block_q, self.block_kv),
             seq_lengths=(self.q_len, self.kv_len),
             compute_q_blocks=False,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Blocks that a row may read, for a choice at run time by `select_blocks`.
+
+    plan       its rows are ordered [forced | near | far]
+    kv_forced  int32 [P, H', Mq]: the first so many entries of a row are always kept
+    kv_near    int32 [P, H', Mq]: the first so many (at least kv_forced) entries lie in the same frame, in an adjacent
+               one or in a sink frame
+    """
+
+    plan: BlockPlan
+    kv_forced: torch.Tensor
+    kv_near: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Candidates:
+        """The same candidates with their tensors on `device`."""
+        return Candidates(self.plan.to(device), self.kv_forced.to(device), self.kv_near.to(device))
+
+    @staticmethod
+    def stack(several: Sequence[Candidates]) -> Candidates:
+        """One table with the regimes of several, in order. Raises PlanError if they do not fit together."""
+        return Candidates(
+            BlockPlan.stack([c.plan for c in several]),
+            torch.cat([c.kv_forced for c in several]),
+            torch.cat([c.kv_near for c in several]),
         )

@@ -3,6 +3,8 @@
 from dynamicrad_compile.profiles.loader import list_profiles, load_profile
 from dynamicrad_compile.profiles.schema import (
     REGIMES,
+    DynamicThreshold,
+    Match,
     Profile,
     Provenance,
     Regime,
@@ -12,6 +14,8 @@ from dynamicrad_compile.profiles.schema import (
 
 __all__ = [
     "REGIMES",
+    "DynamicThreshold",
+    "Match",
     "Profile",
     "Provenance",
     "Regime",

@@ -110,8 +110,14 @@ def _models(location: tuple[Any, ...]) -> list[Any]:
             by_key = {field.alias or name: field for name, field in table.model_fields.items()}
             found = by_key.get(str(part))
         fields.append(found)
-        table = None if found is None else found.annotation
+        table = None if found is None else _table(found.annotation)
     return fields
+
+
+def _table(annotation: Any) -> Any:
+    """The table of a field that may be left out, else the annotation itself."""
+    tables = [item for item in typing.get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
+    return tables[0] if tables else annotation
 
 
 def _keys(location: tuple[Any, ...]) -> list[str]:
@@ -119,7 +125,7 @@ def _keys(location: tuple[Any, ...]) -> list[str]:
     table: Any = Profile
     if location:
         field = _models(location)[-1]
-        table = None if field is None else field.annotation
+        table = None if field is None else _table(field.annotation)
     if not (isinstance(table, type) and issubclass(table, BaseModel)):
         return []
     return [field.alias or name for name, field in table.model_fields.items()]
@@ -130,7 +136,7 @@ def _expected(location: tuple[Any, ...]) -> str:
     field = _models(location)[-1]
     if field is None:
         return ""
-    annotation, metadata = field.annotation, list(field.metadata)
+    annotation, metadata = _table(field.annotation), list(field.metadata)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f" Expected a table with {_keys(location)}."
     if typing.get_origin(annotation) is typing.Literal:

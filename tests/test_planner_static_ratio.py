@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynamicrad_compile.errors import PlanError, ProfileError
-from dynamicrad_compile.planners import Layout, make_plan, static_ratio, static_ratio_mask
+from dynamicrad_compile.planners import Layout, Prior, make_plan, prior, static_ratio, static_ratio_mask
 from dynamicrad_compile.profiles import load_profile
 
 SPARSITIES = [0.3, 0.425, 0.5, 0.61, 0.7, 0.8, 0.87, 0.9, 0.95]
@@ -93,13 +93,13 @@ def test_more_sparsity_keeps_a_subset():
 
 def test_rows_keep_the_blocks_of_largest_prior_mass(monkeypatch):
     # Ragged: 130 tokens a frame in blocks of 16. With every query token as representative the mass is exact.
-    monkeypatch.setattr(static_ratio, "REPRESENTATIVES", 16)
+    monkeypatch.setattr(prior, "REPRESENTATIVES", 16)
     layout = Layout((6, 10, 13), 16)
     token = np.arange(layout.video_tokens)
     frame, y, x = token // 130, token % 130 // 13, token % 13
     gap = np.abs(frame[:, None] - frame).astype(float)
     gap[:, frame < 1] = np.minimum(gap[:, frame < 1], 1)
-    square = max(0.5, static_ratio.CORE * 130**0.5) ** 2 + (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
+    square = max(0.5, prior.CORE * 130**0.5) ** 2 + (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
     starts = np.arange(0, 780, 16)
     mass = np.add.reduceat(np.add.reduceat((1 + gap) ** -2 * square**-1.5, starts, axis=0), starts, axis=1)
     mask = static_ratio_mask(layout, sparsity=0.7)[:-1]  # the last block has 12 query tokens, not 16
@@ -111,16 +111,16 @@ def test_rows_keep_the_blocks_of_largest_prior_mass(monkeypatch):
 def test_few_representatives_lose_little_of_the_mass(monkeypatch):
     layout = Layout((7, 18, 29), 64)
     few = static_ratio_mask(layout, sparsity=0.8)
-    monkeypatch.setattr(static_ratio, "REPRESENTATIVES", 64)
+    monkeypatch.setattr(prior, "REPRESENTATIVES", 64)
     every = static_ratio_mask(layout, sparsity=0.8)
-    scores = static_ratio._Scorer(layout, 1.0, 1).scores(np.arange(layout.num_blocks))
+    scores = prior.Scorer(layout, Prior()).scores(np.arange(layout.num_blocks))
     assert scores[few].sum() > 0.99 * scores[every].sum()
 
 
 def test_sink_frame_counts_as_adjacent():
     layout = Layout((16, 8, 16), 128)  # one block a frame
-    with_sink = static_ratio_mask(layout, sparsity=0.75, sink_frames=1)
-    without = static_ratio_mask(layout, sparsity=0.75, sink_frames=0)
+    with_sink = static_ratio_mask(layout, sparsity=0.75, prior=Prior(sink_frames=1))
+    without = static_ratio_mask(layout, sparsity=0.75, prior=Prior(sink_frames=0))
     assert with_sink[:, 0].all()
     assert not without[8:, 0].any()
 
@@ -129,7 +129,7 @@ def test_larger_decay_factor_keeps_more_of_the_own_frame():
     layout = Layout((12, 16, 16), 32)
     own_frame = np.kron(np.eye(12, dtype=bool), np.ones((8, 8), dtype=bool))
     kept = [
-        (static_ratio_mask(layout, sparsity=0.8, decay_factor=g, sink_frames=0) & own_frame).sum()
+        (static_ratio_mask(layout, sparsity=0.8, prior=Prior(decay_factor=g, sink_frames=0)) & own_frame).sum()
         for g in (0.1, 1.0, 10.0, 100.0)
     ]
     assert kept == sorted(kept)

@@ -101,7 +101,9 @@ def test_mistakes_are_named(tmp_path, old, new, message):
 
 def test_value_in_place_of_a_table(tmp_path):
     path = write(tmp_path, DEFAULT.split("[regimes.low")[0] + "[regimes]\nlow = 3\nmid = 4\nhigh = 5\n")
-    with pytest.raises(ProfileError, match=r"regimes\.low = 3: this is not a table\..*\['static_ratio'\]"):
+    with pytest.raises(
+        ProfileError, match=r"regimes\.low = 3: this is not a table\..*\['static_ratio', 'dynamic_threshold'\]"
+    ):
         load_profile(path)
 
 
@@ -154,3 +156,34 @@ load_profile("default")
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code, str(PACKAGE)], check=False).returncode == 0
+
+
+DYNAMIC = "[regimes.high.dynamic_threshold]\nsparsity = 0.5\nnear = -1.0\nfar = 0.5\n"
+
+
+def test_dynamic_threshold_table(tmp_path):
+    table = load_profile(write(tmp_path, DEFAULT + DYNAMIC)).regime("high").dynamic_threshold
+    assert (table.criterion, table.near, table.far, table.temporal_decay) == ("threshold", -1.0, 0.5, 2.0)
+    assert load_profile("default").regime("low").dynamic_threshold is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("criterion = 'mass'", r"dynamic_threshold = a table .*: near is a share in 0\.\.1"),
+        ("criterion = 'best'", r"criterion: 'best'|criterion = 'best'"),
+        ("fare = 1.0", r"dynamic_threshold\.fare: unknown key.*Did you mean 'far'"),
+        ("compensate = 2.0", r"compensate = 2\.0: .*0\.\.1"),
+    ],
+)
+def test_errors_of_the_dynamic_threshold_table(tmp_path, change, message):
+    with pytest.raises(ProfileError, match=message):
+        load_profile(write(tmp_path, DEFAULT + DYNAMIC + change + "\n"))
+
+
+def test_whole_run_sparsity_counts_dense_steps_and_layers(tmp_path):
+    match = "[match]\ngrid = [21, 30, 52]\nheads = [12]\nhead_dim = 128\nsteps = 50\nlayers = 40\n"
+    text = DEFAULT.replace("dense_layers = 0", "dense_layers = 1\ndense_steps = 12") + match
+    assert load_profile(write(tmp_path, text)).whole_run_sparsity(0.788) == pytest.approx(0.788 * 38 / 50 * 39 / 40)
+    with pytest.raises(ProfileError, match="no .match. table"):
+        load_profile("default").whole_run_sparsity(0.8)
