@@ -49,8 +49,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     An `is_final` graph, as of an exported program, has to serve all sizes that it allows.
     """
     planner = SitePlanner(options)
-    context = PassContext(
-        build_plan=planner,
+    context: PassContext = PassContext(
+        build_plan=lambda site: planner(site, context.conditions),
+        plan_control=planner.control,
         grid=options.grid,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
@@ -60,11 +61,11 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     run_passes(gm, context)
     total = time.perf_counter() - start
     if options.strict:
-        _check_strict(context.sites, planner.asked)
+        _check_strict(context.sites, planner)
     plans = context.seconds.get("build_plans", 0.0)
     notes = list(context.notes)
-    if options.regime == "auto" and any(site.replaced for site in context.sites) and planner.pattern == "dynamicrad":
-        notes.append("regime 'auto' is 'mid': no motion router is fitted yet")
+    if any(site.replaced for site in context.sites):
+        notes = [*planner.unmet, *planner.notes, *notes]
     return GraphReport(
         [_site_report(site) for site in context.sites],
         notes,
@@ -145,13 +146,15 @@ def _inner_compiler(options: Options, mode: str | None) -> Callable[[fx.GraphMod
     return lambda gm, inputs: backend(gm, inputs, **options.inner_options)
 
 
-def _check_strict(sites: list[Site], asked: set[int]) -> None:
-    """Raise StrictError if a video self-attention, or one that may be one, stays dense unasked."""
+def _check_strict(sites: list[Site], planner: SitePlanner) -> None:
+    """Raise StrictError if a video self-attention, or one that may be one, stays dense unasked, or a wish is unmet."""
     video = any(site.role == "video_self_attention" for site in sites)
     for site in sites:
         doubtful = site.role in ("video_self_attention", "unknown") or (site.role == "self_attention" and not video)
-        if doubtful and not site.replaced and id(site) not in asked:
+        if doubtful and not site.replaced and id(site) not in planner.asked:
             raise StrictError(f"strict=True, and {site.path or site.node.name} stays dense: {site.reason}")
+    if planner.unmet:
+        raise StrictError(f"strict=True, and {planner.unmet[0]}")
 
 
 def _site_report(site: Site) -> SiteReport:
@@ -165,8 +168,9 @@ def _site_report(site: Site) -> SiteReport:
         text_tokens=text,
         shape=None if hidden else site.q_shape,
         kv_length=None if hidden else site.kv_length,
-        sparsity=site.plan.sparsity if site.plan is not None and site.replaced else 0.0,
+        sparsity=site.plan.plan.sparsity if site.plan is not None and site.replaced else 0.0,
         path=site.path,
         source=source_line(site.node),
-        plan=site.plan,
+        plan=site.plan.plan if site.plan is not None else None,
+        stats=site.stats,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,14 +31,22 @@ class Options(BaseModel):
     pattern: Literal["dynamicrad", "radial", "dense"] | None = None
     """How blocks are chosen; None = the profile's. "dense" replaces nothing."""
 
-    mode: Literal["auto", "static_ratio"] = "auto"
-    """"static_ratio": a fixed share of blocks by the radial prior. "auto" takes the profile's (static_ratio)."""
+    mode: Literal["auto", "static_ratio", "dynamic_threshold"] = "auto"
+    """"static_ratio": a fixed share of blocks by the radial prior. "dynamic_threshold": the blocks that matter to the
+    queries at hand, chosen among candidates of that prior at every call. "auto" takes the profile's."""
 
     regime: Literal["auto", "low", "mid", "high"] = "auto"
-    """Amount of motion that the plan is for; "auto" is "mid" until a router is fitted."""
+    """Amount of motion that the plan is for; "auto": by the router from the prompt, "high" without one."""
+
+    router: Any = None
+    """Motion router: a `Router` of `fit_router`, or the path under which one was saved; None = no routing."""
 
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """Share of blocks to skip; None = the profile's for the regime. Pattern "dynamicrad" only."""
+    """Share of dense attention to skip, compensation counted; None = the profile's for the regime. In mode
+    "dynamic_threshold" that share of the candidates is kept which meets it. Pattern "dynamicrad" only."""
+
+    compensate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's."""
 
     decay_factor: Annotated[float, Field(gt=0.0, le=1e3)] | None = None
     """Width of the radial windows; None = the profile's (pattern "radial": 1.0)."""
@@ -53,6 +62,16 @@ class Options(BaseModel):
 
     dense_layers: Annotated[int, Field(ge=0)] | None = None
     """The first n video self-attentions of a graph stay dense; None = the profile's."""
+
+    dense_steps: Annotated[int, Field(ge=0)] | None = None
+    """The first n denoising steps of each generation stay dense; None = the profile's."""
+
+    dense_timestep: float | None = None
+    """Steps whose timestep is on the noisy side of this one stay dense, in the model's own units; None = none."""
+
+    refresh_steps: Annotated[int, Field(ge=1)] | None = None
+    """Mode "dynamic_threshold": choose blocks anew at every n-th step only and keep them in between; None = at every
+    call. The blocks of all sites are then kept on the device."""
 
     min_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     """Attentions over fewer tokens stay dense; "auto" = 2048; None = the profile's."""
@@ -79,7 +98,19 @@ class Options(BaseModel):
             raise ValueError("expected three positive integers: (frames, height, width) in latent tokens")
         return grid
 
-    @field_validator("sparsity", "decay_factor")
+    state: Any = Field(default=None, repr=False)
+    """Set by drad.compile: the clock and the regimes that it keeps outside the graphs."""
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _path_or_router(cls, value: Any) -> Any:
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if value is None or isinstance(value, str) or hasattr(value, "embedding_dim"):
+            return value
+        raise ValueError("expected a path, or a Router of fit_router or Router.load")
+
+    @field_validator("sparsity", "decay_factor", "dense_timestep", "compensate")
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
@@ -102,23 +133,14 @@ class Options(BaseModel):
         return cls(**{str(name): value for name, value in options.items()})
 
 
-_LATER = {
-    "dense_steps": "a step gate",
-    "dense_timestep": "a step gate",
-}
-
-
 def _explain(error: ValidationError) -> str:
     """One line per problem: option, value, what is expected, nearest name."""
     lines = []
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else "options"
         if problem["type"] == "extra_forbidden":
-            if name in _LATER:
-                lines.append(f"option {name!r} needs {_LATER[name]}, which this version does not have; leave it out.")
-            else:
-                hint = nearest(name, Options.model_fields)
-                lines.append(f"unknown option {name!r}.{hint} Known: {', '.join(Options.model_fields)}.")
+            known = [field for field in Options.model_fields if field != "state"]
+            lines.append(f"unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
             continue
         message = str(problem["msg"]).removeprefix("Value error, ")
         lines.append(f"option {name} = {problem['input']!r}: {message}.")

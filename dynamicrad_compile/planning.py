@@ -1,4 +1,4 @@
-"""From options and profile to the plan of one site."""
+"""From options and profile to the plan of one site, and to what its graph decides when it runs."""
 
 from __future__ import annotations
 
@@ -6,64 +6,197 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from .errors import OptionsError
 from .options import MIN_TOKENS_AUTO, Options
-from .plan import BlockPlan
-from .plan_op import PlanSpec
-from .profiles import load_profile
+from .plan_table import PlanSpec, PlanTable, RegimeSpec
+from .profiles import REGIMES, Profile, load_profile, pick_profile
+from .router import Router
 
 if TYPE_CHECKING:
-    from .passes import Site
+    from .passes import Conditions, Control, Site
+
+SAFE_REGIME = "high"
+"""The regime that loses least where motion is not known: the one that keeps most blocks."""
+CANDIDATE_FACTOR = 2.5
+"""Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
 
 class SitePlanner:
     """Decides, for the sites of one graph in order, which plan each gets or why it stays dense.
 
-    Options that are None come from the profile. Raises ProfileError if the profile can't be loaded.
+    Options that are None come from the profile. Raises ProfileError or OptionsError if a profile or a router can't be
+    loaded. `notes` say what was picked; `unmet` says which wishes can't be met.
     """
 
     def __init__(self, options: Options):
-        profile = load_profile(options.profile)
-        static = profile.regime("mid" if options.regime == "auto" else options.regime).static_ratio
-        self.pattern = options.pattern or profile.pattern
-        self.block_size = options.block_size or profile.block_size
-        self.dense_layers = profile.dense_layers if options.dense_layers is None else options.dense_layers
-        min_tokens = profile.min_tokens if options.min_tokens is None else options.min_tokens
-        self.min_tokens = MIN_TOKENS_AUTO if min_tokens == "auto" else int(min_tokens)
-        sink_frames = static.sink_frames if options.sink_frames is None else options.sink_frames
-        decay_factor = static.decay_factor if options.decay_factor is None else options.decay_factor
-        if self.pattern == "radial":
-            if options.decay_factor is None:
-                decay_factor = 1.0
-            params: dict[str, Any] = {"decay_factor": decay_factor, "sink_frames": sink_frames}
-        else:
-            sparsity = static.sparsity if options.sparsity is None else options.sparsity
-            params = {"sparsity": sparsity, "decay_factor": decay_factor, "sink_frames": sink_frames}
-        self.spec = PlanSpec(self.pattern, self.block_size, tuple(sorted(params.items())))
+        self.options = options
+        self.router = Router.load(options.router) if isinstance(options.router, str) else options.router
+        self.fixed = None if options.profile == "auto" else load_profile(options.profile)
+        self.profile: Profile | None = self.fixed
+        self.notes: list[str] = []
+        self.unmet: list[str] = []
         self.video_sites = 0
         self.asked: set[int] = set()
+        self.routed = False
 
-    def __call__(self, site: Site) -> BlockPlan | None:
+    def __call__(self, site: Site, conditions: Conditions) -> PlanTable | None:
         """The plan of a video self-attention, or None with `site.reason` set."""
         assert site.grid is not None
+        assert site.q_shape is not None
         number = self.video_sites
         self.video_sites += 1
-        site.reason = self._stays_dense(site, number)
+        profile = self._profile(site)
+        site.reason = self._stays_dense(site, number, profile)
         if site.reason:
             return None
-        site.plan_spec = self.spec.to_json()
-        return self.spec.build(site.grid, *site.text)
+        spec = self._spec(profile, conditions)
+        site.plan_spec = spec.to_json()
+        return spec.build(site.grid, *site.text)
 
-    def _stays_dense(self, site: Site, number: int) -> str:
+    def control(self, conditions: Conditions) -> Control:
+        """What the graph decides when it runs. To be called after all sites have their plans."""
+        from .passes import Control
+
+        profile, options = self.profile, self.options
+        if profile is None:  # no site was planned
+            return Control()
+        steps = profile.dense_steps if options.dense_steps is None else options.dense_steps
+        refresh = options.refresh_steps or 0
+        if refresh and self._mode(profile) != "dynamic_threshold":
+            refresh = 0
+            self._unmet(f"refresh_steps = {options.refresh_steps} has no meaning: mode is not dynamic_threshold")
+        timestep = options.dense_timestep
+        wishes = {"dense_steps": steps or None, "dense_timestep": timestep, "refresh_steps": refresh or None}
+        wanted = {name: value for name, value in wishes.items() if value is not None}
+        if wanted and conditions.timestep is None and options.state is None:
+            asked = ", ".join(f"{name} = {value}" for name, value in wanted.items())
+            self._unmet(f"{asked} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
+            steps, refresh, timestep = 0, 0, None
+        router = None
+        if self.routed:
+            assert self.router is not None
+            router = (self.router.weight, self.router.bias)
+        return Control(router, steps, timestep, refresh, options.state)
+
+    def _profile(self, site: Site) -> Profile:
+        if self.fixed is not None:
+            return self.fixed
         assert site.grid is not None
-        if self.pattern == "dense":
+        assert site.q_shape is not None
+        profile, why = pick_profile(site.grid, heads=site.q_shape[1], head_dim=site.q_shape[-1])
+        self._note(f"profile 'auto' is {profile.name!r}: {why}")
+        self.profile = self.profile or profile
+        return profile
+
+    def _mode(self, profile: Profile) -> str:
+        return profile.mode if self.options.mode == "auto" else self.options.mode
+
+    def _pattern(self, profile: Profile) -> str:
+        return self.options.pattern or profile.pattern
+
+    def _spec(self, profile: Profile, conditions: Conditions) -> PlanSpec:
+        options = self.options
+        block_size = options.block_size or profile.block_size
+        if self._pattern(profile) == "radial":
+            static = profile.regime(SAFE_REGIME).static_ratio
+            params = {
+                "decay_factor": 1.0 if options.decay_factor is None else options.decay_factor,
+                "sink_frames": static.sink_frames if options.sink_frames is None else options.sink_frames,
+            }
+            return PlanSpec("radial", block_size, (RegimeSpec("", _pairs(params)),))
+        names = self._regimes(conditions)
+        if self._mode(profile) == "static_ratio":
+            regimes = tuple(self._static(profile, name) for name in names)
+            return PlanSpec("dynamicrad", block_size, regimes)
+        tables = [profile.regime(name).dynamic_threshold for name in names]
+        criterion = "ratio"
+        if options.sparsity is None and all(tables):
+            criterion = next(table.criterion for table in tables if table)
+        return PlanSpec("dynamicrad", block_size, tuple(self._dynamic(profile, name) for name in names), criterion)
+
+    def _regimes(self, conditions: Conditions) -> tuple[str, ...]:
+        """The regimes that the graph may be in."""
+        if self.options.regime != "auto":
+            return (self.options.regime,)
+        why = ""
+        if self.router is None:
+            why = "no motion router is given (option router; see fit_router)"
+        elif self.options.state is None and conditions.prompt is None:
+            why = "no prompt embedding was found among the inputs of this graph"
+        elif self.options.state is None:
+            found = conditions.embedding_dim
+            if found != self.router.embedding_dim:
+                why = f"the router is for embeddings of {self.router.embedding_dim} features, the prompt has {found}"
+        if why:
+            message = f"regime 'auto' is {SAFE_REGIME!r}, the safe one: {why}"
+            (self._note if self.router is None else self._unmet)(message)
+            return (SAFE_REGIME,)
+        self.routed = True
+        self._note("the regime (low, mid or high motion) is chosen by the router from the prompt, each row its own")
+        return REGIMES
+
+    def _static(self, profile: Profile, name: str) -> RegimeSpec:
+        params = self._override(profile.regime(name).static_ratio.model_dump())
+        return RegimeSpec(name, _pairs(params))
+
+    def _dynamic(self, profile: Profile, name: str) -> RegimeSpec:
+        """A regime whose blocks are chosen when the graph runs, among the candidates of the profile."""
+        regime = profile.regime(name)
+        table = regime.dynamic_threshold
+        target = self.options.sparsity
+        if table is None and target is None:
+            target = regime.static_ratio.sparsity
+        if target == 0.0:  # nothing to choose
+            return self._static(profile, name)
+        params = self._override((table or regime.static_ratio).model_dump())
+        near: float | None = None
+        far: float | None = None
+        if target is None:
+            assert table is not None
+            near, far = table.near, table.far
+            params["sparsity"] = table.sparsity
+        else:
+            wide = max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
+            params["sparsity"] = wide if table is None else min(wide, table.sparsity)
+        for key in ("criterion", "near", "far"):
+            params.pop(key, None)
+        return RegimeSpec(name, _pairs(params), dynamic=True, near=near, far=far, sparsity=target)
+
+    def _override(self, params: dict[str, Any]) -> dict[str, Any]:
+        given = {
+            name: getattr(self.options, name) for name in ("sparsity", "decay_factor", "sink_frames", "compensate")
+        }
+        return {**params, **{name: value for name, value in given.items() if value is not None}}
+
+    def _stays_dense(self, site: Site, number: int, profile: Profile) -> str:
+        assert site.grid is not None
+        options = self.options
+        if self._pattern(profile) == "dense":
             self.asked.add(id(site))
             return "pattern is 'dense'"
-        if self.dense_layers and not re.search(r"\d", site.path):
+        if self._pattern(profile) not in ("dynamicrad", "radial"):
+            raise OptionsError(f"pattern {self._pattern(profile)!r} of profile {profile.name!r} is not available yet.")
+        dense_layers = profile.dense_layers if options.dense_layers is None else options.dense_layers
+        if dense_layers and not re.search(r"\d", site.path):
             return "dense_layers can't be honoured: one compiled block serves all layers; compile the whole model"
-        if number < self.dense_layers:
+        if number < dense_layers:
             self.asked.add(id(site))
-            return f"one of the first {self.dense_layers} layers (dense_layers)"
+            return f"one of the first {dense_layers} layers (dense_layers)"
         tokens = math.prod(site.grid) + sum(site.text)
-        if tokens < self.min_tokens:
-            return f"{tokens} tokens are fewer than min_tokens = {self.min_tokens}: sparse attention would not pay"
+        min_tokens = profile.min_tokens if options.min_tokens is None else options.min_tokens
+        limit = MIN_TOKENS_AUTO if min_tokens == "auto" else int(min_tokens)
+        if tokens < limit:
+            return f"{tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
         return ""
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _unmet(self, text: str) -> None:
+        if text not in self.unmet:
+            self.unmet.append(text)
+
+
+def _pairs(params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(params.items()))

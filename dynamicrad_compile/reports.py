@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from .advice import advice_for
 from .plan import BlockPlan
 
 
@@ -31,11 +34,14 @@ class SiteReport:
     text_tokens  tokens of the sequence before and after the video
     shape        query shape (batch, heads, tokens, head_dim), or None where it depends on data
     kv_length    number of keys
-    sparsity     share of blocks skipped; 0.0 where dense
+    sparsity     share of dense attention that is skipped, 0.0 where dense. Where it is decided when the graph runs
+                 (mode dynamic_threshold, router, dense steps): the mean over all calls so far; before the first one
+                 that of the plan, of all regimes and of all candidates
     path         dotted path of the module
     source       file and line of the call in the model's code
     graph        number of the captured graph, from 0
-    plan         the block plan, or None
+    plan         the block plan, or None; one for each regime, and the candidates in mode dynamic_threshold
+    stats        sums over calls, on the device; None where the plan is all there is to know
     """
 
     role: str
@@ -50,6 +56,19 @@ class SiteReport:
     source: str = ""
     graph: int = 0
     plan: BlockPlan | None = field(default=None, repr=False)
+    stats: torch.Tensor | None = field(default=None, repr=False)
+
+    def measured(self) -> SiteReport:
+        """The same with the sparsity of the calls so far; reading it waits for the device."""
+        if self.stats is None:
+            return self
+        computed, calls = self.stats.tolist()
+        return replace(self, sparsity=1.0 - computed / calls) if calls else self
+
+    @property
+    def advice(self) -> str:
+        """What to do about it; empty where it was replaced."""
+        return "" if self.replaced else advice_for(self.role, self.reason)
 
     @property
     def dense_flops(self) -> int:
@@ -67,10 +86,10 @@ class SiteReport:
         return round(self.dense_flops * (1.0 - self.sparsity))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the plan is left out."""
-        values = {k: v for k, v in self.__dict__.items() if k != "plan"}
+        """Plain values for JSON; tensors are left out."""
+        values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats")}
         values["text_tokens"] = self.text_tokens._asdict()
-        return {**values, "dense_flops": self.dense_flops, "flops": self.flops}
+        return {**values, "advice": self.advice, "dense_flops": self.dense_flops, "flops": self.flops}
 
 
 @dataclass
@@ -91,7 +110,7 @@ class Report:
     @property
     def sites(self) -> list[SiteReport]:
         """All sites of all graphs."""
-        return [replace(site, graph=i) for i, graph in enumerate(self.graphs) for site in graph.sites]
+        return [replace(site.measured(), graph=i) for i, graph in enumerate(self.graphs) for site in graph.sites]
 
     @property
     def notes(self) -> list[str]:
@@ -154,7 +173,16 @@ class Report:
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
         ]
-        return "\n".join([self.summary(), "", *lines] if self.sites else [self.summary()])
+        return "\n".join([self.summary(), "", *lines, *self._advice()] if self.sites else [self.summary()])
+
+    def _advice(self) -> list[str]:
+        """Lines that say what to do about dense attention, each advice once."""
+        modules: dict[str, dict[str, None]] = {}
+        for site in self.sites:
+            if site.advice:
+                modules.setdefault(site.advice, {})[_pattern(site.path)] = None
+        lines = [f"  {', '.join(names)}: {advice}" for advice, names in modules.items()]
+        return ["", "what to do about dense ones", *lines] if lines else []
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page."""
@@ -162,9 +190,9 @@ class Report:
             f"<tr class={'y' if row[1] == 'sparse' else 'n'}>"
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
             + "</tr>"
-            for row in _rows(self.sites)
+            for row in _rows(self.sites, advice=True)
         )
-        head = "".join(f"<th>{cell}</th>" for cell in _HEADER)
+        head = "".join(f"<th>{cell}</th>" for cell in (*_HEADER, "what to do"))
         Path(path).write_text(
             "<!doctype html><meta charset=utf-8><title>dynamicrad report</title><style>"
             "body{font:14px system-ui;margin:2em}pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
@@ -179,7 +207,7 @@ class Report:
 _HEADER = ("module", "now", "role", "query", "keys", "grid", "text", "sparsity", "why dense")
 
 
-def _rows(sites: Iterable[SiteReport]) -> list[tuple[str, ...]]:
+def _rows(sites: Iterable[SiteReport], advice: bool = False) -> list[tuple[str, ...]]:
     """Table rows; sites of the same kind in numbered modules are put together."""
     rows: dict[tuple[str, ...], int] = {}
     first: dict[tuple[str, ...], str] = {}
@@ -194,6 +222,7 @@ def _rows(sites: Iterable[SiteReport]) -> list[tuple[str, ...]]:
             "+".join("?" if n is None else str(n) for n in site.text_tokens),
             f"{site.sparsity:.1%}" if site.replaced else "-",
             site.reason,
+            *((site.advice,) if advice else ()),
         )
         rows[key] = rows.get(key, 0) + 1
         first.setdefault(key, site.path or "(root)")

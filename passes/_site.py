@@ -10,8 +10,10 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.plan import BlockPlan
+from dynamicrad_compile.plan_table import PlanTable
 
 from ._axes import Label
+from ._graph import hint, value_of
 
 VIDEO = "video_self_attention"
 SPATIAL = "spatial_attention"
@@ -90,12 +92,50 @@ class Site:
     grid: tuple[int, int, int] | None = None
     grid_axes: Label = ()  # its three axes where the grid was traced
     text: TextTokens = TextTokens(0, 0)
-    plan: BlockPlan | None = None  # for the sizes at hand
-    plan_spec: str = ""  # how to make the plan for other sizes; see dynamicrad_compile.plan_op
+    plan: PlanTable | None = None  # for the sizes at hand
+    plan_spec: str = ""  # how to make the plan for other sizes; see dynamicrad_compile.plan_table
+    stats: torch.Tensor | None = None  # what its calls computed; see dynamicrad_compile.run_state.record
     replaced: bool = False
 
 
-PlanBuilder = Callable[[Site], "BlockPlan | None"]
+@dataclass(frozen=True)
+class Conditions:
+    """Inputs of a graph that condition a call: timestep, prompt embedding [B, L, C], its mask [B, L]; None if none."""
+
+    timestep: fx.Node | None = None
+    prompt: fx.Node | None = None
+    mask: fx.Node | None = None
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Features of the prompt embedding."""
+        return None if self.prompt is None else hint(value_of(self.prompt).shape[-1])
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a graph decides when it runs.
+
+    router          weight [3, C] and bias [3] of the motion router, which chooses a plan's regime; None: one regime
+    dense_steps     this many first denoising steps stay dense
+    dense_timestep  steps on the noisy side of this timestep stay dense; None: none
+    refresh_steps   select_blocks chooses anew at every so many steps; 0: at every call
+    state           clock and latched regimes kept outside the graph; None: the graph keeps its own
+    """
+
+    router: tuple[torch.Tensor, torch.Tensor] | None = None
+    dense_steps: int = 0
+    dense_timestep: float | None = None
+    refresh_steps: int = 0
+    state: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def gates(self) -> bool:
+        """Whether some steps stay dense."""
+        return self.dense_steps > 0 or self.dense_timestep is not None
+
+
+PlanBuilder = Callable[[Site], "PlanTable | BlockPlan | None"]
 
 
 @dataclass
@@ -103,6 +143,7 @@ class PassContext:
     """State of one run of the passes over one graph.
 
     build_plan    makes the plan of a classified site; may set `site.reason` and return None to leave it dense
+    plan_control  says what the graph decides when it runs, once all sites have their plans
     grid          the user's grid, or None
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
@@ -116,6 +157,9 @@ class PassContext:
     is_final: bool = False
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
+    plan_control: Callable[[Conditions], Control] = lambda _: Control()
+    control: Control = Control()
+    conditions: Conditions = Conditions()
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from dynamicrad_compile.plan import BlockPlan
-from dynamicrad_compile.plan_op import PlanSpec
+from dynamicrad_compile.plan_table import PlanSpec, PlanTable
 
+from ._control import PlanNodes
 from ._site import Site
 from .decode_positions import PositionTable, columns_of
-
-ConstantPlan = Any  # (plan, name) -> nodes of counts and indices
 
 
 def grids_of(site: Site) -> list[tuple[int, int, int]]:
@@ -37,29 +35,27 @@ def table_of(site: Site) -> PositionTable | None:
 
 
 def guarded_plan(
-    gm: fx.GraphModule, site: Site, table: PositionTable, constant: ConstantPlan
-) -> tuple[fx.Node, fx.Node]:
-    """Nodes of counts and indices: those of the grid that the table shows, dense if it is none of `grids_of`."""
-    graph = gm.graph
+    gm: fx.GraphModule, site: Site, table: PositionTable, constant: Callable[[tuple[torch.Tensor, ...]], PlanNodes]
+) -> PlanNodes:
+    """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
+    call = gm.graph.call_function
     spec = PlanSpec.from_json(site.plan_spec)
-    plans = [spec.build(grid, *site.text) for grid in grids_of(site)]
-    width = max(plan.kv_indices.shape[-1] for plan in plans)
-    call = graph.call_function
-    counts: Any = None
-    indices: Any = None
-    for grid, plan in reversed(list(zip(grids_of(site), plans, strict=True))):
-        padding = width - plan.kv_indices.shape[-1]
-        padded = BlockPlan(
-            plan.kv_counts, torch.nn.functional.pad(plan.kv_indices, (0, padding)),
-            plan.block_q, plan.block_kv, plan.q_len, plan.kv_len,
-        )  # fmt: skip
-        plan_counts, plan_indices = constant(padded)
-        ok = _shows(graph, table, grid)
-        if counts is None:
-            counts, indices = call(torch.full_like, (plan_counts, plan.num_kv_blocks)), plan_indices
-        counts = call(torch.where, (ok, plan_counts, counts))
-        indices = call(torch.where, (ok, plan_indices, indices))
-    return counts, indices
+    grids = grids_of(site)
+    plans: list[PlanTable] = [spec.build(grid, *site.text) for grid in grids]
+    width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
+    found: PlanNodes | None = None
+    for grid, plan in reversed(list(zip(grids, plans, strict=True))):
+        counts, indices, *rest = plan.tensors()
+        nodes = constant((counts, torch.nn.functional.pad(indices, (0, width - indices.shape[-1])), *rest))
+        ok = _shows(gm.graph, table, grid)
+        if found is None:
+            dense = call(torch.full_like, (nodes.counts, plan.plan.num_kv_blocks))
+            found = PlanNodes(call(torch.where, (ok, nodes.counts, dense)), *list(vars(nodes).values())[1:])
+        else:
+            pairs = zip(vars(nodes).values(), vars(found).values(), strict=True)
+            found = PlanNodes(*(None if a is None else call(torch.where, (ok, a, b)) for a, b in pairs))
+    assert found is not None
+    return found
 
 
 def _shows(graph: fx.Graph, table: PositionTable, grid: tuple[int, int, int]) -> fx.Node:

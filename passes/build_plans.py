@@ -3,12 +3,16 @@
 Before:  site.role is video_self_attention with a grid and nothing against it
 After:   site.plan, or a reason why the site stays dense (training, too few tokens, first layers, ...)
 
-What plan is wanted is decided by the caller (`context.build_plan`): options and profile are not known here.
+What plan is wanted is decided by the caller (`context.build_plan`, `context.plan_control`): options and profile are
+not known here.
 """
 
 from __future__ import annotations
 
 from torch import fx
+
+from dynamicrad_compile.plan import BlockPlan
+from dynamicrad_compile.plan_table import PlanTable
 
 from ._site import VIDEO, PassContext
 
@@ -21,5 +25,7 @@ def build_plans(gm: fx.GraphModule, context: PassContext) -> int:
         if context.training:
             site.reason = "the graph will be differentiated; sparse backward comes later (use torch.no_grad())"
             continue
-        site.plan = context.build_plan(site)
+        plan = context.build_plan(site)
+        site.plan = PlanTable.of(plan) if isinstance(plan, BlockPlan) else plan
+    context.control = context.plan_control(context.conditions)
     return sum(site.plan is not None for site in context.sites)

@@ -26,15 +26,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 
+from dynamicrad_compile import plan_op as _registers_make_plan  # noqa: F401
 from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_op  # noqa: F401
-from dynamicrad_compile.plan import BlockPlan
+from dynamicrad_compile.run_state import record
 
+from ._buffers import buffer_node
+from ._control import Controls, PlanNodes
 from ._graph import value_of
 from ._layout import token_dim
 from ._masks import keys_node, without_hidden_rows
 from ._operands import copy_origin, original_output, plain_operands, take_over
+from ._selection import select
 from ._site import PassContext, Site
 from ._sizes import Home, RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
 from ._table_plan import grids_of, guarded_plan, table_of
@@ -57,25 +60,35 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
         make_constant(sizes)
     if symbolic:
         context.notes.append("sizes are symbolic: plans are made when the graph runs, one for each grid it meets")
-    plans: dict[Any, tuple[fx.Node, fx.Node]] = {}
+    device = value_of(planned[0].call.query).device
+    controls = Controls(gm, context, device)
+    plans: dict[Any, PlanNodes] = {}
+    stats: dict[Any, torch.Tensor] = {}
     for site in planned:
         where = homes[site.node] if symbolic or site.data_dependent else None
         table = table_of(site)
-        constant = functools.partial(_constant_plan, gm, value_of(site.call.query).device)
         if site.data_dependent and where is None:
             site.reason = "its length depends on data, and an axis of its grid is in no shape of the graph"
             continue
-        key = (site.plan_spec, site.grid_axes, site.text, _length(site)) if where else id(site.plan)
         assert site.plan is not None
+        assert site.q_shape is not None
+        made = (site.plan_spec, site.grid_axes, site.text, _length(site)) if where else id(site.plan)
+        key = (made, site.q_shape[0])
+        num_kv = None if where else site.plan.plan.num_kv_blocks
+        constant = functools.partial(_constant_plan, gm, device)
         if key not in plans:
             with gm.graph.inserting_before(site.node):
                 if where:
-                    plans[key] = _runtime_plan(gm, site, where)
+                    nodes = _runtime_plan(gm, site, where)
                 elif table:
-                    plans[key] = guarded_plan(gm, site, table, constant)
+                    nodes = guarded_plan(gm, site, table, constant)
                 else:
-                    plans[key] = constant(site.plan)
-        _replace(gm, site, context.sites, *plans[key])
+                    nodes = constant(site.plan.tensors())
+                plans[key] = controls.choose(nodes, site, num_kv)
+                if _varies(site, context) and not site.plan.criterion:
+                    stats[key] = _record(gm, plans[key], site, num_kv, device)
+        site.stats = stats.get(key)
+        _replace(gm, site, context, plans[key], controls, num_kv)
         site.replaced = True
         if table:
             grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(site))
@@ -86,13 +99,29 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     return sum(site.replaced for site in planned)
 
 
+def _varies(site: Site, context: PassContext) -> bool:
+    """Whether what is skipped is known only when the graph runs; an exported program keeps no account of it."""
+    assert site.plan is not None
+    several = len(site.plan.plan.kv_counts) > 1
+    return not context.is_final and bool(several or context.control.gates or site.plan.criterion)
+
+
+def _record(gm: fx.GraphModule, nodes: PlanNodes, site: Site, num_kv: int | None, device: torch.device) -> torch.Tensor:
+    """Add up, whenever the graph runs, what share of dense attention it computes; the sums are returned."""
+    assert site.plan is not None
+    stats = torch.zeros(2, dtype=torch.float64, device=device)
+    arguments = (buffer_node(gm, "stats", stats), nodes.counts, nodes.compensate, nodes.indices, num_kv)
+    gm.graph.call_function(record, (*arguments, site.plan.plan.block_kv))
+    return stats
+
+
 def _length(site: Site) -> str:
     """The symbolic length of the query's sequence, as text."""
     return str(value_of(site.call.query).shape[token_dim(site.call)])
 
 
-def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[fx.Node, fx.Node]:
-    """Nodes of counts and indices made from the sizes that the graph has when it runs."""
+def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> PlanNodes:
+    """Nodes of a plan table made from the sizes that the graph has when it runs."""
     graph = gm.graph
 
     def size(home: Home) -> Any:
@@ -109,35 +138,41 @@ def _runtime_plan(gm: fx.GraphModule, site: Site, where: RuntimeSizes) -> tuple[
         before = graph.call_function(operator.sub, (length, product(where.grid)))
     for piece in where.before or ():
         before = graph.call_function(operator.add, (before, product(piece)))
-    pair = graph.call_function(
+    table = graph.call_function(
         torch.ops.dynamicrad.make_plan.default, (query, frames, height, width, before, length, site.plan_spec)
     )
-    return graph.call_function(operator.getitem, (pair, 0)), graph.call_function(operator.getitem, (pair, 1))
+    assert site.plan is not None
+    return PlanNodes(*(graph.call_function(operator.getitem, (table, i)) for i in range(len(site.plan.tensors()))))
 
 
-def _constant_plan(gm: fx.GraphModule, device: torch.device, plan: BlockPlan) -> tuple[fx.Node, fx.Node]:
-    """Nodes of counts and indices as buffers of the graph module; AOT autograd lifts them to static inputs."""
-    sources = getattr(gm, "_param_name_to_source", None)
-    name = f"_dynamicrad_plan_{sum(buffer.startswith('_dynamicrad_plan') for buffer, _ in gm.named_buffers()) // 2}"
-    for suffix, tensor in (("counts", plan.kv_counts.to(device)), ("indices", plan.kv_indices.to(device))):
-        gm.register_buffer(f"{name}_{suffix}", tensor)
-        if sources is not None:  # a graph of Dynamo must say where each of its buffers comes from
-            sources[f"{name}_{suffix}"] = ConstantSource(source_name=f"{name}_{suffix}")
-    return gm.graph.get_attr(f"{name}_counts"), gm.graph.get_attr(f"{name}_indices")
+def _constant_plan(gm: fx.GraphModule, device: torch.device, tensors: tuple[torch.Tensor, ...]) -> PlanNodes:
+    """Nodes of a plan table as buffers of the graph module."""
+    names = ("counts", "indices", "forced", "near", "thresholds")
+    return PlanNodes(*(buffer_node(gm, f"plan_{name}", t.to(device)) for name, t in zip(names, tensors, strict=False)))
 
 
-def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], counts: fx.Node, indices: fx.Node) -> None:
-    node, plan, call, graph = site.node, site.plan, site.call, gm.graph
-    assert plan is not None
+def _replace(
+    gm: fx.GraphModule, site: Site, context: PassContext, nodes: PlanNodes, controls: Controls, num_kv: int | None
+) -> None:
+    node, call, graph = site.node, site.call, gm.graph
+    assert site.plan is not None
+    plan = site.plan.plan
     before = node.prev
     with graph.inserting_before(node):
         keys = keys_node(graph, call) if call.mask is not None else None
         scale = None if call.scale is None else float(call.scale)
-        arguments = (*plain_operands(graph, call), counts, indices, scale, plan.block_q, plan.block_kv, keys)
+        operands = plain_operands(graph, call)
+        if site.plan.criterion:
+            nodes = select(gm, site, operands, keys, nodes, controls, num_kv)
+            if _varies(site, context):
+                site.stats = _record(gm, nodes, site, num_kv, controls.device)
+        arguments = (*operands, nodes.counts, nodes.indices, scale, plan.block_q, plan.block_kv, keys)
+        if nodes.compensate is not None:
+            arguments = (*arguments, 0, nodes.compensate)
         pair = graph.call_function(torch.ops.dynamicrad.block_sparse_attention.default, arguments)
         out = graph.call_function(operator.getitem, (pair, 0))
         if keys is not None:
             out = without_hidden_rows(graph, call, out, keys)
         out = original_output(graph, site, out)
     copy_origin(before, node)
-    take_over(graph, site, out, sites)
+    take_over(graph, site, out, context.sites)

@@ -1,6 +1,6 @@
 """Profiles: tuned parameters per model family and resolution, as TOML files with a versioned schema."""
 
-from dynamicrad_compile.profiles.loader import list_profiles, load_profile
+from dynamicrad_compile.profiles.loader import list_profiles, load_profile, pick_profile
 from dynamicrad_compile.profiles.schema import (
     REGIMES,
     DynamicThreshold,
@@ -23,4 +23,5 @@ __all__ = [
     "StaticRatio",
     "list_profiles",
     "load_profile",
+    "pick_profile",
 ]

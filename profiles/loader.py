@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import types
@@ -21,8 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# "auto" will pick by model class and grid; so far there is one profile to pick.
-ALIASES = {"auto": "default"}
+# "auto" takes a profile whose video has at most so many times more or fewer frames, and tokens in a frame.
+REACH = 2.5
 
 
 def list_profiles() -> list[str]:
@@ -34,7 +35,8 @@ def list_profiles() -> list[str]:
 def load_profile(name_or_path: str | os.PathLike[str] = "auto") -> Profile:
     """Load a shipped profile by name, or a profile file by path.
 
-    A string is a path if it ends in ".toml" or contains a path separator. "auto" is the "default" profile.
+    A string is a path if it ends in ".toml" or contains a path separator. "auto" is the "default" profile: which one
+    fits is known only when a grid is (`pick_profile`).
     Raises ProfileError, which names the file, the key, the value and the range, and the nearest known name.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
@@ -44,7 +46,30 @@ def load_profile(name_or_path: str | os.PathLike[str] = "auto") -> Profile:
     is_path = isinstance(name_or_path, os.PathLike) or text.endswith(".toml")
     if is_path or any(separator in text for separator in separators):
         return _load_file(Path(text))
-    return _load_shipped(ALIASES.get(text, text))
+    return _load_shipped("default" if text == "auto" else text)
+
+
+def pick_profile(grid: tuple[int, int, int], heads: int, head_dim: int) -> tuple[Profile, str]:
+    """The shipped profile that was tuned for attentions most like this one, and why it was picked.
+
+    grid is (frames, height, width) in latent tokens. Heads and head_dim must be those of [match]; of several the one
+    whose number of frames and of tokens in a frame are nearest, within a factor of REACH. Else "default".
+    """
+    found: list[tuple[float, str]] = []
+    frames, area = grid[0], grid[1] * grid[2]
+    for name in list_profiles():
+        match = _load_shipped(name).match
+        if match is None or match.head_dim != head_dim or heads not in match.heads:
+            continue
+        gaps = (math.log(frames / match.grid[0]), math.log(area / (match.grid[1] * match.grid[2])))
+        if max(map(abs, gaps)) <= math.log(REACH):
+            found.append((sum(map(abs, gaps)), name))
+    shape = f"{heads} heads of {head_dim} over {'x'.join(map(str, grid))}"
+    if not found:
+        return _load_shipped("default"), f"no shipped profile was tuned for {shape}"
+    profile = _load_shipped(min(found)[1])
+    assert profile.match is not None
+    return profile, f"tuned for {'x'.join(map(str, profile.match.grid))}, the nearest to {shape}"
 
 
 def parse_profile(text: str, file: str) -> Profile:

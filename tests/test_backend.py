@@ -115,7 +115,7 @@ def test_given_grid_overrides_the_trace():
         (dict(grid=(5, 6)), "three positive integers"),
         (dict(block_size=100), "block_size = 100"),
         (dict(profile="no-such"), "no profile is called 'no-such'"),
-        (dict(dense_steps=3), "step gate"),
+        (dict(dense_steps=-1), "dense_steps = -1"),
         (dict(pattern="radal"), "pattern = 'radal'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -91,7 +91,7 @@ def test_candidates_are_the_static_plan_in_classes(shape, grid, block, before, a
 def test_bad_parameters():
     with pytest.raises(PlanError, match=r"adjacent_width must be in 0\.1\.\.10"):
         make_plan("dynamicrad", (4, 4, 4), 16, sparsity=0.5, adjacent_width=0.0)
-    with pytest.raises(PlanError, match="unknown parameter 'far_widht'.*Did you mean 'far_width'"):
+    with pytest.raises(PlanError, match=r"unknown parameter 'far_widht'.*Did you mean 'far_width'"):
         make_candidates((4, 4, 4), 16, sparsity=0.5, far_widht=1.0)
-    with pytest.raises(PlanError, match="no dynamic_threshold table for regime 'mid'"):
+    with pytest.raises(PlanError, match=r"no dynamic_threshold table for regime 'mid'"):
         make_candidates((4, 4, 4), 16, profile="default")

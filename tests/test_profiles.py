@@ -185,5 +185,5 @@ def test_whole_run_sparsity_counts_dense_steps_and_layers(tmp_path):
     match = "[match]\ngrid = [21, 30, 52]\nheads = [12]\nhead_dim = 128\nsteps = 50\nlayers = 40\n"
     text = DEFAULT.replace("dense_layers = 0", "dense_layers = 1\ndense_steps = 12") + match
     assert load_profile(write(tmp_path, text)).whole_run_sparsity(0.788) == pytest.approx(0.788 * 38 / 50 * 39 / 40)
-    with pytest.raises(ProfileError, match="no .match. table"):
+    with pytest.raises(ProfileError, match=r"no .match. table"):
         load_profile("default").whole_run_sparsity(0.8)

@@ -21,11 +21,14 @@ from .static_ratio import same_place, static_ratio_mask
 
 
 def candidates(layout: Layout, *, sparsity: float, prior: Prior | None = None, compensate: float = 0.0) -> Candidates:
-    """Candidates whose static plan skips the share `sparsity` of its blocks; P = 1, H' = 1, on the CPU."""
+    """Candidates whose static plan skips the share `sparsity` of its blocks; P = 1, H' = 1, on the CPU.
+
+    A row with all blocks would be dense, so rows without text have at most all but one.
+    """
     prior = prior or Prior()
     n = layout.num_blocks
-    mask = static_ratio_mask(layout, sparsity=sparsity, prior=prior)
     text = layout.text_blocks()
+    mask = static_ratio_mask(layout, sparsity=max(sparsity, int((~text).sum()) / n**2), prior=prior)
     rows = np.flatnonzero(~text)
     place, near = np.zeros((2, n, n), dtype=bool)
     place[rows] = same_place(layout, rows)

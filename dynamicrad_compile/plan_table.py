@@ -1,0 +1,151 @@
+"""Plan tables: what a graph needs to know of its plans, for every regime that it may be in.
+
+A `PlanSpec` says how plans are made, the grid apart; a `PlanTable` is what it gives for one grid. Static regimes are
+candidates of which all are forced, so one table serves both modes and a regime can be switched on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .plan import BlockPlan, Candidates
+from .planners import make_candidates, make_plan
+
+KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
+"""Threshold that keeps every candidate, by criterion of select_blocks."""
+
+
+@dataclass(frozen=True)
+class RegimeSpec:
+    """How the plan of one regime is made.
+
+    name       "low", "mid", "high", or "" where there is but one
+    params     parameters of make_plan (make_candidates where dynamic), as sorted pairs
+    dynamic    whether select_blocks thins it when the graph runs
+    near, far  its thresholds; None: the share of blocks that meets `sparsity`
+    sparsity   share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
+    """
+
+    name: str
+    params: tuple[tuple[str, Any], ...]
+    dynamic: bool = False
+    near: float | None = None
+    far: float | None = None
+    sparsity: float | None = None
+
+    @property
+    def compensate(self) -> float:
+        """Weight of the mean keys of dropped blocks."""
+        return float(dict(self.params).get("compensate", 0.0))
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """How plan tables are made. `criterion` is that of select_blocks; "" where no regime is dynamic."""
+
+    pattern: str
+    block_size: int
+    regimes: tuple[RegimeSpec, ...]
+    criterion: str = ""
+
+    def build(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
+        """The table for a grid (frames, height, width) with text around it; built once, then remembered."""
+        return _build(self, grid, text_before, text_after)
+
+    def to_json(self) -> str:
+        """The specification as text, for a graph's constant argument."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> PlanSpec:
+        """Reverse of `to_json`."""
+        values = json.loads(text)
+        regimes = [{**r, "params": tuple((name, value) for name, value in r["params"])} for r in values["regimes"]]
+        return PlanSpec(**{**values, "regimes": tuple(RegimeSpec(**r) for r in regimes)})
+
+
+@dataclass(frozen=True, eq=False)
+class PlanTable:
+    """Candidates of all regimes, and the thresholds that thin them.
+
+    candidates  P regimes, in the order of the specification
+    thresholds  fp32 [P, 2]: near and far, for select_blocks
+    criterion   of select_blocks; "" where no regime is dynamic and nothing is to be selected
+    """
+
+    candidates: Candidates
+    thresholds: torch.Tensor
+    criterion: str
+
+    @staticmethod
+    def of(plan: BlockPlan) -> PlanTable:
+        """The table of a plan from which nothing is to be selected."""
+        return PlanTable(Candidates(plan, plan.kv_counts, plan.kv_counts), torch.zeros(len(plan.kv_counts), 2), "")
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The static plans of all regimes."""
+        return self.candidates.plan
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """kv_counts and kv_indices; where something is to be selected also kv_forced, kv_near and the thresholds."""
+        plan = self.plan
+        if not self.criterion:
+            return plan.kv_counts, plan.kv_indices
+        return plan.kv_counts, plan.kv_indices, self.candidates.kv_forced, self.candidates.kv_near, self.thresholds
+
+
+@functools.lru_cache(maxsize=64)
+def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
+    rows: list[Candidates] = []
+    thresholds: list[tuple[float, float]] = []
+    for regime in spec.regimes:
+        params = dict(regime.params)
+        where = {"block_size": spec.block_size, "text_before": text_before, "text_after": text_after}
+        if regime.dynamic:
+            found = make_candidates(grid, **where, **params)
+            near, far = regime.near, regime.far
+            if regime.sparsity is not None:
+                near = far = ratio_for(found, regime.sparsity)
+            assert near is not None
+            assert far is not None
+            thresholds.append((near, far))
+        else:
+            plan = make_plan(spec.pattern, grid, **where, **params)
+            found = Candidates(plan, plan.kv_counts, plan.kv_counts)
+            thresholds.append((KEEP_ALL.get(spec.criterion, 0.0),) * 2)
+        rows.append(found)
+    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criterion)
+
+
+def ratio_for(candidates: Candidates, sparsity: float) -> float:
+    """Share of each group of candidates to keep, by criterion "ratio", so that `sparsity` of dense is skipped.
+
+    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. 0 where the
+    forced blocks alone are more than that, 1 where all candidates are fewer.
+    """
+    plan = candidates.plan
+    total, m_k = plan.kv_counts.numel() * plan.num_kv_blocks, plan.num_kv_blocks
+    thinned = plan.kv_counts < m_k
+    budget = (1.0 - sparsity) * total
+    if any(plan.compensate):
+        budget -= int(thinned.sum()) * m_k / plan.block_kv
+    near = (candidates.kv_near - candidates.kv_forced).double()
+    far = (plan.kv_counts - candidates.kv_near).double()
+
+    def kept(share: float) -> float:
+        rows = candidates.kv_forced + torch.ceil(share * near) + torch.ceil(share * far)
+        return float(torch.where(thinned, rows, plan.kv_counts).sum())
+
+    low, high = 0.0, 1.0
+    if kept(high) <= budget:
+        return 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) <= budget else (low, middle)
+    return low

@@ -1,0 +1,138 @@
+"""Nodes that decide, when a graph runs, in which regime and at which step it is; see dynamicrad_compile.run_state.
+
+    %clock = advance(%timestep, %state)                            once a graph, behind its inputs
+    %dense = stays_dense(%clock, dense_steps, dense_timestep)
+    %regime = latch(route(%prompt, %mask, weight, bias), %clock, %latched)
+
+    %counts = index_select(%table_of_counts, 0, %regime)           once a plan: each row of the batch in its regime
+    %counts = gated(%counts, %dense, number of kv blocks)          a full count is dense attention
+
+Nothing is added to a graph whose plan has one regime and no dense steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from dynamicrad_compile import run_state
+from dynamicrad_compile.router import route
+
+from ._buffers import buffer_node
+from ._graph import shape_hint
+from ._site import PassContext, Site
+
+
+@dataclass(frozen=True)
+class PlanNodes:
+    """Nodes of a plan table's tensors (see PlanTable.tensors), and of the weights of compensation."""
+
+    counts: fx.Node
+    indices: fx.Node
+    forced: fx.Node | None = None
+    near: fx.Node | None = None
+    thresholds: fx.Node | None = None
+    compensate: fx.Node | None = None
+
+    def each(self, change: Callable[[fx.Node], fx.Node]) -> PlanNodes:
+        """The same with `change` applied to every node."""
+        return PlanNodes(*(None if node is None else change(node) for node in vars(self).values()))
+
+
+def gated(counts: torch.Tensor, dense: torch.Tensor, indices: torch.Tensor, num_kv: int | None) -> torch.Tensor:
+    """kv_counts with full rows where `dense`; num_kv None: the width of the indices is the number of kv blocks."""
+    full = indices.shape[-1] if num_kv is None else num_kv
+    return torch.where(dense, torch.full_like(counts, full), counts)
+
+
+def safest(regimes: torch.Tensor) -> torch.Tensor:
+    """int64 [1]: the regime of most motion."""
+    return regimes.amax(0, keepdim=True)
+
+
+class Controls:
+    """Makes the nodes of one graph, each once, when a plan first needs them."""
+
+    def __init__(self, gm: fx.GraphModule, context: PassContext, device: torch.device):
+        self.gm, self.graph, self.device = gm, gm.graph, device
+        self.control, self.conditions = context.control, context.conditions
+        self.made: dict[str, fx.Node] = {}
+        self.begin = next(node for node in gm.graph.nodes if node.op != "placeholder")
+
+    def choose(self, nodes: PlanNodes, site: Site, num_kv: int | None) -> PlanNodes:
+        """The plan of this call out of a table: rows in their regime, dense at dense steps.
+
+        The graph's insertion point must be behind `nodes`. num_kv: number of kv blocks, None where it is symbolic.
+        """
+        call = self.graph.call_function
+        assert site.plan is not None
+        weights = site.plan.plan.compensation()
+        if weights is not None:
+            nodes = replace(nodes, compensate=buffer_node(self.gm, "compensate", weights.to(self.device)))
+        if len(site.plan.plan.kv_counts) > 1:
+            regime = self._regime_for(site)
+            nodes = nodes.each(lambda node: call(torch.index_select, (node, 0, regime)))
+        if self.control.gates:
+            nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
+        return nodes
+
+    def refresh(self) -> fx.Node:
+        """Node of bool [1]: whether blocks are to be chosen anew."""
+        control = self.control
+        return self._once(
+            "refresh", run_state.is_refresh, lambda: (self._clock(), control.dense_steps, control.refresh_steps)
+        )
+
+    def _dense(self) -> fx.Node:
+        control = self.control
+        return self._once(
+            "dense", run_state.stays_dense, lambda: (self._clock(), control.dense_steps, control.dense_timestep)
+        )
+
+    def _clock(self) -> fx.Node:
+        if self.control.state is not None:
+            return buffer_node(self.gm, "clock", self.control.state[0])
+        return self._once(
+            "clock",
+            run_state.advance,
+            lambda: (self.conditions.timestep, buffer_node(self.gm, "clock", run_state.new_clock(self.device))),
+        )
+
+    def _regime_for(self, site: Site) -> fx.Node:
+        """int64 [batch] or [1]; one for all where the prompts are another batch than the site's queries."""
+        assert site.q_shape is not None
+        batch = site.q_shape[0]
+        if self.control.state is not None:
+            latched = buffer_node(self.gm, "regimes", self.control.state[1])
+            return self._once(f"regimes of {batch}", torch.narrow, lambda: (latched, 0, 0, batch))
+        prompts = shape_hint(self.conditions.prompt) if self.conditions.prompt is not None else None
+        assert prompts is not None
+        if prompts[0] in (1, batch):
+            return self._regimes()
+        return self._once("safest", safest, lambda: (self._regimes(),))
+
+    def _regimes(self) -> fx.Node:
+        conditions = self.conditions
+        routed = self._once("routed", route, lambda: (conditions.prompt, conditions.mask, *self._router()))
+        if conditions.timestep is None:
+            return routed
+        return self._once(
+            "regimes",
+            run_state.latch,
+            lambda: (routed, self._clock(), buffer_node(self.gm, "regimes", run_state.new_regimes(self.device))),
+        )
+
+    def _router(self) -> tuple[fx.Node, fx.Node]:
+        assert self.control.router is not None
+        weight, bias = (tensor.to(self.device, torch.float32) for tensor in self.control.router)
+        return buffer_node(self.gm, "router_weight", weight), buffer_node(self.gm, "router_bias", bias)
+
+    def _once(self, name: str, function: Any, arguments: Callable[[], tuple[Any, ...]]) -> fx.Node:
+        if name not in self.made:
+            with self.graph.inserting_before(self.begin):
+                self.made[name] = self.graph.call_function(function, arguments())
+        return self.made[name]
