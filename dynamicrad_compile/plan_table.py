@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,7 +112,7 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
             found = make_candidates(grid, **where, **params)
             near, far = regime.near, regime.far
             if regime.sparsity is not None:
-                near = far = ratio_for(found, regime.sparsity)
+                near, far = ratios_for(found, regime.sparsity)
             assert near is not None
             assert far is not None
             thresholds.append((near, far))
@@ -123,11 +124,11 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
     return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criterion)
 
 
-def ratio_for(candidates: Candidates, sparsity: float) -> float:
-    """Share of each group of candidates to keep, by criterion "ratio", so that `sparsity` of dense is skipped.
+def ratios_for(candidates: Candidates, sparsity: float) -> tuple[float, float]:
+    """Shares of the near and of the far blocks to keep, by criterion "ratio", so that `sparsity` of dense is skipped.
 
-    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. 0 where the
-    forced blocks alone are more than that, 1 where all candidates are fewer.
+    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. The shares are
+    equal but for rounding. 0 where the forced blocks alone are too many, 1 where all candidates are too few.
     """
     plan = candidates.plan
     total, m_k = plan.kv_counts.numel() * plan.num_kv_blocks, plan.num_kv_blocks
@@ -138,14 +139,21 @@ def ratio_for(candidates: Candidates, sparsity: float) -> float:
     near = (candidates.kv_near - candidates.kv_forced).double()
     far = (plan.kv_counts - candidates.kv_near).double()
 
-    def kept(share: float) -> float:
-        rows = candidates.kv_forced + torch.ceil(share * near) + torch.ceil(share * far)
-        return float(torch.where(thinned, rows, plan.kv_counts).sum())
+    def fits(near_share: float, far_share: float) -> bool:
+        rows = candidates.kv_forced + torch.ceil(near_share * near) + torch.ceil(far_share * far)
+        return float(torch.where(thinned, rows, plan.kv_counts).sum()) <= budget
 
-    low, high = 0.0, 1.0
-    if kept(high) <= budget:
-        return 1.0
-    for _ in range(30):
+    both = _largest(lambda share: fits(share, share))
+    near_share = _largest(lambda share: fits(share, both), both)
+    return near_share, _largest(lambda share: fits(near_share, share), both)
+
+
+def _largest(fits: Callable[[float], bool], low: float = 0.0) -> float:
+    """The largest number in low..1 that fits, by bisection; low where none does."""
+    high = 1.0
+    if fits(high):
+        return high
+    for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) <= budget else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low

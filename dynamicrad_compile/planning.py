@@ -11,6 +11,7 @@ from .options import MIN_TOKENS_AUTO, Options
 from .plan_table import PlanSpec, PlanTable, RegimeSpec
 from .profiles import REGIMES, Profile, load_profile, pick_profile
 from .router import Router
+from .run_state import RunState
 
 if TYPE_CHECKING:
     from .passes import Conditions, Control, Site
@@ -38,6 +39,7 @@ class SitePlanner:
         self.video_sites = 0
         self.asked: set[int] = set()
         self.routed = False
+        self.shared = False  # one graph serves several layers
 
     def __call__(self, site: Site, conditions: Conditions) -> PlanTable | None:
         """The plan of a video self-attention, or None with `site.reason` set."""
@@ -45,6 +47,7 @@ class SitePlanner:
         assert site.q_shape is not None
         number = self.video_sites
         self.video_sites += 1
+        self.shared = self.shared or not re.search(r"\d", site.path)
         profile = self._profile(site)
         site.reason = self._stays_dense(site, number, profile)
         if site.reason:
@@ -65,10 +68,17 @@ class SitePlanner:
         if refresh and self._mode(profile) != "dynamic_threshold":
             refresh = 0
             self._unmet(f"refresh_steps = {options.refresh_steps} has no meaning: mode is not dynamic_threshold")
+        if refresh and self.shared:
+            refresh = 0
+            self._unmet(
+                f"refresh_steps = {options.refresh_steps} can't be honoured: one compiled block serves all layers; "
+                "compile the whole model"
+            )
         timestep = options.dense_timestep
         wishes = {"dense_steps": steps or None, "dense_timestep": timestep, "refresh_steps": refresh or None}
         wanted = {name: value for name, value in wishes.items() if value is not None}
-        if wanted and conditions.timestep is None and options.state is None:
+        kept = options.state or RunState()
+        if wanted and conditions.timestep is None and kept.clock is None:
             asked = ", ".join(f"{name} = {value}" for name, value in wanted.items())
             self._unmet(f"{asked} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
             steps, refresh, timestep = 0, 0, None
@@ -76,7 +86,7 @@ class SitePlanner:
         if self.routed:
             assert self.router is not None
             router = (self.router.weight, self.router.bias)
-        return Control(router, steps, timestep, refresh, options.state)
+        return Control(router, steps, timestep, refresh, kept.clock, kept.regimes)
 
     def _profile(self, site: Site) -> Profile:
         if self.fixed is not None:
@@ -121,9 +131,11 @@ class SitePlanner:
         why = ""
         if self.router is None:
             why = "no motion router is given (option router; see fit_router)"
-        elif self.options.state is None and conditions.prompt is None:
+        elif (self.options.state or RunState()).regimes is not None:
+            why = ""
+        elif conditions.prompt is None:
             why = "no prompt embedding was found among the inputs of this graph"
-        elif self.options.state is None:
+        else:
             found = conditions.embedding_dim
             if found != self.router.embedding_dim:
                 why = f"the router is for embeddings of {self.router.embedding_dim} features, the prompt has {found}"

@@ -10,6 +10,8 @@ counts 1000 .. 0, 1 .. 0, logarithms of sigma or 0 .. 1000, and the two calls of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
@@ -31,6 +33,33 @@ def new_clock(device: torch.device | str = "cpu") -> Tensor:
 def new_regimes(device: torch.device | str = "cpu") -> Tensor:
     """Buffer of the latched regimes, int64 [MAX_BATCH]."""
     return torch.zeros(MAX_BATCH, dtype=torch.int64, device=device)
+
+
+class RunState:
+    """Clock and regimes that drad.compile keeps beside its graphs, so that they cross graph breaks.
+
+    clock and regimes are None until a call has shown a timestep, and a prompt that the router is for.
+    """
+
+    def __init__(self, router: Any = None) -> None:
+        self.router = router
+        self.clock: Tensor | None = None
+        self.regimes: Tensor | None = None
+
+    def note_call(self, timestep: Tensor | None, prompt: Tensor | None, mask: Tensor | None) -> None:
+        """Advance the clock by a call's timestep, and route its prompt [B, L, C] with mask [B, L] or None."""
+        if timestep is None:
+            return
+        with torch.no_grad():
+            if self.clock is None or self.clock.device != timestep.device:
+                self.clock = new_clock(timestep.device)
+            clock = advance(timestep, self.clock)
+            if self.router is None or prompt is None or prompt.shape[-1] != self.router.embedding_dim:
+                return
+            if self.regimes is None or self.regimes.device != prompt.device:
+                self.regimes = new_regimes(prompt.device)
+            if prompt.shape[0] <= MAX_BATCH:
+                latch(self.router.predict(prompt, mask), clock, self.regimes)
 
 
 @has_side_effect

@@ -94,8 +94,8 @@ class Controls:
         )
 
     def _clock(self) -> fx.Node:
-        if self.control.state is not None:
-            return buffer_node(self.gm, "clock", self.control.state[0])
+        if self.control.clock is not None:
+            return buffer_node(self.gm, "clock", self.control.clock)
         return self._once(
             "clock",
             run_state.advance,
@@ -106,9 +106,11 @@ class Controls:
         """int64 [batch] or [1]; one for all where the prompts are another batch than the site's queries."""
         assert site.q_shape is not None
         batch = site.q_shape[0]
-        if self.control.state is not None:
-            latched = buffer_node(self.gm, "regimes", self.control.state[1])
-            return self._once(f"regimes of {batch}", torch.narrow, lambda: (latched, 0, 0, batch))
+        kept = self.control.regimes
+        if kept is not None:
+            return self._once(
+                f"regimes of {batch}", torch.narrow, lambda: (buffer_node(self.gm, "regimes", kept), 0, 0, batch)
+            )
         prompts = shape_hint(self.conditions.prompt) if self.conditions.prompt is not None else None
         assert prompts is not None
         if prompts[0] in (1, batch):

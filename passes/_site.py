@@ -120,14 +120,16 @@ class Control:
     dense_steps     this many first denoising steps stay dense
     dense_timestep  steps on the noisy side of this timestep stay dense; None: none
     refresh_steps   select_blocks chooses anew at every so many steps; 0: at every call
-    state           clock and latched regimes kept outside the graph; None: the graph keeps its own
+    clock           that something outside the graph keeps; None: the graph keeps its own
+    regimes         int64 [MAX_BATCH] that something outside the graph keeps; None: the graph finds them
     """
 
     router: tuple[torch.Tensor, torch.Tensor] | None = None
     dense_steps: int = 0
     dense_timestep: float | None = None
     refresh_steps: int = 0
-    state: tuple[torch.Tensor, torch.Tensor] | None = None
+    clock: torch.Tensor | None = None
+    regimes: torch.Tensor | None = None
 
     @property
     def gates(self) -> bool:

@@ -29,6 +29,8 @@ _NO_PROMPT = re.compile(r"image|img|vision|clip|audio|byt5|pooled|face|pose|came
 _PROMPT = re.compile(r"encoder_hidden_states|prompt|text|txt|context|caption|cond", re.I)
 _NO_TIMESTEP = re.compile(r"guidance|cfg|ofs|fps|r_timestep|size|aspect|mask|pos|coord", re.I)
 _TIMESTEP = re.compile(r"timestep|time_step|(^|_)t(_|$)|sigma|noise", re.I)
+_STATE = re.compile(r"l_self_|p_|b_|c_", re.I)  # names that Dynamo and torch.export give to what a module holds
+_CASTS = {"type_as", "cast"}  # of the first operand, whatever the other is
 _PROJECTIONS = {"linear", "addmm", "mm", "matmul", "baddbmm"}
 
 
@@ -41,11 +43,11 @@ def find_conditions(gm: fx.GraphModule, context: PassContext) -> int:
 
 
 def _is_data(node: fx.Node) -> bool:
-    """Whether an input is a tensor that the caller gives, no weight and no buffer of a module."""
+    """Whether an input is a tensor that the caller gives, no weight and nothing else that a module holds."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return False
-    return not re.search(r"(^|_)(parameters|buffers)_", node.name) and not node.name.lower().startswith(("p_", "b_"))
+    return not re.search(r"(^|_)(parameters|buffers)_", node.name) and not _STATE.match(node.name)
 
 
 def _prompt(inputs: list[fx.Node], context: PassContext) -> fx.Node | None:
@@ -108,7 +110,7 @@ def _is_embedded(gm: fx.GraphModule, start: fx.Node, data: set[fx.Node]) -> bool
     for node in gm.graph.nodes:
         if node is start or node in data:
             continue
-        inputs = node.all_input_nodes
+        inputs = node.all_input_nodes[:1] if op_name(node) in _CASTS else node.all_input_nodes
         if all(one in free for one in inputs):
             free.add(node)
         elif all(one in free or one in pure for one in inputs):
