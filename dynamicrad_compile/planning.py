@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionsError
@@ -47,7 +46,7 @@ class SitePlanner:
         assert site.q_shape is not None
         number = self.video_sites
         self.video_sites += 1
-        self.shared = self.shared or not re.search(r"\d", site.path)
+        self.shared = self.shared or not _is_one_layer(site)
         profile = self._profile(site)
         site.reason = self._stays_dense(site, number, profile)
         if site.reason:
@@ -189,7 +188,7 @@ class SitePlanner:
         if self._pattern(profile) not in ("dynamicrad", "radial"):
             raise OptionsError(f"pattern {self._pattern(profile)!r} of profile {profile.name!r} is not available yet.")
         dense_layers = profile.dense_layers if options.dense_layers is None else options.dense_layers
-        if dense_layers and not re.search(r"\d", site.path):
+        if dense_layers and not _is_one_layer(site):
             return "dense_layers can't be honoured: one compiled block serves all layers; compile the whole model"
         if number < dense_layers:
             self.asked.add(id(site))
@@ -208,6 +207,11 @@ class SitePlanner:
     def _unmet(self, text: str) -> None:
         if text not in self.unmet:
             self.unmet.append(text)
+
+
+def _is_one_layer(site: Site) -> bool:
+    """Whether a site belongs to one layer, as blocks.3.attn1; in a graph that serves all layers paths have no number."""
+    return any(piece.isdigit() for piece in site.path.split("."))
 
 
 def _pairs(params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
