@@ -7,7 +7,8 @@
     %counts = index_select(%table_of_counts, 0, %regime)           once a plan: each row of the batch in its regime
     %counts = gated(%counts, %dense, number of kv blocks)          a full count is dense attention
 
-Nothing is added to a graph whose plan has one regime and no dense steps.
+Nothing is added to a graph whose plan has one regime and no dense steps. An exported program keeps no regime from call
+to call: it routes the prompt that it is given.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ class Controls:
     def __init__(self, gm: fx.GraphModule, context: PassContext, device: torch.device):
         self.gm, self.graph, self.device = gm, gm.graph, device
         self.control, self.conditions = context.control, context.conditions
+        self.latches = context.conditions.timestep is not None and not context.is_final
         self.made: dict[str, fx.Node] = {}
-        self.begin = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        inputs = gm.graph.find_nodes(op="placeholder")
+        self.begin = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
 
     def choose(self, nodes: PlanNodes, site: Site, num_kv: int | None) -> PlanNodes:
         """The plan of this call out of a table: rows in their regime, dense at dense steps.
@@ -120,7 +123,7 @@ class Controls:
     def _regimes(self) -> fx.Node:
         conditions = self.conditions
         routed = self._once("routed", route, lambda: (conditions.prompt, conditions.mask, *self._router()))
-        if conditions.timestep is None:
+        if not self.latches:
             return routed
         return self._once(
             "regimes",

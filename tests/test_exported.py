@@ -8,6 +8,8 @@ from helpers import call, capture, compile_sparse, drad, first_output, make, mas
 from test_spellings import SPELLINGS
 from tiny_dit import KEEP, LATENTS, SCALE, TinyDiT, dense_attention, sparse_plan, token_mask
 
+from dynamicrad_compile.router import Router
+
 MODELS = ["wan_t2v", "hunyuan_video", "cogvideox_5b", "ltx"]
 OPTIONS = {"min_tokens": 0, "block_size": 16, "sparsity": 0.6}
 
@@ -159,3 +161,23 @@ def test_strict_and_wrong_arguments():
         drad.rewrite(program, {"strict": True, "min_tokens": 1000})
     with pytest.raises(drad.GridError, match="270 tokens does not fit the 240"):
         drad.rewrite(program, {"grid": (5, 6, 9)})
+
+
+@pytest.mark.parametrize("mode", ["static_ratio", "dynamic_threshold"])
+@pytest.mark.parametrize("name", ["wan_t2v", "hunyuan_video"])
+def test_router_in_an_exported_program(name, mode):
+    model, kwargs, _ = make(name, batch=2)
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    router = Router(weight - weight.mean(0), torch.zeros(3))
+    prompts = 3 * router.weight[[0, 2], None].expand(2, *kwargs["encoder_hidden_states"].shape[1:]).contiguous()
+    kwargs = {**kwargs, "encoder_hidden_states": prompts}
+    options = {"min_tokens": 0, "block_size": 16, "mode": mode}
+    module, report = drad.rewrite(export(model, kwargs), {**options, "router": router})
+    assert "chosen by the router" in str(report)
+    again = torch.export.export(module, (), kwargs)
+    assert not again.graph_signature.buffers_to_mutate  # each call stands for itself
+    out = run(module, kwargs)
+    assert relative_error(run(again.module(), kwargs), out) < 1e-6
+    for row, regime in enumerate(("low", "high")):
+        alone, _ = drad.rewrite(export(model, kwargs), {**options, "regime": regime})
+        assert relative_error(run(alone, kwargs)[row], out[row]) < 1e-5
