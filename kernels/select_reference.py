@@ -1,0 +1,141 @@
+"""Slow fp64 reference of `select_blocks`: one row at a time, plain loops. For tests and for reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Row:
+    """Candidates of one query block: ids in their order, the first `forced` forced, the first `near` near."""
+
+    where: tuple[int, int, int]  # sample, head, query block
+    ids: list[int]
+    forced: int
+    near: int
+    scores: list[float]  # scale * mean(q_I) . mean(k_J) + log(n_J)
+    dense: bool
+
+    def shares(self, group: range) -> dict[int, float]:
+        """Softmax of the scores over the positions in `group`; zeros if every one of them is hidden."""
+        top = max((self.scores[j] for j in group), default=-math.inf)
+        if top == -math.inf:
+            return dict.fromkeys(group, 0.0)
+        weights = {j: math.exp(self.scores[j] - top) for j in group}
+        return {j: w / sum(weights.values()) for j, w in weights.items()}
+
+    @property
+    def groups(self) -> tuple[range, range]:
+        """Positions of the near and of the far candidates, forced ones excluded."""
+        return range(self.forced, self.near), range(self.near, len(self.ids))
+
+
+def _block(x: torch.Tensor, i: int, block: int, usable: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Mean fp64 [D] over the usable tokens of block i of x [S, D], and their number."""
+    inside = slice(i * block, (i + 1) * block)
+    tokens = x[inside].double()[usable[inside]]
+    return (tokens.mean(0) if len(tokens) else x.new_zeros(x.shape[1], dtype=torch.float64)), len(tokens)
+
+
+def candidate_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    kv_counts: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_forced: torch.Tensor,
+    kv_near: torch.Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: torch.Tensor | None = None,
+) -> Iterator[Row]:
+    """The rows of all samples and heads, with their scores."""
+    batch, heads, q_len, dim = q.shape
+    kv_len, rep = k.shape[2], heads // k.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    n_kv = -(-kv_len // block_kv)
+    for b in range(batch):
+        every = torch.ones(q_len, dtype=torch.bool)
+        usable = torch.ones(kv_len, dtype=torch.bool) if kv_mask is None else kv_mask[b % kv_mask.shape[0]]
+        for h in range(heads):
+            keys = [_block(k[b, h // rep], j, block_kv, usable) for j in range(n_kv)]
+            for i in range(kv_counts.shape[2]):
+                at = (b % kv_counts.shape[0], h % kv_counts.shape[1], i)
+                count = int(kv_counts[at])
+                if count >= n_kv:
+                    yield Row((b, h, i), [], 0, 0, [], True)
+                    continue
+                query, _ = _block(q[b, h], i, block_q, every)
+                ids = kv_indices[at][:count].tolist()
+                scores = [
+                    scale * float(query @ mean) + math.log(n) if n else -math.inf for mean, n in (keys[j] for j in ids)
+                ]
+                yield Row((b, h, i), ids, int(kv_forced[at]), int(kv_near[at]), scores, False)
+
+
+def log_or_hidden(x: float) -> float:
+    """log(x), -inf for 0."""
+    return math.log(x) if x else -math.inf
+
+
+def choose(row: Row, thresholds: tuple[float, float], criterion: str) -> list[int]:
+    """Positions of the candidates that are kept, ascending."""
+    n = len(row.ids)
+    row_shares = row.shares(range(n))
+    kept = set(range(row.forced))
+    for group, threshold in zip(row.groups, thresholds, strict=True):
+        shares = row.shares(group)
+        best_first = sorted(group, key=lambda j: -row.scores[j])  # stable: of equal ones the earlier first
+        if criterion == "threshold":
+            kept |= {j for j in group if log_or_hidden(n * row_shares[j]) >= threshold}
+        elif threshold >= 1:
+            kept |= set(group)
+        elif not threshold > 0:  # nor for NaN
+            continue
+        elif criterion == "mass":
+            target, mass = threshold * sum(shares[j] for j in group), 0.0
+            for j in best_first:
+                if mass >= target:
+                    break
+                kept.add(j)
+                mass += shares[j]
+        else:
+            size = torch.tensor(threshold, dtype=torch.float32) * len(group)  # rounded as in the kernels
+            kept |= set(best_first[: math.ceil(float(size))])
+    if not kept and n:
+        kept = {max(range(n), key=lambda j: (row.scores[j], -j))}
+    return sorted(kept)
+
+
+def select_blocks_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    kv_counts: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_forced: torch.Tensor,
+    kv_near: torch.Tensor,
+    thresholds: torch.Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    criterion: str,
+    kv_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(counts int32 [B, H, Mq], indices int32 [B, H, Mq, W]) of the op's arguments."""
+    rows = kv_counts.shape[2]
+    counts = torch.zeros(*q.shape[:2], rows, dtype=torch.int32)
+    indices = torch.zeros(*counts.shape, kv_indices.shape[3], dtype=torch.int32)
+    arguments = (q, k, kv_counts, kv_indices, kv_forced, kv_near, scale, block_q, block_kv, kv_mask)
+    for row in candidate_rows(*arguments):
+        if row.dense:
+            counts[row.where] = -(-k.shape[2] // block_kv)
+            continue
+        near, far = thresholds[row.where[0] % thresholds.shape[0]].tolist()
+        kept = [row.ids[j] for j in choose(row, (near, far), criterion)]
+        counts[row.where] = len(kept)
+        indices[row.where][: len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    return counts, indices
