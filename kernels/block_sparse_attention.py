@@ -3,9 +3,14 @@
     out[i] = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j of the active blocks of i's block
     lse[i] = log sum_j exp(scale * q_i . k_j)
 
+With `compensate` = c > 0 every other block J with n_J valid keys adds one key to both sums: its mean key with
+log(n_J) + log(c) on the score, and its mean value. Then the softmax is not renormalised without the mass of what
+was dropped.
+
 CUDA runs the Triton kernel of `triton_forward`; the op is a `triton_op`, so Inductor and AOTInductor see the
 kernel itself. CPU runs `cpu.forward`, which those compilers see as the opaque op
-`dynamicrad::block_sparse_attention_cpu`. Nothing here synchronises a CUDA device with the host.
+`dynamicrad::block_sparse_attention_cpu`. The gradient is that of `backward`. Nothing here synchronises a CUDA device
+with the host.
 """
 
 from __future__ import annotations
@@ -18,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dynamicrad_compile.errors import DynamicRadError, PlanError
+from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.plan import BlockPlan, cdiv
 
-from . import cpu
+from . import backward, cpu
+from .compensation import means_of
 
 try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
     from .triton_forward import launch_forward
@@ -49,8 +55,9 @@ def _validate(
     block_kv: int,
     kv_mask: Tensor | None,
     mask_start: int,
+    compensate: Tensor | None,
 ) -> None:
-    """Check shapes, dtypes and devices; the values of counts and indices are never read."""
+    """Check shapes, dtypes and devices; the values of counts, indices and compensate are never read."""
     shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
     if not q.dim() == k.dim() == v.dim() == 4:
         raise PlanError(f"expected q [B, H, Sq, D], k and v [B, Hkv, Sk, D], {shapes}")
@@ -79,7 +86,14 @@ def _validate(
         if kv_mask.shape[0] != 1:
             _require(kv_mask.shape[0] == q.shape[0], f"kv_mask's batch must be 1 or that of q, {got}")
         _require(kv_mask.shape[1] == k.shape[2], f"kv_mask must cover every key, {got}")
+    if compensate is not None:
+        got = f"got {compensate.dtype} {list(compensate.shape)} for a batch of {q.shape[0]}."
+        if compensate.dtype != torch.float32 or compensate.dim() != 1:
+            raise PlanError(f"expected compensate float32 [B or 1], {got}")
+        if compensate.shape[0] != 1:
+            _require(compensate.shape[0] == q.shape[0], f"compensate's batch must be 1 or that of q, {got}")
     given = {"k": k, "v": v, "kv_counts": kv_counts, "kv_indices": kv_indices, "kv_mask": kv_mask}
+    given["compensate"] = compensate
     for name, tensor in given.items():
         if tensor is not None and tensor.device != q.device:
             raise PlanError(f"{name} is on {tensor.device}, q on {q.device}. Move it there (BlockPlan.to for plans).")
@@ -116,18 +130,22 @@ def _forward(
     block_kv: int,
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
+    compensate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return torch.ops.dynamicrad.block_sparse_attention_cpu(
-            q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start
+            q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate
         )
-    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
     if q.device.type != "cuda":
         raise PlanError(f"block_sparse_attention runs on cpu and cuda tensors, got {q.device}.")
     if launch_forward is None:
         raise PlanError("block_sparse_attention needs Triton for CUDA tensors. Install triton.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return launch_forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    means = None
+    if compensate is not None:
+        means = means_of(k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
+    return launch_forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, means)
 
 
 def _forward_cpu(
@@ -141,10 +159,11 @@ def _forward_cpu(
     block_kv: int,
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
+    compensate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return cpu.forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask)
+    return cpu.forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, compensate)
 
 
 def _fake(
@@ -158,45 +177,20 @@ def _fake(
     block_kv: int,
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
+    compensate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
     # Contiguous whatever the strides of q: both kernels allocate their output, empty_like would copy strides.
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _backward(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    raise DynamicRadError(
-        "block_sparse_attention has no backward yet. Run the model under torch.no_grad() or "
-        "torch.inference_mode(), or leave the attentions that you train dense."
-    )
 
 
 _define = torch.library.custom_op if launch_forward is None else torch.library.triton_op
 _op = _define("dynamicrad::block_sparse_attention", _forward, mutates_args=())
 _op_cpu = torch.library.custom_op("dynamicrad::block_sparse_attention_cpu", _forward_cpu, mutates_args=())
-_op_backward = torch.library.custom_op("dynamicrad::block_sparse_attention_backward", _backward, mutates_args=())
-
-
-@_op_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.n_inputs = len(inputs)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    # Through an op, so that compiling a model whose weights want gradients works and only backward() raises.
-    grads = torch.ops.dynamicrad.block_sparse_attention_backward(*ctx.saved_tensors, grad_out, grad_lse)
-    return (*grads, *[None] * (ctx.n_inputs - 3))
-
-
 _op.register_kernel("cpu")(_forward_cpu)  # saves eager code the second dispatch
 for _definition in (_op, _op_cpu):
     _definition.register_fake(_fake)
-    _definition.register_autograd(_gradients, setup_context=_save)
+    _definition.register_autograd(backward.gradients, setup_context=backward.save)
 
 
 @register_flop_formula(
@@ -211,27 +205,33 @@ def flops(
     scale: float | None,
     block_q: int,
     block_kv: int,
-    *args: Any,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
     **kwargs: Any,
 ) -> int:
     """FLOPs of the two matrix products: 4 * head_dim * (query, key) pairs in active blocks.
 
-    Ragged tails count their real length; keys hidden by kv_mask inside an active block count. With real
-    tensors the value is exact, and reading the counts of a CUDA plan waits for the device. With fake tensors
-    every row is taken to be W blocks wide, an upper bound as long as no row is gated to dense.
+    Ragged tails count their real length; keys hidden by kv_mask inside an active block count. With compensation
+    each query adds one key per block, kept or not, unless its row is dense or its sample's weight is 0. With
+    real tensors the value is exact, and reading the counts of a CUDA plan waits for the device. With fake
+    tensors every row is taken to be W blocks wide, an upper bound as long as no row is gated to dense.
     """
     batch, heads, q_len, dim = q.shape
     kv_len, m_k = k.shape[2], cdiv(k.shape[2], block_kv)
     if isinstance(kv_counts, torch._subclasses.FakeTensor) or kv_counts.device.type == "meta":
-        return 4 * dim * batch * heads * q_len * min(kv_indices.shape[-1] * block_kv, kv_len)
+        keys_per_query = min(kv_indices.shape[-1] * block_kv, kv_len) + (0 if compensate is None else m_k)
+        return 4 * dim * batch * heads * q_len * keys_per_query
     counts, ids = kv_counts.cpu().long(), kv_indices.cpu()
     active = torch.arange(ids.shape[-1]) < counts[..., None]
     holds_tail = (active & (ids == m_k - 1)).any(-1)
     keys = counts * block_kv - torch.where(holds_tail, m_k * block_kv - kv_len, 0)
     keys = torch.where(counts >= m_k, kv_len, keys)
-    rows = torch.full((counts.shape[2],), block_q)
-    rows[-1] = q_len - (counts.shape[2] - 1) * block_q
-    repeats = batch * heads // (counts.shape[0] * counts.shape[1])
+    if compensate is not None:
+        keys = keys + m_k * ((counts < m_k) & (compensate.cpu() > 0)[:, None, None])
+    rows = torch.full((keys.shape[2],), block_q)
+    rows[-1] = q_len - (keys.shape[2] - 1) * block_q
+    repeats = batch * heads // (keys.shape[0] * keys.shape[1])
     return 4 * dim * repeats * int((keys * rows).sum())
 
 
@@ -245,6 +245,7 @@ def block_sparse_attention(
     kv_length: Tensor | Sequence[int] | None = None,
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
+    compensate: float | Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the active blocks of `plan`.
@@ -256,9 +257,11 @@ def block_sparse_attention(
     kv_length: int [B], keys of each sample that count, the rest is right padding.
     kv_mask: bool [B or 1, Sk], True where a key may be attended; with kv_length both must allow it.
     mask_start: promise that all keys before this position may be attended, so the mask is not read there.
+    compensate: 0 to 1, or fp32 [B or 1] on q's device: weight of the one extra key, its mean, by which each block
+    that a row drops is still represented; 0 and None drop it. It costs Sk / block_kv keys per query.
     Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
     logarithm. A query with no key gives out = 0 and lse = -inf.
-    Raises PlanError if shapes, dtypes, devices or lengths do not fit together.
+    Raises PlanError if shapes, dtypes, devices or lengths do not fit together, or a number is out of range.
     """
     for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
         if tensor.dim() == 4 and tensor.shape[2] != planned:
@@ -271,7 +274,13 @@ def block_sparse_attention(
             raise PlanError(f"expected kv_length int [B], got {lengths.dtype} {list(lengths.shape)}.")
         within = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
         kv_mask = within if kv_mask is None else within & kv_mask
+    if not isinstance(compensate, torch.Tensor) and compensate is not None:
+        if not 0 <= compensate <= 1:
+            raise PlanError(f"compensate must be 0 to 1, got {compensate}.")
+        # Filled on the device: a copy of a host number would wait for it.
+        weight = torch.full((1,), float(compensate), dtype=torch.float32, device=q.device)
+        compensate = weight if compensate > 0 else None
     out, lse = torch.ops.dynamicrad.block_sparse_attention(
-        q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask, mask_start
+        q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask, mask_start, compensate
     )
     return (out, lse) if return_lse else out

@@ -7,6 +7,8 @@ For a group of (head, query block) rows with the same number of active blocks
     O = P V[ids]                  bmm
     lse = max(S) - log(max(P))    because max(P) = exp(max(S) - lse)
 
+Compensation for dropped blocks is a second pass, in `cpu_means`.
+
 Everything is plain eager PyTorch: nothing is compiled, so there is no compiler to look for, no recompilation
 when a length changes, and no wait at the first call. A group's scores are kept near 1 MB, which stays in a
 core's L2 cache; measured on AVX-512 cores, gathering costs 3 to 8 % of the two GEMMs. Groups run side by side,
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from . import workers
+from .cpu_means import BlockMeans
 from .workers import Buffers, Task
 
 SCORE_BYTES = 1 << 20  # scores of one group
@@ -210,6 +213,7 @@ def _heads(
     block_q: int,
     block_kv: int,
     mask: torch.Tensor | None,
+    compensate: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     buffers: list[Buffers],
@@ -238,6 +242,11 @@ def _heads(
     workers.run(fill_q + fill_k + fill_v, buffers)
     rows = _rows(counts, indices, n_kv, usable)
     workers.run(_groups(work, rows, n_q, n_kv, heads // k.shape[0], mask is not None), buffers)
+    if compensate > 0 and n_kv > 0:
+        valid = None if mask is None else usable
+        means = BlockMeans(keys, values, valid, k.shape[0], kv_len, compensate, k.dtype, shared)
+        workers.run(means.fill(), buffers)
+        workers.run(means.add(queries, blocks_out, blocks_lse, counts, indices, scale), buffers)
 
     def copy_out(h: int) -> Task:
         def task(_: Buffers) -> None:
@@ -259,6 +268,7 @@ def forward(
     block_q: int,
     block_kv: int,
     kv_mask: torch.Tensor | None,
+    compensate: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention of CPU tensors; arguments as of the op, already validated.
 
@@ -278,6 +288,7 @@ def forward(
         for b in range(batch):
             b_plan = b if kv_counts.shape[0] > 1 else 0
             mask = None if kv_mask is None else kv_mask[b if kv_mask.shape[0] > 1 else 0]
+            weight = 0.0 if compensate is None else float(compensate[b if compensate.shape[0] > 1 else 0])
             for h in range(0, heads, step):
                 own, own_kv = slice(h, h + step), slice(h // rep, (h + step) // rep)
                 planned = own if kv_counts.shape[1] > 1 else slice(0, 1)
@@ -291,6 +302,7 @@ def forward(
                     block_q,
                     block_kv,
                     mask,
+                    weight,
                     out[b, own],
                     lse[b, own],
                     buffers,

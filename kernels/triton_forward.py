@@ -9,6 +9,9 @@ Scores are masked only in builds for a ragged last block or a key mask, by a sel
 are loaded only from `mask_start` on. A uniform branch around the masking took 50 registers more and spilled on
 sm_80 and sm_120.
 
+With COMPENSATE a loop over the mean keys of all blocks comes first, `BLOCK_J` of them at a time; those of the kept
+blocks are hidden by a packed bit each (`compensation`). Dense rows and samples of weight 0 skip that loop.
+
 fp32 inputs use `input_precision="tf32x3"`: three TF32 products on tensor cores, about the precision of fp32.
 The interpreter's `tl.dot` is wrong for bf16, so operands are widened there.
 """
@@ -20,7 +23,11 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
+from .compensation import Means
 from .tiles import Tile, choose_tile
+
+MEANS_TILE = 32
+"""Means of blocks at a time; tiles of 64 spilled at head_dim 128 on sm_120."""
 
 
 @triton.jit
@@ -31,6 +38,11 @@ def _block_sparse_forward(
     counts,  # int32 [B', H', Mq]
     indices,  # int32 [B', H', Mq, W], last stride 1
     key_mask,  # bool [B'', Sk], last stride 1; not read without HAS_MASK
+    mean_k,  # [B, Hkv, Mk, D] contiguous; this and the next four are not read without COMPENSATE
+    mean_v,  # [B, Hkv, Mk, D] contiguous
+    n_valid,  # int32 [B'', Mk], valid keys of each block
+    weight,  # fp32 [B or 1]
+    kept,  # int32 [B', H', Mq, ceil(Mk / 32)], a bit per block
     out,  # [B, H, Sq, D] contiguous
     lse,  # fp32 [B, H, Sq] contiguous
     scale,
@@ -55,14 +67,21 @@ def _block_sparse_forward(
     stride_ih,
     stride_im,
     stride_mb,
+    stride_nb,
+    stride_wb,
+    stride_eb,
+    stride_eh,
+    stride_em,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # means of blocks at a time
     RAGGED: tl.constexpr,  # SK is not a multiple of BLOCK_KV
     HAS_MASK: tl.constexpr,
+    COMPENSATE: tl.constexpr,
     WIDEN: tl.constexpr,  # tl.dot in fp32, for the interpreter
     PRECISION: tl.constexpr,
 ):
@@ -100,6 +119,35 @@ def _block_sparse_forward(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)  # in units of log2
     b_sum = tl.full([BLOCK_M], 0.0, tl.float32)
     b_acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    if COMPENSATE:
+        b_weight = tl.load(weight + i_b * stride_wb)
+        n_means = tl.where((count < n_blocks) & (b_weight > 0.0), n_blocks, 0)
+        first_mean = (i_b * (H // KV_GROUP) + i_hkv) * n_blocks * D
+        p_kept = kept + i_b * stride_eb + i_h * stride_eh + i_row * stride_em
+        for start in range(0, n_means, BLOCK_J):
+            o_j = start + tl.arange(0, BLOCK_J)  # [BLOCK_J]
+            m_j = o_j < n_blocks
+            p_mean = first_mean + o_j.to(tl.int64) * D
+            b_k = tl.load(mean_k + p_mean[None, :] + o_d[:, None], mask=m_j[None, :] & m_d[:, None], other=0.0)
+            b_v = tl.load(mean_v + p_mean[:, None] + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0)
+            if WIDEN:
+                b_k = b_k.to(tl.float32)
+                b_v = b_v.to(tl.float32)
+            b_n = tl.load(n_valid + i_b * stride_nb + o_j, mask=m_j, other=0)
+            b_bits = tl.load(p_kept + o_j // 32, mask=m_j, other=-1)
+            m_j = (((b_bits >> (o_j % 32)) & 1) == 0) & (b_n > 0)
+            b_bias = tl.where(m_j, tl.log2(b_n.to(tl.float32) * b_weight), float("-inf"))
+
+            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_J]
+            b_s = tl.fma(b_s, scale2, tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_J]))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_p = tl.exp2(b_s - b_base[:, None])
+            b_scale = tl.exp2(b_max - b_base)
+            b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+            b_acc = b_acc * b_scale[:, None]
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+            b_max = b_new
     for i_t in range(count * TILES):
         i_next = (i_t + 1) // TILES
         i_kv_next = tl.load(p_ids + i_next, mask=i_next < n_listed, other=i_next)
@@ -169,10 +217,12 @@ def launch_forward(
     block_kv: int,
     kv_mask: torch.Tensor | None = None,
     mask_start: int = 0,
+    means: Means | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the kernel; arguments as of the op, already validated. `tile` overrides the table of `tiles`.
+    """Run the kernel; arguments as of the op, already validated.
 
+    `means`: of `compensation.means_of`, None for no compensation. `tile` overrides the table of `tiles`.
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
     batch, heads, q_len, dim = q.shape
@@ -185,8 +235,16 @@ def launch_forward(
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
     mask = kv_counts if kv_mask is None else _unit_last_stride(kv_mask)
 
+    extra: tuple[torch.Tensor, ...] = (mask,) * 5
+    if means is not None:
+        extra = (means.keys, means.values, means.counts, means.weight, means.bits)
+
     def stride(x: torch.Tensor, d: int) -> int:
         return x.stride(d) if x.shape[d] > 1 else 0  # size 1: shared
+
+    def strides(means: Means) -> tuple[int, ...]:
+        bits = means.bits
+        return stride(means.counts, 0), stride(means.weight, 0), stride(bits, 0), stride(bits, 1), bits.stride(2)
 
     kernel = _block_sparse_forward if INTERPRETED else wrap_triton(_block_sparse_forward)
     kernel[(triton.cdiv(q_len, tile.block_m), batch * heads)](
@@ -196,6 +254,7 @@ def launch_forward(
         kv_counts,
         kv_indices,
         mask,
+        *extra,
         out,
         lse,
         scale,
@@ -210,14 +269,17 @@ def launch_forward(
         *(stride(kv_counts, 0), stride(kv_counts, 1), kv_counts.stride(2)),
         *(stride(kv_indices, 0), stride(kv_indices, 1), kv_indices.stride(2)),
         0 if kv_mask is None else stride(mask, 0),
+        *((0, 0, 0, 0, 0) if means is None else strides(means)),
         D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_Q=block_q,
         BLOCK_KV=block_kv,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        BLOCK_J=min(MEANS_TILE, tile.block_n),
         RAGGED=kv_len % block_kv != 0,
         HAS_MASK=kv_mask is not None,
+        COMPENSATE=means is not None,
         WIDEN=INTERPRETED and q.dtype == torch.bfloat16,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,

@@ -33,6 +33,7 @@ class Case:
     mask_start: int = 0
     scale: float | None = None
     keep: float = 0.4
+    compensate: tuple[float, ...] | None = None  # one weight per sample, or one for all
 
     def __str__(self) -> str:
         return self.name
@@ -71,6 +72,24 @@ CASES = [
     Case("fp16", dtype=HALF, q_len=101, kv_len=101),
     Case("bf16", dtype=BF16, q_len=101, kv_len=101, mask="padding"),
     Case("fp16_blocks_of_16", dtype=HALF, q_len=101, kv_len=101, block_q=16, block_kv=16, dim=24),
+    Case("mean_even", compensate=(1.0,)),
+    Case("mean_ragged", compensate=(0.7,), batch=2, q_len=101, kv_len=115),
+    Case("mean_one_block", compensate=(1.0,), q_len=7, kv_len=13),
+    Case("mean_per_sample", compensate=(0.0, 1.0, 0.3), batch=3, plan_batch=3, q_len=101, kv_len=101),
+    Case("mean_per_batch_and_head", compensate=(0.5, 1.0), batch=2, plan_batch=2, plan_heads=2, q_len=101, kv_len=101),
+    Case("mean_many_blocks", compensate=(1.0,), q_len=70, kv_len=1223, block_q=32, block_kv=16, keep=0.2),
+    Case("mean_gqa", compensate=(1.0,), heads=6, kv_heads=2, plan_heads=6, q_len=101, kv_len=101),
+    Case("mean_sliced", compensate=(1.0,), layout="slice", batch=2, q_len=96, kv_len=96, dim=24),
+    Case("mean_permuted", compensate=(1.0,), layout="bshd", batch=2, q_len=101, kv_len=101, dim=40),
+    Case("mean_dim_128", compensate=(1.0,), dim=128, q_len=101, kv_len=101, heads=1, kv_heads=1),
+    Case("mean_dim_256", compensate=(1.0,), dim=256, q_len=67, kv_len=67, heads=1, kv_heads=1),
+    Case("mean_mask_random", compensate=(1.0, 0.2), mask="random", batch=2, q_len=101, kv_len=115),
+    Case("mean_mask_padding", compensate=(1.0,), mask="padding", batch=2, q_len=101, kv_len=203),
+    Case("mean_mask_all", compensate=(1.0,), mask="all", batch=2, q_len=67, kv_len=67),
+    Case("mean_scale", compensate=(1.0,), scale=0.5, q_len=101, kv_len=101),
+    Case("mean_fp16", compensate=(1.0,), dtype=HALF, q_len=101, kv_len=101),
+    Case("mean_bf16", compensate=(1.0,), dtype=BF16, q_len=101, kv_len=101, mask="padding"),
+    Case("mean_keeps_nothing", compensate=(1.0,), keep=0.0, q_len=101, kv_len=115),
 ]
 
 
@@ -122,6 +141,7 @@ def build(case: Case) -> tuple:
     return (
         *(q, k, v, plan.kv_counts, plan.kv_indices),
         *(case.scale, plan.block_q, plan.block_kv, kv_mask, case.mask_start),
+        None if case.compensate is None else torch.tensor(case.compensate),
     )
 
 
@@ -129,7 +149,7 @@ def reference(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """fp64 result of the op's arguments."""
     from dynamicrad_compile.kernels.reference import block_sparse_attention_reference
 
-    return block_sparse_attention_reference(*args[:9])
+    return block_sparse_attention_reference(*args[:9], *args[10:])
 
 
 def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype) -> None:
@@ -148,14 +168,23 @@ def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype)
 def main() -> None:
     import numpy as np
 
+    from dynamicrad_compile.kernels.compensation import Means, kept_bits
+    from dynamicrad_compile.kernels.pooling import valid_counts
     from dynamicrad_compile.kernels.triton_forward import INTERPRETED, launch_forward
+    from dynamicrad_compile.kernels.triton_pooling import launch_pooling
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     results = {}
     for case in CASES:
         args = list(build(case))
         args[5] = case.dim**-0.5 if case.scale is None else case.scale
-        out, lse = launch_forward(*args)
+        means = None
+        if case.compensate is not None:
+            k, v, counts, indices, mask = args[1], args[2], args[3], args[4], args[8]
+            valid = valid_counts(case.kv_len, case.block_kv, mask, k.device)
+            mean_k, mean_v = (launch_pooling(x, valid, case.block_kv, mask) for x in (k, v))
+            means = Means(mean_k, mean_v, valid, args[10], kept_bits(counts, indices, mean_k.shape[2]))
+        out, lse = launch_forward(*args[:10], means)
         assert out.is_contiguous()
         assert out.dtype == case.dtype
         results[f"{case.name}.out"], results[f"{case.name}.lse"] = out.float().numpy(), lse.numpy()

@@ -43,6 +43,10 @@ GPU_ONLY = [
     Case("gpu_dim_64_fp16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=777, dim=64, block_q=128, block_kv=64,
          dtype=torch.float16, plan_heads=4, mask="padding", mask_start=500),
     Case("gpu_dim_128_fp32", heads=2, q_len=519, kv_len=519, dim=128, block_q=128, block_kv=128),
+    Case("gpu_mean_dim_128_bf16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=5000, dim=128, block_q=128,
+         block_kv=128, dtype=torch.bfloat16, layout="bshd", compensate=(1.0, 0.3), keep=0.2),
+    Case("gpu_mean_dim_64_fp16", heads=2, q_len=519, kv_len=1519, dim=64, block_q=64, block_kv=32, dtype=torch.float16,
+         mask="padding", compensate=(1.0,), keep=0.2),
 ]  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def test_cuda_matches_reference(case: Case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16"])
+@pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16", "mean_ragged", "mean_mask_padding"])
 def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
     args = build(next(case for case in CASES if case.name == name))
     on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
@@ -67,7 +71,8 @@ def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
         torch.testing.assert_close(got, want)
 
 
-def test_compiled_graph_holds_the_kernel(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "means"])
+def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.MonkeyPatch):
     """On CUDA the op decomposes into the kernel, which is known to write nothing but out and lse."""
     from torch._functorch.aot_autograd import aot_export_module
     from torch._subclasses import FakeTensorMode
@@ -80,16 +85,20 @@ def test_compiled_graph_holds_the_kernel(monkeypatch: pytest.MonkeyPatch):
 
     class Attention(torch.nn.Module):
         def forward(self, *args):
-            return torch.ops.dynamicrad.block_sparse_attention(*args, None, 32, 32)
+            return torch.ops.dynamicrad.block_sparse_attention(*args[:5], None, 32, 32, None, 0, *args[5:])
 
     with FakeTensorMode():
         q, k, v = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(3))
         counts = torch.empty(1, 1, 4, device="cuda", dtype=torch.int32)
         indices = torch.empty(1, 1, 4, 2, device="cuda", dtype=torch.int32)
-        graph, _ = aot_export_module(Attention(), (q, k, v, counts, indices), trace_joint=False)
-    (kernel,) = (n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional)
+        weight = [torch.empty(2, device="cuda")] if compensate else []
+        graph, _ = aot_export_module(Attention(), (q, k, v, counts, indices, *weight), trace_joint=False)
+    kernels = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    *pooling, kernel = kernels
+    assert [n.kwargs["tensors_to_clone"] for n in pooling] == [["mean"]] * 2 * compensate
     assert kernel.kwargs["grid"] == [(4, 8, 1)]
     assert kernel.kwargs["tensors_to_clone"] == ["out", "lse"]
+    assert "local_scalar_dense" not in str(graph.graph)
 
 
 @pytest.mark.parametrize("arch", sorted(TILES))
