@@ -32,7 +32,7 @@ def make_plan_op(
     """The table of `spec` for a grid, on `like`'s device, with M = ceil(seq_len / block) and P regimes.
 
     kv_counts int32 [P, 1, M], kv_indices int32 [P, 1, M, M], kv_forced and kv_near int32 [P, 1, M], thresholds fp32
-    [P, 2].
+    [P, 3 K] for K criteria.
     """
     text_after = seq_len - text_before - frames * height * width
     table = _on_device(spec, (frames, height, width), text_before, text_after, like.device)
@@ -48,4 +48,4 @@ def _(
     blocks, regimes = cdiv(seq_len, parsed.block_size), len(parsed.regimes)
     counts, forced, near = (like.new_empty((regimes, 1, blocks), dtype=torch.int32) for _ in range(3))
     indices = like.new_empty((regimes, 1, blocks, blocks), dtype=torch.int32)
-    return counts, indices, forced, near, like.new_empty((regimes, 2), dtype=torch.float32)
+    return counts, indices, forced, near, like.new_empty((regimes, 3 * len(parsed.criteria)), dtype=torch.float32)

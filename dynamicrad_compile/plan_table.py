@@ -26,15 +26,15 @@ class RegimeSpec:
     """How the plan of one regime is made.
 
     name       "low", "mid", "high", or "" where there is but one
-    params     parameters of make_plan (make_candidates where dynamic), as sorted pairs
-    dynamic    whether select_blocks thins it when the graph runs
+    params     parameters of make_plan (make_candidates where there is a criterion), as sorted pairs
+    criterion  by which select_blocks thins it when the graph runs; "": a static plan
     near, far  its thresholds; None: the share of blocks that meets `sparsity`
     sparsity   share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
     """
 
     name: str
     params: tuple[tuple[str, Any], ...]
-    dynamic: bool = False
+    criterion: str = ""
     near: float | None = None
     far: float | None = None
     sparsity: float | None = None
@@ -47,12 +47,16 @@ class RegimeSpec:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """How plan tables are made. `criterion` is that of select_blocks; "" where no regime is dynamic."""
+    """How plan tables are made."""
 
     pattern: str
     block_size: int
     regimes: tuple[RegimeSpec, ...]
-    criterion: str = ""
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria of all regimes, each once; none where nothing is to be selected."""
+        return tuple(dict.fromkeys(regime.criterion for regime in self.regimes if regime.criterion))
 
     def build(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
         """The table for a grid (frames, height, width) with text around it; built once, then remembered."""
@@ -75,18 +79,18 @@ class PlanTable:
     """Candidates of all regimes, and the thresholds that thin them.
 
     candidates  P regimes, in the order of the specification
-    thresholds  fp32 [P, 2]: near and far, for select_blocks
-    criterion   of select_blocks; "" where no regime is dynamic and nothing is to be selected
+    thresholds  fp32 [P, 3 K]: near, far, and 1 where the regime goes by this criterion, for each of K criteria
+    criteria    of select_blocks; empty where nothing is to be selected
     """
 
     candidates: Candidates
     thresholds: torch.Tensor
-    criterion: str
+    criteria: tuple[str, ...]
 
     @staticmethod
     def of(plan: BlockPlan) -> PlanTable:
         """The table of a plan from which nothing is to be selected."""
-        return PlanTable(Candidates(plan, plan.kv_counts, plan.kv_counts), torch.zeros(len(plan.kv_counts), 2), "")
+        return PlanTable(Candidates(plan, plan.kv_counts, plan.kv_counts), torch.zeros(len(plan.kv_counts), 0), ())
 
     @property
     def plan(self) -> BlockPlan:
@@ -96,7 +100,7 @@ class PlanTable:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """kv_counts and kv_indices; where something is to be selected also kv_forced, kv_near and the thresholds."""
         plan = self.plan
-        if not self.criterion:
+        if not self.criteria:
             return plan.kv_counts, plan.kv_indices
         return plan.kv_counts, plan.kv_indices, self.candidates.kv_forced, self.candidates.kv_near, self.thresholds
 
@@ -104,24 +108,26 @@ class PlanTable:
 @functools.lru_cache(maxsize=64)
 def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
     rows: list[Candidates] = []
-    thresholds: list[tuple[float, float]] = []
+    thresholds: list[list[float]] = []
     for regime in spec.regimes:
         params = dict(regime.params)
         where = {"block_size": spec.block_size, "text_before": text_before, "text_after": text_after}
-        if regime.dynamic:
+        near, far = regime.near, regime.far
+        if regime.criterion:
             found = make_candidates(grid, **where, **params)
-            near, far = regime.near, regime.far
             if regime.sparsity is not None:
                 near, far = ratios_for(found, regime.sparsity)
-            assert near is not None
-            assert far is not None
-            thresholds.append((near, far))
         else:
             plan = make_plan(spec.pattern, grid, **where, **params)
             found = Candidates(plan, plan.kv_counts, plan.kv_counts)
-            thresholds.append((KEEP_ALL.get(spec.criterion, 0.0),) * 2)
         rows.append(found)
-    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criterion)
+        row: list[float] = []
+        for criterion in spec.criteria:
+            keep_all = KEEP_ALL[criterion]
+            own = criterion == regime.criterion and near is not None and far is not None
+            row += [near, far, 1.0] if own else [keep_all, keep_all, 0.0]  # type: ignore[list-item]
+        thresholds.append(row)
+    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criteria)
 
 
 def ratios_for(candidates: Candidates, sparsity: float) -> tuple[float, float]:

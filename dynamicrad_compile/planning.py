@@ -39,6 +39,7 @@ class SitePlanner:
         self.asked: set[int] = set()
         self.routed = False
         self.shared = False  # one graph serves several layers
+        self.mixed = False  # regimes of several criteria
 
     def __call__(self, site: Site, conditions: Conditions) -> PlanTable | None:
         """The plan of a video self-attention, or None with `site.reason` set."""
@@ -52,6 +53,7 @@ class SitePlanner:
         if site.reason:
             return None
         spec = self._spec(profile, conditions)
+        self.mixed = self.mixed or len(spec.criteria) > 1
         site.plan_spec = spec.to_json()
         return spec.build(site.grid, *site.text)
 
@@ -67,6 +69,12 @@ class SitePlanner:
         if refresh and self._mode(profile) != "dynamic_threshold":
             refresh = 0
             self._unmet(f"refresh_steps = {options.refresh_steps} has no meaning: mode is not dynamic_threshold")
+        if refresh and self.mixed:
+            refresh = 0
+            self._unmet(
+                f"refresh_steps = {options.refresh_steps} can't be honoured: the regimes choose by different criteria; "
+                "fix one with the option regime, or give sparsity"
+            )
         if refresh and self.shared:
             refresh = 0
             self._unmet(
@@ -117,11 +125,7 @@ class SitePlanner:
         if self._mode(profile) == "static_ratio":
             regimes = tuple(self._static(profile, name) for name in names)
             return PlanSpec("dynamicrad", block_size, regimes)
-        tables = [profile.regime(name).dynamic_threshold for name in names]
-        criterion = "ratio"
-        if options.sparsity is None and all(tables):
-            criterion = next(table.criterion for table in tables if table)
-        return PlanSpec("dynamicrad", block_size, tuple(self._dynamic(profile, name) for name in names), criterion)
+        return PlanSpec("dynamicrad", block_size, tuple(self._dynamic(profile, name) for name in names))
 
     def _regimes(self, conditions: Conditions) -> tuple[str, ...]:
         """The regimes that the graph may be in."""
@@ -160,18 +164,19 @@ class SitePlanner:
         if target == 0.0:  # nothing to choose
             return self._static(profile, name)
         params = self._override((table or regime.static_ratio).model_dump())
+        criterion = "ratio"
         near: float | None = None
         far: float | None = None
         if target is None:
             assert table is not None
-            near, far = table.near, table.far
+            criterion, near, far = table.criterion, table.near, table.far
             params["sparsity"] = table.sparsity
         else:
             wide = max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
             params["sparsity"] = wide if table is None else min(wide, table.sparsity)
         for key in ("criterion", "near", "far"):
             params.pop(key, None)
-        return RegimeSpec(name, _pairs(params), dynamic=True, near=near, far=far, sparsity=target)
+        return RegimeSpec(name, _pairs(params), criterion, near=near, far=far, sparsity=target)
 
     def _override(self, params: dict[str, Any]) -> dict[str, Any]:
         given = {
@@ -210,7 +215,7 @@ class SitePlanner:
 
 
 def _is_one_layer(site: Site) -> bool:
-    """Whether a site belongs to one layer, as blocks.3.attn1; in a graph that serves all layers paths have no number."""
+    """Whether a site belongs to one layer, as blocks.3.attn1; where one graph serves all layers there is no number."""
     return any(piece.isdigit() for piece in site.path.split("."))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -55,6 +56,17 @@ def select_or_keep(
     return torch.where(kv_counts >= num_kv, kv_counts, kept_counts), kept_indices
 
 
+def columns(table: Tensor, start: int, number: int) -> Tensor:
+    """Columns of a table, contiguous."""
+    return table[:, start : start + number].contiguous()
+
+
+def either(use: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Counts and indices of `first` for the rows of the batch whose `use`, [1 or B, 1], is not 0, else of `second`."""
+    chosen = (use != 0)[..., None]
+    return torch.where(chosen, first[0], second[0]), torch.where(chosen[..., None], first[1], second[1])
+
+
 def select(
     gm: fx.GraphModule,
     site: Site,
@@ -67,11 +79,17 @@ def select(
     """The plan that a site reads out of the candidates `nodes`; num_kv is None where it is symbolic."""
     assert site.plan is not None
     assert site.q_shape is not None
-    graph, plan, criterion = gm.graph, site.plan.plan, site.plan.criterion
+    graph, plan, criteria = gm.graph, site.plan.plan, site.plan.criteria
+    call = graph.call_function
     scale = None if site.call.scale is None else float(site.call.scale)
     query, key, _ = operands
-    candidates = (nodes.counts, nodes.indices, nodes.forced, nodes.near, nodes.thresholds)
-    arguments = (query, key, *candidates, scale, plan.block_q, plan.block_kv, criterion, keys)
+
+    def arguments(place: int) -> tuple[Any, ...]:
+        thresholds = call(columns, (nodes.thresholds, 3 * place, 2))
+        candidates = (nodes.counts, nodes.indices, nodes.forced, nodes.near, thresholds)
+        return (query, key, *candidates, scale, plan.block_q, plan.block_kv, criteria[place], keys)
+
+    pair = None
     if controls.control.refresh_steps and num_kv is not None:
         batch, heads = site.q_shape[:2]
         counts, indices = (t[:1].to(controls.device) for t in (plan.kv_counts, plan.kv_indices))
@@ -79,11 +97,11 @@ def select(
             buffer_node(gm, "kept_counts", counts.repeat(batch, heads, 1)),
             buffer_node(gm, "kept_indices", indices.repeat(batch, heads, 1, 1)),
         )
-        pair = graph.call_function(select_or_keep, (*arguments, *kept, controls.refresh(), num_kv))
+        pair = call(select_or_keep, (*arguments(0), *kept, controls.refresh(), num_kv))
     else:
-        pair = graph.call_function(torch.ops.dynamicrad.select_blocks.default, arguments)
-    return replace(
-        nodes,
-        counts=graph.call_function(operator.getitem, (pair, 0)),
-        indices=graph.call_function(operator.getitem, (pair, 1)),
-    )
+        for place in range(len(criteria)):  # of several, each row of the batch takes that of its regime
+            chosen = call(torch.ops.dynamicrad.select_blocks.default, arguments(place))
+            if pair is not None:
+                chosen = call(either, (call(columns, (nodes.thresholds, 3 * place + 2, 1)), chosen, pair))
+            pair = chosen
+    return replace(nodes, counts=call(operator.getitem, (pair, 0)), indices=call(operator.getitem, (pair, 1)))

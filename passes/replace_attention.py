@@ -85,7 +85,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
                 else:
                     nodes = constant(site.plan.tensors())
                 plans[key] = controls.choose(nodes, site, num_kv)
-                if _varies(site, context) and not site.plan.criterion:
+                if _varies(site, context) and not site.plan.criteria:
                     stats[key] = _record(gm, plans[key], site, num_kv, device)
         site.stats = stats.get(key)
         _replace(gm, site, context, plans[key], controls, num_kv)
@@ -103,7 +103,7 @@ def _varies(site: Site, context: PassContext) -> bool:
     """Whether what is skipped is known only when the graph runs; an exported program keeps no account of it."""
     assert site.plan is not None
     several = len(site.plan.plan.kv_counts) > 1
-    return not context.is_final and bool(several or context.control.gates or site.plan.criterion)
+    return not context.is_final and bool(several or context.control.gates or site.plan.criteria)
 
 
 def _record(gm: fx.GraphModule, nodes: PlanNodes, site: Site, num_kv: int | None, device: torch.device) -> torch.Tensor:
@@ -162,7 +162,7 @@ def _replace(
         keys = keys_node(graph, call) if call.mask is not None else None
         scale = None if call.scale is None else float(call.scale)
         operands = plain_operands(graph, call)
-        if site.plan.criterion:
+        if site.plan.criteria:
             nodes = select(gm, site, operands, keys, nodes, controls, num_kv)
             if _varies(site, context):
                 site.stats = _record(gm, nodes, site, num_kv, controls.device)

@@ -72,6 +72,39 @@ def test_each_row_of_a_batch_gets_the_regime_of_its_own_prompt(wan, router, prom
     assert options.get("mode") or relative_error(out[:1], high) > 1e-4  # few blocks: the same may be chosen
 
 
+PROFILE = """
+schema = 1
+[profile]
+name = "mixed"
+mode = "dynamic_threshold"
+block_size = 16
+[regimes.low]
+static_ratio = { sparsity = 0.8 }
+dynamic_threshold = { sparsity = 0.4, criterion = "ratio", near = 0.3, far = 0.1 }
+[regimes.mid]
+static_ratio = { sparsity = 0.8 }
+dynamic_threshold = { sparsity = 0.4, criterion = "threshold", near = 0.0, far = 0.0, compensate = 0.5 }
+[regimes.high]
+static_ratio = { sparsity = 0.8 }
+dynamic_threshold = { sparsity = 0.4, criterion = "mass", near = 0.9, far = 0.5 }
+"""
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_regimes_with_criteria_of_their_own(wan, router, prompts, tmp_path, inner):
+    model, kwargs = wan
+    profile = tmp_path / "mixed.toml"
+    profile.write_text(PROFILE)
+    options = dict(profile=str(profile), inner=inner)
+    batch = {name: kwargs[name].repeat_interleave(3, 0) for name in ("hidden_states", "timestep")}
+    compiled = sparse(model, router=router, refresh_steps=2, **options)
+    out = run(compiled, kwargs, **batch, encoder_hidden_states=prompts)
+    for row, regime in enumerate(("low", "mid", "high")):
+        alone = fixed(model, kwargs, regime, prompts[row : row + 1], profile=str(profile))
+        assert relative_error(out[row : row + 1], alone) < 1e-5
+    assert "the regimes choose by different criteria" in str(drad.report(compiled))
+
+
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_a_new_prompt_changes_the_regime_without_compiling(wan, router, prompts, inner):
     model, kwargs = wan

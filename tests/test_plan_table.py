@@ -9,8 +9,8 @@ from dynamicrad_compile.plan_table import KEEP_ALL, PlanSpec, RegimeSpec, ratios
 from dynamicrad_compile.planners import make_candidates, make_plan
 
 STATIC = RegimeSpec("low", (("compensate", 0.5), ("sparsity", 0.8)))
-DYNAMIC = RegimeSpec("high", (("sparsity", 0.4),), dynamic=True, near=-0.5, far=0.5)
-SPEC = PlanSpec("dynamicrad", 16, (STATIC, DYNAMIC), "threshold")
+DYNAMIC = RegimeSpec("high", (("sparsity", 0.4),), criterion="threshold", near=-0.5, far=0.5)
+SPEC = PlanSpec("dynamicrad", 16, (STATIC, DYNAMIC))
 
 
 def test_a_specification_survives_as_text():
@@ -28,7 +28,7 @@ def test_static_and_dynamic_regimes_in_one_table():
     assert torch.equal(masks[1], high.plan.block_mask()[0])
     assert torch.equal(table.candidates.kv_forced[0], low.kv_counts[0])  # all of it is kept
     assert torch.equal(table.candidates.kv_near[1], high.kv_near[0])
-    assert table.thresholds.tolist() == [[KEEP_ALL["threshold"]] * 2, [-0.5, 0.5]]
+    assert table.thresholds.tolist() == [[KEEP_ALL["threshold"]] * 2 + [0.0], [-0.5, 0.5, 1.0]]
     assert table.plan.compensate == (0.5, 0.0)
     assert table is SPEC.build((6, 8, 12), 5, 0)
 
@@ -39,7 +39,8 @@ def test_shares_meet_the_sparsity(sparsity, compensate):
     found = make_candidates((12, 15, 16), 32, 40, sparsity=0.4, compensate=compensate)
     near, far = ratios_for(found, sparsity)
     sizes = [found.kv_near - found.kv_forced, found.plan.kv_counts - found.kv_near]
-    kept = found.kv_forced + sum(torch.ceil(share * size.double()) for share, size in zip((near, far), sizes, strict=True))
+    extra = [torch.ceil(share * size.double()) for share, size in zip((near, far), sizes, strict=True)]
+    kept = found.kv_forced + sum(extra)
     kept = torch.where(found.plan.kv_counts < found.plan.num_kv_blocks, kept, found.plan.kv_counts)
     skipped = 1 - float(kept.sum()) / (kept.numel() * found.plan.num_kv_blocks) - bool(compensate) / 32
     assert skipped >= sparsity - 1e-3
