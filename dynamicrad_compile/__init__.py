@@ -13,11 +13,13 @@ from .compiling import compile
 from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
 from .exported import rewrite
 from .kernels.block_sparse_attention import block_sparse_attention
+from .kernels.merge_states import merge_states
 from .options import Options
 from .plan import BlockPlan
 from .planners import make_plan
 from .profiles import list_profiles, load_profile
 from .reports import Report, SiteReport
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,8 @@ __all__ = [
     "list_profiles",
     "load_profile",
     "make_plan",
+    "merge_states",
     "report",
     "rewrite",
+    "tune",
 ]

@@ -1,7 +1,7 @@
 """Give each video self-attention its block plan.
 
 Before:  site.role is video_self_attention with a grid and nothing against it
-After:   site.plan, or a reason why the site stays dense (training, too few tokens, first layers, ...)
+After:   site.plan, or a reason why the site stays dense (too few tokens, first layers, ...)
 
 What plan is wanted is decided by the caller (`context.build_plan`, `context.plan_control`): options and profile are
 not known here.
@@ -21,9 +21,6 @@ def build_plans(gm: fx.GraphModule, context: PassContext) -> int:
     """Fill `site.plan`; returns the number of plans."""
     for site in context.sites:
         if site.role != VIDEO or site.reason:
-            continue
-        if context.training:
-            site.reason = "the graph will be differentiated; sparse backward comes later (use torch.no_grad())"
             continue
         plan = context.build_plan(site)
         site.plan = PlanTable.of(plan) if isinstance(plan, BlockPlan) else plan
