@@ -98,7 +98,7 @@ class Options(BaseModel):
             raise ValueError("expected three positive integers: (frames, height, width) in latent tokens")
         return grid
 
-    state: Any = Field(default=None, repr=False)
+    state: Any = Field(default=None, repr=False, exclude=True)
     """Set by drad.compile: the clock and the regimes that it keeps outside the graphs."""
 
     @field_validator("router", mode="before")
@@ -139,7 +139,7 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else "options"
         if problem["type"] == "extra_forbidden":
-            known = [field for field in Options.model_fields if field != "state"]
+            known = [field for field, info in Options.model_fields.items() if not info.exclude]
             lines.append(f"unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
             continue
         message = str(problem["msg"]).removeprefix("Value error, ")
