@@ -1,4 +1,4 @@
-"""The command `dynamicrad`: doctor, explain, plot.
+"""The command `dynamicrad`: doctor, explain, plot, route, tune.
 
 Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from . import __version__
 from .errors import DynamicRadError
+from .tuning.command import add_tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     _add_explain(commands)
     _add_plot(commands)
+    _add_route(commands)
+    add_tune(commands)
     return parser
 
 
@@ -98,6 +101,24 @@ def _add_plot(commands: Any) -> None:
     parser.set_defaults(run=_plot)
 
 
+def _add_route(commands: Any) -> None:
+    parser = commands.add_parser(
+        "route",
+        help="say which motion regime a prompt gets, or fit a router to a text encoder",
+        description="Encode prompts and route them. With --fit, first fit a router to the encoder and save it.",
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--router", type=Path, required=True, metavar="PATH", help="PATH.safetensors and PATH.toml")
+    parser.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="minilm, or the folder of a diffusers pipeline; the one the router is fitted to",
+    )
+    parser.add_argument("--fit", action="store_true", help="fit a router to --encoder and save it as --router")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="labelled prompts to fit, .jsonl or .csv (ours)")
+    parser.set_defaults(run=_route)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import diagnose
 
@@ -147,6 +168,36 @@ def _plot(args: argparse.Namespace) -> int:
         f"wrote {args.output}: {plan.num_q_blocks} x {plan.num_kv_blocks} blocks of {args.block_size} tokens, "
         f"{plan.sparsity:.1%} skipped"
     )
+    return 0
+
+
+def _route(args: argparse.Namespace) -> int:
+    from .router import CLASSES, Router
+    from .router_encoders import as_encoder, load_encoder
+
+    if args.fit and not args.encoder:
+        raise DynamicRadError("--fit needs --encoder: minilm, or the folder of a diffusers pipeline.")
+    router = None if args.fit else Router.load(args.router)
+    if not args.encoder:
+        if args.prompts:
+            raise DynamicRadError(
+                f"routing needs the text encoder that the router was fitted to ({router.encoder if router else '?'}): "
+                "--encoder minilm, or --encoder FOLDER of the diffusers pipeline."
+            )
+        print(router.report() if router else "")
+        return 0
+    source = load_encoder(args.encoder)
+    if router is None:
+        from .router_fit import fit_router
+
+        router = fit_router(source, args.corpus)
+        print(f"{router.report()}\nwrote {router.save(args.router)}")
+    if args.prompts:
+        embeds, mask = as_encoder(source)[0](args.prompts)
+        scores = router.scores(embeds, mask).tolist()
+        for prompt, regime, row in zip(args.prompts, router.predict(embeds, mask).tolist(), scores, strict=True):
+            details = " ".join(f"{name} {score:+.2f}" for name, score in zip(CLASSES, row, strict=True))
+            print(f"{CLASSES[regime]:4s} ({details})  {prompt}")
     return 0
 
 

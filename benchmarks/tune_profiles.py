@@ -1,0 +1,134 @@
+"""Tune the shipped profiles at the token grids of the models they are for.
+
+    OMP_NUM_THREADS=1 python benchmarks/tune_profiles.py --list
+    OMP_NUM_THREADS=1 python benchmarks/tune_profiles.py wan-480p --workers 2
+    OMP_NUM_THREADS=1 python benchmarks/tune_profiles.py            # all of them, one after another
+
+Profiles, journals and pictures go to outputs/profiles. A run that was interrupted goes on where it stopped; a
+profile that is finished is skipped. `--install` copies the finished profiles to the package's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import dynamicrad_compile as drad
+from dynamicrad_compile.tuning.task import DEFAULT_OPTIMIZER
+
+OUTPUT = Path("outputs/profiles")
+SHIPPED = Path(__file__).parents[1] / "profiles"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model family at a resolution and length.
+
+    grid is in latent tokens: frames = 1 + (video frames - 1) / temporal compression (and patching), and pixels over
+    the product of spatial compression and patch. Text counts where it is part of the self-attention.
+    """
+
+    models: tuple[str, ...]
+    grid: tuple[int, int, int]
+    heads: tuple[int, ...]
+    head_dim: int
+    layers: int
+    what: str
+    text_before: int = 0
+    text_after: int = 0
+    dense_layers: int = 0
+    dense_steps: int = 0
+
+
+WAN = ("Wan2.1 1.3B", "Wan2.1 14B", "Wan2.2 A14B", "Wan VACE", "SkyReels V2")
+TARGETS = {
+    "wan-480p": Target(WAN, (21, 30, 52), (12, 40), 128, 40, "81 frames of 832 x 480"),
+    "wan-480p-long": Target(WAN, (41, 30, 52), (12, 40), 128, 40, "161 frames of 832 x 480"),
+    "wan-720p": Target(WAN, (21, 45, 80), (12, 40), 128, 40, "81 frames of 1280 x 720"),
+    "wan-720p-long": Target(WAN, (41, 45, 80), (12, 40), 128, 40, "161 frames of 1280 x 720"),
+    "wan2.2-5b": Target(("Wan2.2 TI2V 5B",), (31, 22, 40), (24,), 128, 30, "121 frames of 1280 x 704"),
+    "hunyuan-540p": Target(("HunyuanVideo",), (33, 34, 60), (24,), 128, 60, "129 frames of 960 x 544", text_after=256),
+    "hunyuan-720p": Target(("HunyuanVideo",), (33, 45, 80), (24,), 128, 60, "129 frames of 1280 x 720", text_after=256),
+    "hunyuan1.5-480p": Target(
+        ("HunyuanVideo 1.5",), (31, 30, 53), (16,), 128, 54, "121 frames of 848 x 480", text_after=1985
+    ),
+    "hunyuan1.5-720p": Target(
+        ("HunyuanVideo 1.5",), (31, 45, 80), (16,), 128, 54, "121 frames of 1280 x 720", text_after=1985
+    ),
+    "cogvideox": Target(
+        ("CogVideoX 2B", "CogVideoX 5B"), (13, 30, 45), (30, 48), 64, 42, "49 frames of 720 x 480", text_before=226
+    ),
+    "cogvideox1.5": Target(
+        ("CogVideoX1.5 5B",), (11, 48, 85), (48,), 64, 42, "81 frames of 1360 x 768", text_before=226
+    ),
+    "mochi": Target(("Mochi 1",), (28, 30, 53), (24,), 128, 48, "163 frames of 848 x 480", text_after=256),
+    "ltx": Target(("LTX-Video 2B",), (33, 22, 40), (32,), 64, 28, "257 frames of 1280 x 704"),
+    "ltx-13b": Target(("LTX-Video 13B",), (33, 22, 40), (32,), 128, 48, "257 frames of 1280 x 704"),
+}
+
+
+def tune_target(name: str, workers: int, optimizer: str, budget: int, heads: int, sparsity: float) -> Path:
+    """Tune one profile, or go on with it; returns its path."""
+    target = TARGETS[name]
+    path = OUTPUT / f"{name}.toml"
+    drad.tune(
+        target.grid,
+        path,
+        text_before=target.text_before,
+        text_after=target.text_after,
+        heads=heads,
+        head_dim=target.head_dim,
+        sparsity=sparsity,
+        budget=budget,
+        optimizer=optimizer,
+        workers=workers,
+        header={
+            "description": f"{', '.join(target.models)}: {target.what}.",
+            "dense_layers": target.dense_layers,
+            "dense_steps": target.dense_steps,
+        },
+        match={"models": list(target.models), "heads": list(target.heads), "layers": target.layers},
+        resume=True,
+    )
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tune the profiles that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="profiles to tune (all)")
+    parser.add_argument("--list", action="store_true", help="print the profiles and their grids")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--optimizer", default=DEFAULT_OPTIMIZER)
+    parser.add_argument("--budget", type=int, default=30)
+    parser.add_argument("--heads", type=int, default=4, help="heads of the video proxy (4)")
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--install", action="store_true", help="copy finished profiles to the package")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.names if name not in TARGETS]
+    if unknown:
+        parser.error(f"no profile is called {unknown[0]!r}; known are {', '.join(TARGETS)}")
+    if arguments.list:
+        for name, target in TARGETS.items():
+            print(f"{name:18s} {'x'.join(map(str, target.grid)):10s} {target.what}, {', '.join(target.models)}")
+        return 0
+    for name in arguments.names or TARGETS:
+        path = OUTPUT / f"{name}.toml"
+        if not path.exists():
+            begin = time.perf_counter()
+            print(f"{name}: {TARGETS[name].what}", file=sys.stderr)
+            tune_target(
+                name, arguments.workers, arguments.optimizer, arguments.budget, arguments.heads, arguments.sparsity
+            )
+            print(f"{path}: {time.perf_counter() - begin:.0f} s")
+        if arguments.install:
+            shutil.copy(path, SHIPPED / path.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

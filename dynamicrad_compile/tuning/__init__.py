@@ -1,0 +1,7 @@
+"""The tuner: parameters for each regime of motion, searched on proxies of attention with Nevergrad."""
+
+from .api import tune
+from .proxy import PROXIES, published_proxy, video_proxy
+from .task import Task
+
+__all__ = ["PROXIES", "Task", "published_proxy", "tune", "video_proxy"]

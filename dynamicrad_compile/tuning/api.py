@@ -1,0 +1,136 @@
+"""`drad.tune` and what the command `dynamicrad tune` calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DynamicRadError, OptionsError
+from ..profiles import REGIMES, Profile
+from ..profiles.loader import parse_profile
+from .journal import Journal
+from .output import package_versions, profile_tables, to_toml
+from .pictures import plot_convergence, plot_pareto
+from .search import Runner, Winners, count_evaluations, search
+from .task import DEFAULT_OPTIMIZER, MODES, Task
+
+
+def tune(
+    grid: Sequence[int],
+    output: str | Path = "outputs/tuned.toml",
+    *,
+    block_size: int = 128,
+    text_before: int = 0,
+    text_after: int = 0,
+    heads: int = 4,
+    head_dim: int = 128,
+    sparsity: float = 0.8,
+    budget: int = 30,
+    optimizer: str = DEFAULT_OPTIMIZER,
+    seed: int = 0,
+    workers: int = 1,
+    proxies: Sequence[str] = ("published", "video"),
+    modes: Sequence[str] = MODES,
+    seeds: Sequence[int] = (1, 2, 3),
+    rows: int | None = None,
+    fixed: Mapping[str, float] | None = None,
+    header: Mapping[str, Any] | None = None,
+    match: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    pictures: bool = True,
+    progress: bool = True,
+) -> Profile:
+    """Search the parameters of all regimes and modes on proxies of attention, write a profile, return it.
+
+    grid        (frames, height, width) of the video in latent tokens
+    output      the profile to write; beside it come NAME.jsonl (the journal), NAME_convergence.png, NAME_pareto.png
+    sparsity    share of dense attention that must be skipped, compensation counted
+    budget      evaluations for each of the three regimes and each mode
+    optimizer   name in Nevergrad's registry
+    workers     processes; the search asks for as many points at once, so its result depends on it
+    header      keys for the [profile] table, such as description and dense_layers; the name is that of the file
+    match       the [match] table: what the profile is for (heads, layers, ...); grid and head_dim are filled in
+    resume      go on with the journal of an interrupted search
+    The rest is explained in `tuning.task.Task`.
+
+    Everything is in the journal before the search goes on, so an interruption loses at most what was being
+    evaluated; with `resume` the result is that of an uninterrupted search. With workers > 1 a script needs the usual
+    `if __name__ == "__main__":`, since processes are spawned.
+    Raises OptionsError for values out of range, and DynamicRadError without nevergrad (or matplotlib for pictures).
+    """
+    path = Path(output)
+    if path.suffix != ".toml":
+        raise OptionsError(f"output must be the path of a .toml file, got {str(output)!r}.")
+    task = Task(
+        grid=tuple(grid),  # type: ignore[arg-type]
+        block_size=block_size,
+        text_before=text_before,
+        text_after=text_after,
+        heads=heads,
+        head_dim=head_dim,
+        proxies=tuple(proxies),
+        modes=tuple(modes),
+        sparsity=sparsity,
+        seeds=tuple(seeds),
+        rows=rows,
+        budget=budget,
+        optimizer=optimizer,
+        seed=seed,
+        batch=workers,
+        fixed=dict(fixed or {}),
+    )
+    if match is not None:
+        match = {"grid": list(task.grid), "head_dim": head_dim, **match}
+    journal = Journal(path.with_suffix(".jsonl"), task, package_versions(), resume)
+    winners = _run(task, journal, workers, progress)
+    header = {"name": path.stem, "description": "", **(header or {})}
+    text = to_toml(profile_tables(task, winners, header, match, _source(task)))
+    profile = parse_profile(text, str(path))
+    path.write_text(text, encoding="utf-8")
+    if pictures:
+        plot_convergence(journal, task, path.with_name(f"{path.stem}_convergence.png"))
+        plot_pareto(journal, task, path.with_name(f"{path.stem}_pareto.png"))
+    if progress:
+        print(summary(winners), file=sys.stderr)
+    return profile
+
+
+def summary(winners: Winners) -> str:
+    """A table of losses and sparsities: tuned, and held out."""
+    lines = [f"{'regime':6s} {'mode':18s} {'loss':>9s} {'sparsity':>9s} {'held out':>9s} {'sparsity':>9s}"]
+    for (regime, mode), found in winners.tuned.items():
+        held = winners.held_out[regime, mode]
+        lines.append(
+            f"{regime:6s} {mode:18s} {found.loss:9.3f} {found.sparsity:9.4f} {held.loss:9.3f} {held.sparsity:9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _run(task: Task, journal: Journal, workers: int, progress: bool) -> Winners:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise DynamicRadError("tuning needs tqdm: pip install 'dynamicrad-compile[tune]'") from None
+    with tqdm(total=count_evaluations(task), disable=not progress, unit="eval", dynamic_ncols=True) as bar:
+
+        def tick(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        runner = Runner(journal, workers, tick)
+        try:
+            return search(task, runner)
+        finally:
+            runner.close()
+
+
+def _source(task: Task) -> str:
+    sequence = f"{'x'.join(map(str, task.grid))} tokens"
+    if task.text_before or task.text_after:
+        sequence += f" with {task.text_before} text tokens before and {task.text_after} after"
+    return (
+        f"search on the {' and '.join(task.proxies)} proxy, {sequence}, {task.heads} heads of {task.head_dim}, "
+        f"seeds {list(task.seeds)}, target sparsity {task.sparsity:g}, {len(REGIMES)} regimes"
+    )

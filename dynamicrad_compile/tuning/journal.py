@@ -1,0 +1,108 @@
+"""The journal of a search: one JSON object a line, on disk before the search goes on.
+
+The first line is the task. Each further line is one evaluation, found again by its place: stage ("search", "sweep",
+"held_out"), regime, mode and index. A line that a crash cut short is dropped when the journal is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionsError
+from .objective import Evaluation
+from .task import Task
+
+VERSION = 1
+Place = tuple[str, str, str, int]
+
+
+class Journal:
+    """Reads what is there and appends. Raises OptionsError for a file that is no journal or one of another task."""
+
+    def __init__(self, path: Path, task: Task, packages: dict[str, str], resume: bool) -> None:
+        self.path = path
+        self.entries: dict[Place, dict[str, Any]] = {}
+        header = {"journal": VERSION, "task": task.as_json(), "packages": packages}
+        if path.exists() and path.stat().st_size:
+            if not resume:
+                raise OptionsError(
+                    f"{path} holds a journal already. Go on with it by resume=True (--resume), or give another output."
+                )
+            self._read(header)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(header)
+
+    def _read(self, header: dict[str, Any]) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise OptionsError(f"{self.path} is not a journal of a search: {error}.") from None
+        if not lines:  # cut short in the first line
+            self.path.write_bytes(b"")
+            self._append(header)
+            return
+        if not isinstance(lines[0], dict) or lines[0].get("journal") != VERSION:
+            raise OptionsError(f"{self.path} is not a journal of a search: its first line is no task.")
+        self._check_task(lines[0].get("task", {}), header["task"])
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in lines[1:]:
+            self.entries[(line["stage"], line["regime"], line["mode"], line["index"])] = line
+
+    def _check_task(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+        ours = json.loads(json.dumps(ours))
+        different = [name for name in ours if theirs.get(name) != ours[name]]
+        if different:
+            details = "; ".join(f"{name} was {theirs.get(name)!r}, now {ours[name]!r}" for name in different)
+            raise OptionsError(
+                f"{self.path} is the journal of another task: {details}. Use the same settings, or another output."
+            )
+
+    def find(self, stage: str, regime: str, mode: str, index: int) -> tuple[list[float], Evaluation] | None:
+        """The point and the evaluation at a place; None if it is not there yet."""
+        entry = self.entries.get((stage, regime, mode, index))
+        return None if entry is None else (entry["point"], _evaluation(entry["evaluation"]))
+
+    def write(self, stage: str, regime: str, mode: str, index: int, point: list[float], found: Evaluation) -> None:
+        """Append one evaluation; it is on disk when this returns."""
+        entry = {
+            "stage": stage,
+            "regime": regime,
+            "mode": mode,
+            "index": index,
+            "point": point,
+            "evaluation": {key: value for key, value in vars(found).items() if _is_finite(value)},
+        }
+        self._append(entry)
+        self.entries[(stage, regime, mode, index)] = json.loads(json.dumps(entry))
+
+    def evaluations(self, stage: str | None = None) -> list[tuple[Place, Evaluation]]:
+        """All evaluations so far, or those of one stage, in the order of the file."""
+        return [
+            (place, _evaluation(entry["evaluation"]))
+            for place, entry in self.entries.items()
+            if stage in (None, place[0])
+        ]
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether JSON has the value; what a pruned point lacks is left out."""
+    return not isinstance(value, float) or value - value == 0.0
+
+
+def _evaluation(entry: dict[str, Any]) -> Evaluation:
+    draws = tuple((proxy, seed, error, sparsity) for proxy, seed, error, sparsity in entry.get("draws", ()))
+    return Evaluation(**{**entry, "draws": draws})

@@ -1,0 +1,108 @@
+"""The profile file that a search writes."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from ..profiles import REGIMES
+from .search import Winners
+from .task import Task
+
+# dynamic_threshold is the profile's mode if its losses are lower by this factor in the geometric mean of the regimes.
+WORTH_SELECTING = 0.95
+PACKAGES = ("dynamicrad-compile", "nevergrad", "torch", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def better_mode(winners: Winners) -> str:
+    """The mode that "auto" means: dynamic_threshold only where it is better by enough to pay for its selection."""
+    ratios = [
+        math.log(max(found.loss, 1e-9) / max(winners.held_out[regime, "static_ratio"].loss, 1e-9))
+        for (regime, mode), found in winners.held_out.items()
+        if mode == "dynamic_threshold"
+    ]
+    if ratios and math.exp(sum(ratios) / len(ratios)) < WORTH_SELECTING:
+        return "dynamic_threshold"
+    return "static_ratio"
+
+
+def profile_tables(
+    task: Task, winners: Winners, header: Mapping[str, Any], match: Mapping[str, Any] | None, source: str
+) -> dict[str, Any]:
+    """The content of the profile file. `header` goes to the [profile] table, `match` to the [match] table."""
+    figures: dict[str, dict[str, float]] = {"loss": {}, "sparsity": {}}
+    for stage, found in (("", winners.tuned), ("_held_out", winners.held_out)):
+        for (regime, mode), evaluation in found.items():
+            figures["loss"][f"{regime}_{mode}{stage}"] = round(evaluation.loss, 4)
+            figures["sparsity"][f"{regime}_{mode}{stage}"] = round(evaluation.sparsity, 4)
+    tables: dict[str, Any] = {
+        "schema": 1,
+        "profile": {"mode": better_mode(winners), "block_size": task.block_size, **header},
+    }
+    if match:
+        tables["match"] = dict(match)
+    tables["provenance"] = {
+        "source": source,
+        "optimizer": task.optimizer,
+        "budget": task.budget,
+        "seed": task.seed,
+        "date": datetime.date.today(),
+        **figures,
+        "packages": package_versions(),
+    }
+    tables["regimes"] = {
+        regime: {mode: winners.tuned[regime, mode].parameters for mode in task.modes} for regime in REGIMES
+    }
+    return tables
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """TOML of nested tables of numbers, texts, dates, and lists of these. Plain values of a table come first."""
+    lines: list[str] = []
+
+    def write(table: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+        if path and (plain or not table):
+            lines.extend(["", f"[{'.'.join(map(_key, path))}]"] if lines else [f"[{'.'.join(map(_key, path))}]"])
+        lines.extend(f"{_key(key)} = {_value(value)}" for key, value in plain.items())
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                write(value, (*path, key))
+
+    write(tables, ())
+    return "\n".join(lines) + "\n"
+
+
+def _key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int):
+        return str(value)
+    text = repr(float(value))
+    return text if any(mark in text for mark in ".en") else f"{text}.0"

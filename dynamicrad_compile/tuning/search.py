@@ -1,0 +1,205 @@
+"""The search: for each regime and mode, ask the optimizer, evaluate, tell; then let the winners meet."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import OptionsError
+from ..profiles import REGIMES
+from .choosing import KEEP_ALL
+from .journal import Journal
+from .objective import Evaluation, Objective, Parameters
+from .optimizer import Optimizer
+from .space import Space
+from .task import EXCHANGED, HELD_OUT_SEEDS, Task
+
+Tick = Callable[[str], None]
+# Sparsities at which the winners are looked at for the picture of error against sparsity.
+SWEEP = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation: of a point, or of a table's parameters (`point` is then empty)."""
+
+    task: Task
+    stage: str
+    regime: str
+    mode: str
+    index: int
+    point: list[float] = field(default_factory=list)
+    parameters: Parameters | None = None
+
+
+@functools.lru_cache(maxsize=1)
+def _objective(task_key: str, regime: str, held_out: bool) -> Objective:
+    return Objective(_TASKS[task_key], regime, HELD_OUT_SEEDS if held_out else None)
+
+
+_TASKS: dict[str, Task] = {}
+
+
+def run_job(job: Job) -> Evaluation:
+    """Evaluate in this process. The draws of one regime are kept until another one is asked for."""
+    key = repr(job.task)
+    _TASKS[key] = job.task
+    objective = _objective(key, job.regime, job.stage == "held_out")
+    if job.parameters is not None:
+        return objective.evaluate(job.mode, job.parameters)
+    return Space(job.task, job.mode).evaluate(objective, job.point)
+
+
+def _start_worker() -> None:
+    # Ctrl-C is the parent's business; it gets it too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class Runner:
+    """Evaluates jobs that the journal does not know yet, in this process or in `workers` others."""
+
+    def __init__(self, journal: Journal, workers: int, tick: Tick) -> None:
+        self.journal = journal
+        self.tick = tick
+        self.pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+    def run(self, jobs: list[Job]) -> list[Evaluation]:
+        """Evaluations of the jobs, in their order; each is in the journal as soon as it is known."""
+        found: dict[int, Evaluation] = {}
+        missing: list[int] = []
+        for place, job in enumerate(jobs):
+            earlier = self.journal.find(job.stage, job.regime, job.mode, job.index)
+            if earlier is None:
+                missing.append(place)
+                continue
+            point, found[place] = earlier
+            if any(abs(a - b) > 1e-9 for a, b in zip(point, job.point, strict=True)):
+                raise OptionsError(
+                    f"{self.journal.path}: the search can't be continued: evaluation {job.index} of {job.regime} "
+                    f"{job.mode} was at another point. Was it begun with another version of nevergrad? "
+                    "Its first line says which; use that one, or another output."
+                )
+            self._tick(job, found[place])
+        for place, evaluation in self._evaluate([(place, jobs[place]) for place in missing]):
+            job = jobs[place]
+            self.journal.write(job.stage, job.regime, job.mode, job.index, job.point, evaluation)
+            found[place] = evaluation
+            self._tick(job, evaluation)
+        return [found[place] for place in range(len(jobs))]
+
+    def _evaluate(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Evaluation]]:
+        if self.pool is None:
+            for place, job in jobs:
+                yield place, run_job(job)
+            return
+        futures: dict[Future[Evaluation], int] = {self.pool.submit(run_job, job): place for place, job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def _tick(self, job: Job, evaluation: Evaluation) -> None:
+        shown = f"loss {evaluation.loss:.3g}" if evaluation.status == "ok" else evaluation.status
+        self.tick(f"{job.regime} {job.mode} {shown if job.stage == 'search' else job.stage}")
+
+    def close(self) -> None:
+        """Let go of the workers; what they are at is dropped."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Winners:
+    """The best evaluation of every search, by (regime, mode), the same on draws that no search saw, and the sweeps."""
+
+    tuned: dict[tuple[str, str], Evaluation]
+    held_out: dict[tuple[str, str], Evaluation]
+    sweeps: dict[tuple[str, str], list[Evaluation]]
+
+
+def count_evaluations(task: Task) -> int:
+    """Evaluations of a whole run of `search`."""
+    return len(task.searches) * (task.budget + len(SWEEP) + 1)
+
+
+def search(task: Task, runner: Runner) -> Winners:
+    """Run all searches of a task. Raises OptionsError if a search has no valid point at all."""
+    best: dict[tuple[str, str], Evaluation] = {}
+    for regime, mode in task.searches:
+        best[regime, mode] = _search_one(task, runner, regime, mode, best.get((regime, "static_ratio")))
+    before = dict(best)
+    sweeps, held_out = {}, {}
+    for regime in REGIMES:
+        for mode in task.modes:
+            best[regime, mode] = _exchange(task, runner, regime, mode, before, best)
+        for mode in task.modes:
+            table = best[regime, mode].parameters
+            jobs = []
+            for index, sparsity in enumerate(SWEEP):
+                scaled = {**table, "sparsity": _swept(table["sparsity"], task.sparsity, sparsity)}
+                jobs.append(Job(task, "sweep", regime, mode, index, parameters=scaled))
+            sweeps[regime, mode] = runner.run(jobs)
+    for regime, mode in task.searches:
+        (held_out[regime, mode],) = runner.run(
+            [Job(task, "held_out", regime, mode, 0, parameters=best[regime, mode].parameters)]
+        )
+    return Winners(best, held_out, sweeps)
+
+
+def _swept(table: float, target: float, wanted: float) -> float:
+    """The plan's sparsity, moved from the target to another one; a table's own may be that of a larger set."""
+    return round(min(1.0, max(0.0, 1.0 - (1.0 - table) * (1.0 - wanted) / (1.0 - target))), 6)
+
+
+def _search_one(task: Task, runner: Runner, regime: str, mode: str, static: Evaluation | None) -> Evaluation:
+    """The optimizer's part of one search: the budget without the points that are kept for the exchange."""
+    space = Space(task, mode)
+    known = space.known_points(static.parameters if static else None)
+    budget = task.budget - EXCHANGED
+    seed = task.seed * 1000 + 10 * REGIMES.index(regime) + (mode == "dynamic_threshold")
+    optimizer = Optimizer(task.optimizer, len(space.dimensions), budget, seed, task.batch, known)
+    results: list[Evaluation] = []
+    while len(results) < budget:
+        asked = [optimizer.ask() for _ in range(min(task.batch, budget - len(results)))]
+        jobs = [Job(task, "search", regime, mode, len(results) + i, point) for i, (_, point) in enumerate(asked)]
+        for (candidate, _), evaluation in zip(asked, runner.run(jobs), strict=True):
+            optimizer.tell(candidate, evaluation.loss)
+            results.append(evaluation)
+    winner = min(results, key=lambda found: found.loss)
+    if winner.status != "ok":
+        reasons = sorted({found.reason for found in results})
+        raise OptionsError(f"{regime} {mode}: every point was pruned. {' '.join(reasons)}")
+    return winner
+
+
+def _exchange(
+    task: Task,
+    runner: Runner,
+    regime: str,
+    mode: str,
+    before: dict[tuple[str, str], Evaluation],
+    now: dict[tuple[str, str], Evaluation],
+) -> Evaluation:
+    """The last points of a budget: the other regimes' winners, so that none of them is better here than our own.
+
+    In dynamic_threshold also the static winner's plan, as candidates that are all kept.
+    """
+    tables: list[Parameters] = [before[other, mode].parameters for other in REGIMES if other != regime]
+    if mode == "dynamic_threshold":
+        static: dict[str, Any] = now[regime, "static_ratio"].parameters
+        near, far = KEEP_ALL["ratio"]
+        tables.append({**static, "criterion": "ratio", "near": near, "far": far})
+    else:
+        tables.append(before[regime, mode].parameters | {"compensate": 0.0} | task.fixed)
+    first = task.budget - EXCHANGED
+    jobs = [Job(task, "search", regime, mode, first + i, parameters=table) for i, table in enumerate(tables)]
+    return min([before[regime, mode], *runner.run(jobs)], key=lambda found: found.loss)

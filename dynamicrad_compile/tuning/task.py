@@ -1,0 +1,141 @@
+"""What a search is about: everything that decides its result, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import OptionsError, nearest
+from ..plan import cdiv
+from ..planners import NUMBERS
+from ..profiles import REGIMES
+from .proxy import PROXIES
+
+MODES = ("static_ratio", "dynamic_threshold")
+# Seeds of the draws that no search sees.
+HELD_OUT_SEEDS = (1001, 1002, 1003)
+# Chosen by benchmarks/tuner_comparison.py; see docs/tuning.md.
+DEFAULT_OPTIMIZER = "NGOpt"
+# Points that the end of each search keeps for the winners of the others, and the smallest budget that makes sense.
+EXCHANGED = 3
+MIN_BUDGET = 10
+# Floats of the table of block sums of one draw, where the number of rows is not given.
+TABLE_FLOATS = 40_000_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """A search for the parameters of all regimes. Two equal tasks give equal results.
+
+    grid                     (frames, height, width) in latent tokens
+    block_size               tokens of a block
+    text_before, text_after  text tokens around the video
+    heads, head_dim          of the video proxy; the published one has two heads at most, since its heads are alike
+    proxies                  "published", "video" or both; the loss is the mean over them
+    modes                    static_ratio alone, or with dynamic_threshold
+    sparsity                 share of dense attention that must be skipped, compensation counted
+    seeds                    of the draws of each proxy
+    rows                     sampled query rows a head; None = all of a short sequence, else what fits TABLE_FLOATS
+    budget                   evaluations for each regime and mode
+    optimizer, seed          name in Nevergrad's registry, seed of its random numbers
+    batch                    points asked for at once; as many can be evaluated in parallel
+    fixed                    planner parameters that are not searched, such as {"compensate": 0.0}
+
+    Raises OptionsError for a value out of its range.
+    """
+
+    grid: tuple[int, int, int]
+    block_size: int = 128
+    text_before: int = 0
+    text_after: int = 0
+    heads: int = 4
+    head_dim: int = 128
+    proxies: tuple[str, ...] = ("published", "video")
+    modes: tuple[str, ...] = MODES
+    sparsity: float = 0.8
+    seeds: tuple[int, ...] = (1, 2, 3)
+    rows: int | None = None
+    budget: int = 30
+    optimizer: str = DEFAULT_OPTIMIZER
+    seed: int = 0
+    batch: int = 1
+    fixed: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_size", 1), ("heads", 1), ("head_dim", 4), ("budget", MIN_BUDGET), ("batch", 1)):
+            self._check_integer(name, getattr(self, name), least)
+        for name in ("text_before", "text_after"):
+            self._check_integer(name, getattr(self, name), 0)
+        if self.rows is not None:
+            self._check_integer("rows", self.rows, 1)
+        if not (isinstance(self.grid, tuple) and len(self.grid) == 3):
+            raise OptionsError(f"grid must be (frames, height, width) in latent tokens, got {self.grid!r}.")
+        for size in self.grid:
+            self._check_integer("each size of the grid", size, 1)
+        if isinstance(self.sparsity, bool) or not 0.0 < self.sparsity < 1.0:
+            raise OptionsError(f"sparsity must lie between 0 and 1, got {self.sparsity!r}.")
+        self._check_names("proxies", self.proxies, tuple(PROXIES))
+        self._check_names("modes", self.modes, MODES)
+        if MODES[0] not in self.modes:
+            raise OptionsError("modes must hold 'static_ratio': every profile has that table.")
+        if not self.seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds):
+            raise OptionsError(f"seeds must be at least one integer, got {self.seeds!r}.")
+        for name in self.fixed:
+            if name not in NUMBERS and name != "sink_frames":
+                known = [*NUMBERS, "sink_frames"]
+                raise OptionsError(f"fixed: unknown parameter {name!r}; known are {known}.{nearest(name, known)}")
+
+    @staticmethod
+    def _check_integer(name: str, value: Any, least: int) -> None:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = least - 1
+        if isinstance(value, bool) or number < least:
+            raise OptionsError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+    @staticmethod
+    def _check_names(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+        for value in values:
+            if value not in known:
+                raise OptionsError(
+                    f"{name} must be among {list(known)}, got {value!r}.{nearest(str(value), list(known))}"
+                )
+        if not values or len(set(values)) < len(values):
+            raise OptionsError(f"{name} must be different names among {list(known)}, got {list(values)!r}.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text and video."""
+        frames, height, width = self.grid
+        return self.text_before + frames * height * width + self.text_after
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the sequence."""
+        return cdiv(self.tokens, self.block_size)
+
+    def proxy_heads(self, proxy: str) -> int:
+        """Heads of a proxy."""
+        return min(self.heads, 2) if proxy == "published" else self.heads
+
+    def sampled_rows(self, proxy: str) -> int:
+        """Query rows that a head of a proxy is judged by."""
+        rows = self.rows
+        if rows is None:
+            rows = TABLE_FLOATS // (self.proxy_heads(proxy) * self.blocks * (self.head_dim + 1))
+            rows = max(64, rows)
+        return min(rows, self.tokens)
+
+    @property
+    def searches(self) -> list[tuple[str, str]]:
+        """(regime, mode) of every search, in the order in which they run."""
+        return [(regime, mode) for regime in REGIMES for mode in self.modes]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain lists, dicts, numbers and text."""
+        plain = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
