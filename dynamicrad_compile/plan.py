@@ -111,7 +111,8 @@ class BlockPlan:
         if not any(self.compensate):
             return None
         weights = self.compensate * (len(self.kv_counts) // len(self.compensate))
-        return torch.tensor(weights, dtype=torch.float32, device=self.kv_counts.device)
+        # Filled on the device: a copy of host numbers would wait for it.
+        return torch.cat([torch.full((1,), w, dtype=torch.float32, device=self.kv_counts.device) for w in weights])
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan with its tensors on `device`."""

@@ -258,7 +258,7 @@ def block_sparse_attention(
     kv_mask: bool [B or 1, Sk], True where a key may be attended; with kv_length both must allow it.
     mask_start: promise that all keys before this position may be attended, so the mask is not read there.
     compensate: 0 to 1, or fp32 [B or 1] on q's device: weight of the one extra key, its mean, by which each block
-    that a row drops is still represented; 0 and None drop it. It costs Sk / block_kv keys per query.
+    that a row drops is still represented; 0 drops it, None: the plan's. It costs Sk / block_kv keys per query.
     Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
     logarithm. A query with no key gives out = 0 and lse = -inf.
     Raises PlanError if shapes, dtypes, devices or lengths do not fit together, or a number is out of range.
@@ -274,6 +274,8 @@ def block_sparse_attention(
             raise PlanError(f"expected kv_length int [B], got {lengths.dtype} {list(lengths.shape)}.")
         within = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
         kv_mask = within if kv_mask is None else within & kv_mask
+    if compensate is None:
+        compensate = plan.compensation()
     if not isinstance(compensate, torch.Tensor) and compensate is not None:
         if not 0 <= compensate <= 1:
             raise PlanError(f"compensate must be 0 to 1, got {compensate}.")

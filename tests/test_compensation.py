@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import dynamicrad_compile as drad
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels import cpu_means
 from dynamicrad_compile.kernels.block_sparse_attention import block_sparse_attention
@@ -200,3 +201,11 @@ def test_compensation_on_the_proxy(motion: float, gain: float):
         errors.append(float((got - dense).square().mean() / dense.var()))
     print(f"motion {motion}: sparsity {plan.sparsity:.3f}, normalised MSE {errors[0]:.4f}, compensated {errors[1]:.4f}")
     assert errors[1] < errors[0] / gain
+
+
+def test_the_plan_says_how_much_is_compensated():
+    q, k, v = torch.randn(3, 1, 2, 8 * 64, 16)
+    plan = drad.make_plan("dynamicrad", (8, 8, 8), 32, sparsity=0.7, compensate=0.5)
+    given = drad.block_sparse_attention(q, k, v, plan, compensate=0.5)
+    assert torch.equal(drad.block_sparse_attention(q, k, v, plan), given)
+    assert not torch.equal(drad.block_sparse_attention(q, k, v, plan, compensate=0.0), given)
