@@ -90,6 +90,7 @@ def tune_target(name: str, workers: int, optimizer: str, budget: int, heads: int
             "description": f"{', '.join(target.models)}: {target.what}.",
             "dense_layers": target.dense_layers,
             "dense_steps": target.dense_steps,
+            "mode": "static_ratio",  # until selection has been timed on a GPU
         },
         match={"models": list(target.models), "heads": list(target.heads), "layers": target.layers},
         resume=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .backend import report
 from .capture import explain
 from .compiling import compile
-from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, StrictError
+from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, RouterError, StrictError
 from .exported import rewrite
 from .kernels.block_sparse_attention import block_sparse_attention
 from .kernels.merge_states import merge_states
@@ -19,6 +19,8 @@ from .plan import BlockPlan
 from .planners import make_plan
 from .profiles import list_profiles, load_profile
 from .reports import Report, SiteReport
+from .router import Router
+from .router_fit import fit_router
 from .tuning import tune
 
 __version__ = "0.1.0"
@@ -32,11 +34,14 @@ __all__ = [
     "PlanError",
     "ProfileError",
     "Report",
+    "Router",
+    "RouterError",
     "SiteReport",
     "StrictError",
     "block_sparse_attention",
     "compile",
     "explain",
+    "fit_router",
     "list_profiles",
     "load_profile",
     "make_plan",

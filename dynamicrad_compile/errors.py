@@ -26,6 +26,10 @@ class GridError(DynamicRadError, ValueError):
     """The token grid given by the user does not fit the sequence length found in the graph."""
 
 
+class RouterError(DynamicRadError, ValueError):
+    """Prompts, an encoder or a router file that the motion router can't be fitted to or read from."""
+
+
 class StrictError(DynamicRadError, RuntimeError):
     """`strict=True` and a video self-attention had to stay dense."""
 

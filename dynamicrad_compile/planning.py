@@ -89,11 +89,11 @@ class SitePlanner:
             asked = ", ".join(f"{name} = {value}" for name, value in wanted.items())
             self._unmet(f"{asked} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
             steps, refresh, timestep = 0, 0, None
-        router = None
+        router, masked = None, False
         if self.routed:
             assert self.router is not None
-            router = (self.router.weight, self.router.bias)
-        return Control(router, steps, timestep, refresh, kept.clock, kept.regimes)
+            router, masked = self.router.tensors(), self.router.masked
+        return Control(router, masked, steps, timestep, refresh, kept.clock, kept.regimes)
 
     def _profile(self, site: Site) -> Profile:
         if self.fixed is not None:

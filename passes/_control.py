@@ -2,7 +2,7 @@
 
     %clock = advance(%timestep, %state)                            once a graph, behind its inputs
     %dense = stays_dense(%clock, dense_steps, dense_timestep)
-    %regime = latch(route(%prompt, %mask, weight, bias), %clock, %latched)
+    %regime = latch(route(%prompt, %mask, *tensors of the router), %clock, %latched)
 
     %counts = index_select(%table_of_counts, 0, %regime)           once a plan: each row of the batch in its regime
     %counts = gated(%counts, %dense, number of kv blocks)          a full count is dense attention
@@ -122,7 +122,8 @@ class Controls:
 
     def _regimes(self) -> fx.Node:
         conditions = self.conditions
-        routed = self._once("routed", route, lambda: (conditions.prompt, conditions.mask, *self._router()))
+        mask = conditions.mask if self.control.masked else None
+        routed = self._once("routed", route, lambda: (conditions.prompt, mask, *self._router()))
         if not self.latches:
             return routed
         return self._once(
@@ -131,10 +132,9 @@ class Controls:
             lambda: (routed, self._clock(), buffer_node(self.gm, "regimes", run_state.new_regimes(self.device))),
         )
 
-    def _router(self) -> tuple[fx.Node, fx.Node]:
+    def _router(self) -> list[fx.Node]:
         assert self.control.router is not None
-        weight, bias = (tensor.to(self.device, torch.float32) for tensor in self.control.router)
-        return buffer_node(self.gm, "router_weight", weight), buffer_node(self.gm, "router_bias", bias)
+        return [buffer_node(self.gm, "router", tensor.to(self.device)) for tensor in self.control.router]
 
     def _once(self, name: str, function: Any, arguments: Callable[[], tuple[Any, ...]]) -> fx.Node:
         if name not in self.made:

@@ -116,7 +116,8 @@ class Conditions:
 class Control:
     """What a graph decides when it runs.
 
-    router          weight [3, C] and bias [3] of the motion router, which chooses a plan's regime; None: one regime
+    router          tensors of the motion router, which chooses a plan's regime (Router.tensors); None: one regime
+    masked          the router takes the prompt's mask
     dense_steps     this many first denoising steps stay dense
     dense_timestep  steps on the noisy side of this timestep stay dense; None: none
     refresh_steps   select_blocks chooses anew at every so many steps; 0: at every call
@@ -124,7 +125,8 @@ class Control:
     regimes         int64 [MAX_BATCH] that something outside the graph keeps; None: the graph finds them
     """
 
-    router: tuple[torch.Tensor, torch.Tensor] | None = None
+    router: tuple[torch.Tensor, ...] | None = None
+    masked: bool = False
     dense_steps: int = 0
     dense_timestep: float | None = None
     refresh_steps: int = 0

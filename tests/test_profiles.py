@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from dynamicrad_compile.errors import ProfileError
-from dynamicrad_compile.profiles import REGIMES, list_profiles, load_profile
+from dynamicrad_compile.planners import make_plan
+from dynamicrad_compile.profiles import REGIMES, list_profiles, load_profile, pick_profile
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dynamicrad_compile"
@@ -187,3 +188,30 @@ def test_whole_run_sparsity_counts_dense_steps_and_layers(tmp_path):
     assert load_profile(write(tmp_path, text)).whole_run_sparsity(0.788) == pytest.approx(0.788 * 38 / 50 * 39 / 40)
     with pytest.raises(ProfileError, match=r"no .match. table"):
         load_profile("default").whole_run_sparsity(0.8)
+
+
+@pytest.mark.parametrize(
+    ("grid", "heads", "head_dim", "name"),
+    [
+        ((21, 30, 52), 12, 128, "wan-480p"),
+        ((21, 52, 30), 40, 128, "wan-480p"),  # portrait
+        ((21, 45, 80), 40, 128, "wan-720p"),
+        ((30, 45, 80), 24, 128, "hunyuan-720p"),
+        ((13, 30, 45), 48, 64, "cogvideox"),
+        ((21, 30, 52), 2, 24, "default"),  # no such model
+        ((21, 4, 4), 12, 128, "default"),  # far from any
+    ],
+)
+def test_auto_picks_the_nearest_grid_of_the_same_heads(grid, heads, head_dim, name):
+    profile, why = pick_profile(grid, heads, head_dim)
+    assert profile.name == name
+    assert f"{heads} heads of {head_dim} over {'x'.join(map(str, grid))}" in why
+
+
+@pytest.mark.parametrize("name", sorted(set(list_profiles()) - {"default"}))
+def test_tuned_profiles_meet_their_sparsity_on_their_grid(name):
+    profile = load_profile(name)
+    assert profile.provenance.optimizer
+    for regime in REGIMES:
+        plan = make_plan("dynamicrad", profile.match.grid, profile.block_size, profile=profile, regime=regime)
+        assert plan.sparsity == pytest.approx(0.8, abs=0.01)
