@@ -149,8 +149,11 @@ class Report:
                 f"grid {', '.join(grids)}; sparsity {mean:.1%}; all attention {before / 1e9:.1f} -> "
                 f"{after / 1e9:.1f} GFLOP a call ({1 - after / max(before, 1):.1%} saved)"
             )
-        for reason in dict.fromkeys(site.reason for site in video if not site.replaced):
-            count = sum(site.reason == reason for site in video if not site.replaced)
+        dense = [
+            site.reason for site in sites if site.role in ("video_self_attention", "unknown") and not site.replaced
+        ]
+        for reason in dict.fromkeys(dense):
+            count = dense.count(reason)
             lines.append(f"left dense ({count}): {reason}")
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)

@@ -4,10 +4,12 @@ find_attention      every attention call becomes a site
 trace_grid          what each site's sequence is made of
 decode_positions    the same from the values of a RoPE table, where no shape shows it
 classify_sites      video self-attention or not, and why not
+find_conditions     timestep and prompt among the inputs
 build_plans         which blocks are kept
 replace_attention   the rewrite
 
-All but the last only look; a graph in which nothing is replaced is handed on as it came.
+All but the last only look; a graph in which nothing is replaced is handed on as it came. Checkpointed layers and
+nested regions are opened for the passes and closed again (see _checkpoints).
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import time
 
 from torch import fx
 
-from ._site import AttentionCall, Pass, PassContext, Site, TextTokens
+from ._checkpoints import close_regions, open_regions
+from ._site import AttentionCall, Conditions, Control, Pass, PassContext, Site, TextTokens
 from .build_plans import build_plans
 from .classify_sites import classify_sites
 from .decode_positions import decode_positions
 from .find_attention import find_attention
+from .find_conditions import find_conditions
 from .replace_attention import replace_attention
 from .trace_grid import trace_grid
 
@@ -29,11 +33,12 @@ PASSES: tuple[Pass, ...] = (
     trace_grid,
     decode_positions,
     classify_sites,
+    find_conditions,
     build_plans,
     replace_attention,
 )
 
-__all__ = ["PASSES", "AttentionCall", "PassContext", "Site", "TextTokens", "run_passes"]
+__all__ = ["PASSES", "AttentionCall", "Conditions", "Control", "PassContext", "Site", "TextTokens", "run_passes"]
 
 
 def run_passes(gm: fx.GraphModule, context: PassContext) -> int:
@@ -41,12 +46,14 @@ def run_passes(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid does not fit.
     """
+    regions = open_regions(gm)
     count = 0
     for step in PASSES:
         start = time.perf_counter()
         count = step(gm, context)
         context.seconds[step.__name__] = time.perf_counter() - start
-    if count:
+    close_regions(gm, regions, context.training)
+    if count or regions:
         gm.graph.lint()
         gm.recompile()
     return count

@@ -55,8 +55,8 @@ class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
     __slots__ = (
-        "alias", "blank", "born", "conflict", "factors", "feature", "kin", "parent", "parts", "size", "source", "table",
-        "why",
+        "alias", "blank", "born", "conflict", "factors", "feature", "kin", "mirror", "parent", "parts", "reversed",
+        "size", "source", "table", "why",
     )  # fmt: skip
 
     def __init__(self, size: int, source: Source, parent: Axis | None = None, born: str = ""):
@@ -72,11 +72,51 @@ class Axis:
         self.factors: tuple[Axis, ...] | None = None
         self.parts: tuple[Part, ...] | None = None
         self.conflict: str | None = None
+        self.mirror: Axis | None = None  # the same rows, last first
+        self.reversed = False  # a flip made it, or a mixture of rows that are reversed and rows that are not
         self.table: Any = None  # a PositionTable: this axis was read from values that may change from call to call
 
     def __repr__(self) -> str:
         inner = f"={list(self.parts)}" if self.parts else ""
         return f"<{self.size} {self.source}{inner}>"
+
+
+class Row(tuple["Axis", ...]):
+    """Label of a dimension of size 1 that is one row of an axis: `()` that remembers which."""
+
+    part: Part
+
+    @staticmethod
+    def of(part: Part) -> Label:
+        """The label of a single row."""
+        row = Row()
+        row.part = part
+        return row
+
+
+def mirrored(label: Label, source: Source) -> Label:
+    """The label with its rows in reverse order; reversed again, it is the label itself."""
+    out: list[Axis] = []
+    for axis in resolve(label):
+        if axis.mirror is None:
+            axis.mirror = Axis(axis.size, source)
+            axis.mirror.mirror, axis.mirror.reversed = axis, True
+            axis.mirror.feature, axis.mirror.blank = axis.feature, axis.blank
+        out.append(axis.mirror)
+    return resolve(tuple(out))
+
+
+def are_mirrored(first: Label, second: Label) -> bool:
+    """Whether an axis of one label is an axis of the other in reverse order."""
+    mirrors = {leaf for axis in resolve(first) for one in _line(axis) if one.mirror for leaf in _line(one.mirror)}
+    return any(one in mirrors for axis in resolve(second) for one in _line(axis))
+
+
+def _line(axis: Axis) -> list[Axis]:
+    """The axis, as it is known now, and the axes that it is a part of."""
+    while axis.alias is not None:
+        axis = axis.alias
+    return [axis, *(_line(axis.parent) if axis.parent is not None else ())]
 
 
 def label_size(label: Label) -> int:
@@ -104,12 +144,13 @@ def resolve(label: Label) -> Label:
 
 def split(axis: Axis, outer: int, node: str = "") -> tuple[Label, Label] | None:
     """Split a leaf axis into (outer, rest) because `node` needs it; None where that is impossible."""
-    if axis.parts is not None or axis.size % outer:
+    if axis.size % outer or (axis.parts is not None and len(axis.parts) > 1):
         return None
     if outer == 1:
         return (), (axis,)
     if outer == axis.size:
         return (axis,), ()
+    axis.parts = None  # a slice: of which rows is forgotten
     axis.factors = (
         Axis(outer, axis.source, axis, node),
         Axis(axis.size // outer, axis.source, axis, node),
@@ -188,7 +229,9 @@ def _regard(joined: Axis, label: Label) -> bool:
 
 
 def _merge(x: Axis, y: Axis, why: str) -> None:
-    """Make two leaf axes of the same size one axis."""
+    """Make two leaf axes of the same size one axis, unless one is the other in reverse order."""
+    if (x.mirror or y.mirror or x.parent or y.parent) and are_mirrored((x,), (y,)):
+        return
     if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
         if [p.size for p in x.parts] != [p.size for p in y.parts]:
             _refuse(x, y, why)
@@ -204,6 +247,7 @@ def _merge(x: Axis, y: Axis, why: str) -> None:
         return
     keep.conflict = keep.conflict or drop.conflict
     keep.why = keep.why or drop.why
+    keep.mirror = keep.mirror or drop.mirror
     keep.feature = keep.feature or drop.feature
     keep.kin = (*keep.kin, drop, *drop.kin)
     drop.alias = keep
@@ -230,6 +274,8 @@ def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, int]:
 
 def parts_of(label: Label) -> tuple[Part, ...]:
     """The label as pieces of a concatenation; a label that is none is one piece. Contiguous pieces are glued."""
+    if isinstance(label, Row):
+        return (label.part,)
     leaves = resolve(label)
     if len(leaves) == 1 and leaves[0].parts:
         return glue([inner for part in leaves[0].parts for inner in rows_of(part.label, part.start, part.stop)])
@@ -282,12 +328,13 @@ def concat(parts: Sequence[Part], source: Source) -> Label:
     pieces = glue(parts)
     size = sum(part.size for part in pieces)
     if size == 1:
-        return ()
+        return Row.of(pieces[0]) if pieces and resolve(pieces[0].label) else ()
     if len(pieces) == 1 and pieces[0].whole:
         return pieces[0].label
     axis = Axis(size, source)
     axis.parts = pieces
-    axis.feature = all(leaf.feature for part in pieces for leaf in resolve(part.label))
+    leaves = [leaf for part in pieces for leaf in resolve(part.label)]
+    axis.feature = bool(leaves) and all(leaf.feature for leaf in leaves)
     return (axis,)
 
 
@@ -332,49 +379,3 @@ def coarsest(label: Label) -> Label:
                 break
             out[-len(inner) :] = [parent]
     return tuple(out)
-
-
-def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> list[Label]:
-    """Labels after a row-major reshape to `sizes`.
-
-    Axes are regrouped; an axis is split where a new dimension needs only its leading part. Dimensions that can't
-    be expressed get fresh labels, and the walk goes on behind them.
-    """
-    leaves = [leaf for label in labels for leaf in resolve(label)]
-    if 0 in sizes or any(leaf.size == 0 for leaf in leaves):
-        return [fresh(n, Source(source.node, d, source.kind)) for d, n in enumerate(sizes)]
-    out: list[Label] = []
-    d = 0
-    while d < len(sizes):
-        attempt = list(leaves)
-        label = take(attempt, sizes[d], source.node)
-        if label is not None:
-            leaves = attempt
-            out.append(label)
-            d += 1
-            continue
-        end, skipped = _realign(leaves, sizes, d)
-        for k in range(d, end):
-            new = fresh(sizes[k], Source(source.node, k, source.kind))
-            for axis in new:
-                axis.conflict = f"reshape at {source.node} cuts across {[leaf.size for leaf in leaves[:skipped]]}"
-                axis.feature = all(leaf.feature for leaf in leaves[:skipped])
-            out.append(new)
-        leaves = leaves[skipped:]
-        d = end
-    return out
-
-
-def _realign(leaves: Sequence[Axis], sizes: Sequence[int], d: int) -> tuple[int, int]:
-    """(next dimension, axes passed) of the first boundary common to both sides, past dimension `d`."""
-    ends: dict[int, int] = {}
-    total = 1
-    for count, leaf in enumerate(leaves, 1):
-        total *= leaf.size
-        ends.setdefault(total, count)
-    total = 1
-    for k in range(d, len(sizes)):
-        total *= sizes[k]
-        if total in ends:
-            return k + 1, ends[total]
-    return len(sizes), len(leaves)

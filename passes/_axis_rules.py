@@ -42,7 +42,6 @@ class AxisMode(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         labels = self._labels(func, out, args, kwargs)
-        new_streams = streams_of(self.streams, func, out, args, kwargs)
         for i, tensor in enumerate(outs):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -51,6 +50,10 @@ class AxisMode(TorchDispatchMode):
                 set_labels(tensor, known)
             elif not any(tensor is x for x in given):
                 get_labels(tensor, self.source())
+        new_streams = streams_of(self.streams, func, out, args, kwargs)
+        for i, tensor in enumerate(outs):
+            if not isinstance(tensor, torch.Tensor):
+                continue
             set_stream(tensor, new_streams[i] if i < len(new_streams) else None)
             if given and func._schema.returns[min(i, len(func._schema.returns) - 1)].alias_info is not None:
                 set_base(tensor, given[0])
@@ -136,6 +139,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         (views.cat, "cat concat"),
         (views.stack, "stack"),
         (views.pad, "constant_pad_nd"),
+        (views.flip, "flip"),
         (buffers.write, "copy_"),
         (buffers.index_put, "index_put index_put_"),
         (buffers.index_copy, "index_copy index_copy_"),
@@ -155,6 +159,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         (products.index, "index"),
         (products.convolution, "convolution _convolution"),
         (products.pool, "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices"),
+        (products.im2col, "im2col"),
         (products.pixel_unshuffle, "pixel_unshuffle"),
         (products.pixel_shuffle, "pixel_shuffle"),
         (products.attention, "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "

@@ -60,7 +60,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    for noise in ("L['self']", "L['fn']", ".__dict__", "._orig_mod"):
+    for noise in ("L['self']", "L['fn']", "L['function_reference']", ".forward.__self__", ".__dict__", "._orig_mod"):
         path = path.replace(noise, "")
     path = path.replace("['_modules']", "").replace("._modules", "")
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", "")):

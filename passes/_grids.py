@@ -70,9 +70,13 @@ class Grids:
     def _refusal(self, axes: Label) -> str:
         if len(set(axes)) != 3:
             return f"{_sizes(axes)} are not three different axes"
+        if any(map(_is_reversed, axes)):
+            return f"its tokens ({_sizes(axes)}) are, some or all, in reverse order"
         for a, b in itertools.combinations(axes, 2):
             if a.source.node == b.source.node and a.source.dim > b.source.dim:
                 return f"{a.source} comes before {b.source}: no frames x height x width"
+            if any(a in dims and b in dims and dims[a] > dims[b] for dims in self.shown):
+                return f"the graph gives back {b.size} ({b.source}) before {a.size} ({a.source}): another order"
             for root in _roots(a) & _roots(b):
                 if _position(a, root) > _position(b, root):
                     return f"{root.source} ({root.size}) was put in another order: no frames x height x width"
@@ -109,6 +113,16 @@ def _kinship(axis: Axis) -> set[Axis]:
             if one.parent is not None:
                 todo.append(one.parent)
     return found
+
+
+def _is_reversed(axis: Axis) -> bool:
+    """Whether its rows are those of an input in reverse order, or a mixture of both orders."""
+    for one in _kinship(axis):
+        mirrored = (one.mirror, *resolve((one.mirror,))) if one.mirror is not None else ()
+        inputs = any(other.source.kind == "input" for axis in mirrored for other in _kinship(axis))
+        if one.reversed and (inputs or not mirrored):
+            return True
+    return False
 
 
 def _roots(axis: Axis) -> set[Axis]:

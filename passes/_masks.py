@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._axes import Label, Source, fresh, label_size, reshape, resolve
+from ._axes import Label, Source, fresh, label_size, resolve
 from ._graph import hint, shape_hint
+from ._reshape import reshape
 from ._row_masks import row_mask
 from ._site import AttentionCall
 from ._spelling import argument, is_rewritten, number, op_name, permutation, tensor_value

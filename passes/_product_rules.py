@@ -46,8 +46,9 @@ def mm(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any
 
 
 def _columns(mode: Mode, out: torch.Tensor, right: torch.Tensor) -> Label:
-    """Last dimension of a product: features where the right operand is a weight."""
-    if get_stream(right) is None:
+    """Last dimension of a product: features where the right operand is a weight (nothing that was projected)."""
+    stream = get_stream(right)
+    if stream is None or not stream.projected:
         return fresh(out.shape[-1], mode.source(out.dim() - 1, "feature"))
     return get_labels(right)[-1]
 
@@ -58,7 +59,7 @@ def addmm(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, 
 
 def bmm(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     a, b = get_labels(args[0]), get_labels(args[1])
-    return [unify(a[0], b[0], mode.node), a[1], b[2] if get_stream(args[1]) else _columns(mode, out, args[1])]
+    return [unify(a[0], b[0], mode.node), a[1], _columns(mode, out, args[1])]
 
 
 def baddbmm(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
@@ -140,6 +141,25 @@ def pool(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, A
         plain = size == step and not any(padding if isinstance(padding, (list, tuple)) else [padding])
         label = _coarse(mode, result[d], tensor.shape[d], out.shape[d], step) if plain else None
         result[d] = label if label is not None else fresh(out.shape[d], mode.source(d))
+    return result
+
+
+def im2col(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+    """[B, C, H, W] -> [B, C kernel, patches] (F.unfold): patches without overlap are rows x columns of them."""
+    tensor, kernel, dilation, padding, stride = args[:5]
+    labels = get_labels(tensor)
+    result: Labels = [fresh(n, mode.source(d)) for d, n in enumerate(out.shape)]
+    if tensor.dim() != 4:
+        return result
+    result[0] = labels[0]
+    result[1] = fresh(out.shape[1], mode.source(1, "feature"))
+    if list(kernel) == list(stride) and set(dilation) == {1} and not any(padding):
+        each = [
+            _coarse(mode, labels[d], n, n // step, step)
+            for d, n, step in zip((2, 3), tensor.shape[2:], kernel, strict=True)
+        ]
+        if each[0] is not None and each[1] is not None:
+            result[2] = (*each[0], *each[1])
     return result
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ._axes import Label, resolve
+from ._axes import Label, label_size, resolve
 from ._tensor_labels import get_labels
 
 
@@ -38,6 +38,7 @@ class Streams:
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._rows: dict[int, tuple[Row, ...]] = {}
         self._slices: dict[int, tuple[int, int, int, int]] = {}
+        self._axes: dict[int, Label] = {}
 
     def term(self, *key: Any) -> int:
         """The number of a term."""
@@ -61,6 +62,26 @@ class Streams:
         number = self.term("rows", term, size, start, stop)
         self._slices[number] = (term, size, start, stop)
         return number
+
+    def slice_of(self, term: int) -> tuple[int, int, int, int] | None:
+        """(term, size, start, stop) of which a term is rows; None if it is none."""
+        return self._slices.get(term)
+
+    def note_axis(self, term: int, axis: Label) -> None:
+        """Note of which axis a term is one row; () once it is of two."""
+        known = self._axes.setdefault(term, axis)
+        if known is not axis and resolve(known) != resolve(axis):
+            self._axes[term] = ()
+
+    def rows_one_by_one(self, terms: Sequence[int | None]) -> Label:
+        """The axis whose rows these terms are, each one row, all of them and in order; () if they are not."""
+        slices = [None if term is None else self._slices.get(term) for term in terms]
+        first = slices[0]
+        if first is None or slices != [(*first[:2], i, i + 1) for i in range(first[1])]:
+            return ()
+        axes = {resolve(self._axes.get(term or 0, ())) for term in terms}
+        axis = axes.pop()
+        return axis if not axes and label_size(axis) == len(terms) else ()
 
     def joined(self, pieces: Sequence[Row]) -> int:
         """A concatenation; neighbouring rows of one term are put together again."""
@@ -116,19 +137,50 @@ def projection(tensors: Sequence[torch.Tensor]) -> Stream | None:
 def sliced(streams: Streams, tensor: torch.Tensor, label: Label, size: int, start: int, stop: int) -> Stream | None:
     """Stream of rows `start..stop` of a dimension of `size`."""
     stream = get_stream(tensor)
-    if stream is None or is_feature(label):
+    leaves = list(resolve(label))
+    featured = bool(leaves) and leaves[0].feature
+    while leaves and leaves[0].feature:
+        leaves.pop(0)
+    inner = label_size(tuple(leaves))
+    if stream is None or (featured and inner and not (start % inner or stop % inner)):  # heads or q, k, v are chosen
         return stream
-    return Stream(streams.rows(stream.term, size, start, stop), stream.projected)
+    term = streams.rows(stream.term, size, start, stop)
+    if stop - start == 1 and streams.slice_of(term) is not None:
+        streams.note_axis(term, label)
+    return Stream(term, stream.projected)
 
 
-def joined(streams: Streams, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Stream | None:
-    """Stream of a concatenation."""
+def all_one(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all these tensors are of the same tokens."""
+    terms = {None if (s := get_stream(x)) is None else s.term for x in tensors}
+    return len(terms) == 1 and None not in terms
+
+
+def packed(streams: Streams, operands: Sequence[Stream | None]) -> bool:
+    """Whether query, key and value are the three thirds of one tensor that was projected outside the graph."""
+    slices = [None if s is None or s.projected else streams.slice_of(s.term) for s in operands]
+    first = slices[0]
+    if first is None or first[1] % 3:
+        return False
+    third = first[1] // 3
+    return slices == [(*first[:2], i * third, (i + 1) * third) for i in range(3)]
+
+
+def attended(streams: Streams, query: Stream | None, key: Stream | None) -> Stream | None:
+    """Stream of the output of an attention; `key` is None where keys are the same tokens as queries."""
+    if query is None or key is None:
+        return query
+    return Stream(streams.term("attention", query.term, key.term), query.projected or key.projected)
+
+
+def joined(streams: Streams, tensors: Sequence[torch.Tensor], label: Label, sizes: Sequence[int]) -> Stream | None:
+    """Stream of a concatenation along a dimension of this label."""
     given = [get_stream(x) for x in tensors]
     known = [s for s in given if s is not None]
     if not known:
         return None
     projected = any(s.projected for s in known)
-    if len({s.term for s in known}) == 1 and len(known) == len(given):
+    if all_one(tensors) and is_feature(label):
         return Stream(known[0].term, projected)
     rows = [(-1 if s is None else s.term, n) for s, n in zip(given, sizes, strict=True)]
     return Stream(streams.joined(rows), projected)
@@ -166,7 +218,7 @@ def streams_of(
     if name in ("cat", "concat", "stack"):
         dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % max(outs[0].dim(), 1)
         sizes = [1 if name == "stack" else x.shape[dim] if x.dim() == outs[0].dim() else 0 for x in tensors]
-        return [joined(streams, tensors, sizes)]
+        return [joined(streams, tensors, get_labels(outs[0])[dim], sizes)]
     if name == "constant_pad_nd":
         return [_padded(streams, first, args[1])]
     if name in _PRODUCTS:

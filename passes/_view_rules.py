@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ._axes import Part, concat, fresh, label_size, reshape, resolve, slice_label, unify
+from ._axes import (
+    Label,
+    Part,
+    Row,
+    are_mirrored,
+    concat,
+    fresh,
+    label_size,
+    mirrored,
+    resolve,
+    same,
+    slice_label,
+    unify,
+)
+from ._reshape import reshape
+from ._streams import all_one, get_stream
 from ._tensor_labels import Labels, get_labels
 
 Mode = Any  # _axis_rules.AxisMode
@@ -24,9 +39,12 @@ def pointwise(mode: Mode, out: Any, args: Sequence[Any], kwargs: dict[str, Any])
             continue
         offset = out.dim() - tensor.dim()
         for d, label in enumerate(get_labels(tensor)):
-            if tensor.shape[d] == 1 or tensor.shape[d] != out.shape[offset + d]:
+            if tensor.shape[d] != out.shape[offset + d]:
                 continue
             current = labels[offset + d]
+            if tensor.shape[d] == 1:
+                labels[offset + d] = current if isinstance(current, Row) else label
+                continue
             labels[offset + d] = unify(current, label, mode.node) if current else label
     return [
         label if label_size(label) == n else fresh(n, mode.source(d))
@@ -155,28 +173,57 @@ def split_(mode: Mode, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
 def cat(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
     tensors = [x for x in args[0] if x.dim() == out.dim()]
-    labels = list(get_labels(tensors[0]))
-    for tensor in tensors[1:]:
-        for d, label in enumerate(get_labels(tensor)):
-            if d != dim:
-                labels[d] = unify(labels[d], label, mode.node)
+    labels = _aligned(mode, tensors, skip=dim)
+    frames = _frames(mode, tensors)
+    if frames and all(same(get_labels(x)[dim], labels[dim]) for x in tensors):
+        labels[dim] = (*frames, *labels[dim])
+        return labels
     pieces = [Part(get_labels(x)[dim], 0, x.shape[dim]) for x in tensors]
     labels[dim] = concat([p for piece in pieces for p in _flat(piece)], mode.source(dim))
     return labels
 
 
+def _aligned(mode: Mode, tensors: Sequence[torch.Tensor], skip: int | None = None) -> Labels:
+    """Labels of tensors that are put side by side, dimension `skip` apart. Rows in two directions are no axis."""
+    labels = list(get_labels(tensors[0]))
+    for d in range(len(labels)):
+        others = [get_labels(x)[d] for x in tensors[1:]]
+        if d == skip:
+            continue
+        if any(are_mirrored(labels[d], other) for other in others):
+            labels[d] = fresh(tensors[0].shape[d], mode.source(d))
+            for axis in labels[d]:
+                axis.reversed = True
+            continue
+        for other in others:
+            labels[d] = unify(labels[d], other, mode.node)
+    return labels
+
+
+def _frames(mode: Mode, tensors: Sequence[torch.Tensor]) -> Label:
+    """The axis of which tensors were made row by row, each from one row and in order; () if they were not."""
+    if len(tensors) < 2:
+        return ()
+    return mode.streams.rows_one_by_one([None if (s := get_stream(x)) is None else s.term for x in tensors])
+
+
+def flip(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+    dims = {d % max(out.dim(), 1) for d in args[1]}
+    return [mirrored(label, mode.source(d)) if d in dims else label for d, label in enumerate(get_labels(args[0]))]
+
+
 def _flat(piece: Part) -> Sequence[Part]:
+    if isinstance(piece.label, Row):
+        return (piece.label.part,)
     leaves = resolve(piece.label)
     return leaves[0].parts if len(leaves) == 1 and leaves[0].parts else (piece,)
 
 
 def stack(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    labels = list(get_labels(args[0][0]))
-    for tensor in args[0][1:]:
-        for d, label in enumerate(get_labels(tensor)):
-            labels[d] = unify(labels[d], label, mode.node)
-    labels.insert(dim, fresh(out.shape[dim], mode.source(dim)))
+    labels = _aligned(mode, args[0])
+    kind = "feature" if all_one(args[0]) else "op"
+    labels.insert(dim, _frames(mode, args[0]) or fresh(out.shape[dim], mode.source(dim, kind)))
     return labels
 
 

@@ -23,6 +23,7 @@ from ._graph import value_of
 from ._grids import Grids
 from ._layout import plain_shape
 from ._masks import not_key_padding
+from ._sharding import exchanged
 from ._site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens
 from ._windows import windows
 
@@ -54,6 +55,9 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
         return
     query, key = site.labels[0][-2], site.labels[1][-2]
     if not same(query, key):
+        site.reason = exchanged(site.call)
+        if site.reason:
+            return
         _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
         return
     parts = segments_of(query)
@@ -96,7 +100,9 @@ def _set_video(
     if user_grid is None and conflicts:
         site.reason = conflicts[0]
     elif user_grid is None and axes[0].size < MIN_FRAMES:
-        site.reason = f"only {axes[0].size} frames: images to be edited rather than a video"
+        site.reason = (
+            f"only {axes[0].size} frames: images to be edited rather than a video (set `grid` if they are one)"
+        )
 
 
 def _classify_unequal(

@@ -11,6 +11,7 @@ A near miss is left alone: linear attention (matrix products without a softmax) 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ._checkpoints import higher_order_name, nested_graphs
 from ._graph import module_path
 from ._layout import layout_of_rank, plain_shape
 from ._library_attention import read_library_attention
@@ -55,13 +57,33 @@ def find_attention(gm: fx.GraphModule, context: PassContext) -> int:
     positions = Positions(gm.graph)
     for node in gm.graph.nodes:
         call = _read(gm, node, positions)
-        if call is None:
-            continue
-        shape, key_shape = plain_shape(call, 0), plain_shape(call, 1)
-        site = Site(node, call, module_path(node), q_shape=shape)
-        site.kv_length = key_shape[2] if key_shape else None
-        context.sites.append(site)
+        if call is not None:
+            context.sites.append(_site(node, call))
+        else:
+            context.sites.extend(_hidden_sites(gm, node))
     return len(context.sites)
+
+
+def _site(node: fx.Node, call: AttentionCall) -> Site:
+    shape, key_shape = plain_shape(call, 0), plain_shape(call, 1)
+    site = Site(node, call, module_path(node), q_shape=shape)
+    site.kv_length = key_shape[2] if key_shape else None
+    return site
+
+
+def _hidden_sites(gm: fx.GraphModule, node: fx.Node) -> list[Site]:
+    """Attention calls in the graphs of a higher-order operator (cond, while_loop, ...): seen, and left dense."""
+    found = []
+    for nested in nested_graphs(gm, node):
+        positions = Positions(nested.graph)
+        for inner in nested.graph.nodes:
+            call = _read(nested, inner, positions)
+            if call is not None:
+                refusal = f"it is inside {higher_order_name(node)} ({node.name}), whose graphs are not rewritten"
+                found.append(_site(inner, dataclasses.replace(call, refusal=refusal)))
+            else:
+                found.extend(_hidden_sites(nested, inner))
+    return found
 
 
 def _read(gm: fx.GraphModule, node: fx.Node, positions: Positions) -> AttentionCall | None:

@@ -21,12 +21,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map
 
-from ._axes import Label, Source, fresh, label_size
+from ._axes import Label, Source, fresh, label_size, same
 from ._axis_rules import AxisMode
 from ._graph import depends_on_data, hint, value_of
 from ._layout import output_labels, plain_labels
 from ._site import PassContext, Site
-from ._streams import Stream, get_stream, set_stream
+from ._streams import Stream, attended, get_stream, packed, set_stream
 from ._tensor_labels import get_labels, range_of_values, set_labels, set_range
 
 
@@ -105,15 +105,18 @@ class _Tracer(fx.Interpreter):
         if query is None or key is None or value is None or ranks != [len(layout) for layout in call.layouts[:3]]:
             return self._recorded(n)
         site.labels = (plain_labels(call, 0, query), plain_labels(call, 1, key))
-        streams = [self._stream_of(x) for x in (call.query, call.key)]
-        site.same_tokens = (streams[0] and streams[0].term) == (streams[1] and streams[1].term)
+        streams = [self._stream_of(x) for x in (call.query, call.key, call.value)]
+        site.same_tokens = (streams[0] and streams[0].term) == (streams[1] and streams[1].term) or (
+            packed(self.axis_mode.streams, streams) and same(site.labels[0][0], site.labels[1][0])
+        )
+        stream = attended(self.axis_mode.streams, streams[0], None if site.same_tokens else streams[1])
         recorded_query = value_of(call.query)
         site.data_dependent = any(depends_on_data(size) for size in getattr(recorded_query, "shape", ()))
         result = self._recorded(n)
         if result is UNKNOWN_VALUE:
             return result
         out = result if call.output is None else result[call.output]
-        set_stream(out, streams[0])
+        set_stream(out, stream)
         labels = output_labels(call, query, value)
         if labels is None:
             return result
@@ -123,7 +126,7 @@ class _Tracer(fx.Interpreter):
                 return result
             with self.fake_mode:
                 result = out = torch.empty(sizes, dtype=out.dtype, device=out.device)
-            set_stream(out, streams[0])
+            set_stream(out, stream)
         set_labels(out, labels)
         return result
 

@@ -17,9 +17,9 @@ class DitConfig:
 
     grid      (frames, height, width) in tokens
     layout    of the latent: "bcfhw", "bfchw", "bfhwc", "bcfhw-list", "frames-in-batch" ([B F, C, H, W]) or "packed"
-    patch     how patches are made: "conv3d", "conv2d", "linear" (view, permute, linear)
+    patch     how patches are made: "conv3d", "conv2d", "linear" (view, permute, linear), "loop" (frame by frame)
     time      frames in a patch
-    order     order of the tokens: "fhw" is right; "hwf", "fwh", "whf", "hfw" or "tiles" are not
+    order     order of the tokens: "fhw" is right; "hwf", "fwh", "whf", "hfw", "tiles" or "reversed" are not
     flatten   how tokens are put in a row: "flatten", "two-stage", "reshape", "einops"
     text      tokens before and after the video
     join      how text joins: "cat" before the projections, "dual" after them, "buffer" slice writes into zeros,
@@ -51,24 +51,23 @@ class DitConfig:
     unpatchify: bool = True
 
     def truth(self) -> tuple[tuple[int, int, int], int, int] | None:
-        """(grid, tokens before, tokens after) of each attention; None where none must be replaced."""
-        f, h, w = self.grid
+        """(grid, tokens before, tokens after) of each attention; None where there is no such thing."""
+        _, h, w = self.grid
         in_order = self.order == "fhw" or (self.order == "tiles" and w == 2)  # one column of tiles is in order
-        if 2 * self.history > f:  # too many extra tokens to be worth it
-            return None
-        if not in_order or self.attend in ("cross", "causal", "cache") or f < 3 or min(h, w) < 2:
-            return None
-        if (
-            self.layout == "packed"
-            and self.rope not in ("meshgrid", "table", "inplace", "matrix")
-            and not self.unpatchify
-        ):
+        if not in_order or self.attend in ("cross", "causal", "cache"):
             return None
         return self.grid, self.text[0] + self.history * h * w, self.text[1]
+
+    def plain(self) -> bool:
+        """Whether it must be understood: enough frames, nothing that hides where tokens come from."""
+        known = self.layout != "packed" or self.rope in ("meshgrid", "table", "inplace", "matrix") or self.unpatchify
+        opaque = {"shift", "select"} & set(self.steps)
+        return self.truth() is not None and self.grid[0] >= 3 and known and not self.history and not opaque
 
 
 ORDERS = {
     "fhw": (0, 1, 2), "hwf": (1, 2, 0), "fwh": (0, 2, 1), "whf": (2, 1, 0), "hfw": (1, 0, 2),
+    "reversed": (0, 1, 2),
 }  # fmt: skip
 
 
@@ -164,6 +163,8 @@ class RandomDit(nn.Module):
             x = x.reshape(-1, f, h // 2, 2, w // 2, 2, DIM).permute(0, 1, 2, 4, 3, 5, 6)
             return x.reshape(x.shape[0], -1, DIM)
         x = x.permute(0, *(1 + d for d in ORDERS[c.order]), 4)
+        if c.order == "reversed":
+            x = x.flip(1, 2, 3)
         if c.flatten == "two-stage":
             x = x.flatten(2, 3)
             return self._noise(x.flatten(1, 2))
@@ -180,6 +181,9 @@ class RandomDit(nn.Module):
         if c.patch == "conv2d" and c.time == 1:
             frames = x.transpose(1, 2).flatten(0, 1)
             return self.conv2d(frames).unflatten(0, (-1, f)).permute(0, 1, 3, 4, 2)
+        if c.patch == "loop" and c.time == 1:
+            frames = [self.conv3d(x[:, :, i : i + 1]).flatten(2).transpose(1, 2) for i in range(f)]
+            return torch.cat(frames, 1).unflatten(1, (f, h, w))
         x = x.reshape(x.shape[0], CHANNELS, f, c.time, h, 2, w, 2).permute(0, 2, 4, 6, 1, 3, 5, 7)
         return self.linear(x.flatten(4))
 
@@ -222,6 +226,8 @@ class RandomDit(nn.Module):
                 x = torch.cat([x[i : i + 1] for i in range(x.shape[0])])
             elif step == "shift":
                 x = x.roll(1, 1).roll(-1, 1)
+            elif step == "flip":
+                x = x.flip(1).flip(1)
             elif step == "modulate":
                 x = x * (1 + x.mean((1, 2), keepdim=True))
         return x
@@ -309,6 +315,8 @@ class RandomDit(nn.Module):
         c = self.config
         if c.order == "tiles":
             return x
+        if c.order == "reversed":
+            x = x.flip(1)
         f, h, w = (sizes[d] for d in ORDERS[c.order])
         x = x.reshape(x.shape[0], f, h, w, CHANNELS, c.time, 2, 2)
         x = x.permute(0, *(1 + ORDERS[c.order].index(d) for d in range(3)), 4, 5, 6, 7)

@@ -8,16 +8,18 @@ from dynamicrad_compile.passes._axes import (
     Axis,
     Part,
     Source,
+    are_mirrored,
     coarsest,
     concat,
     label_size,
+    mirrored,
     parts_of,
-    reshape,
     resolve,
     same,
     slice_label,
     unify,
 )
+from dynamicrad_compile.passes._reshape import reshape
 
 
 def axis(size, node="x", dim=0, kind="op", rank=0):
@@ -112,3 +114,27 @@ def test_two_concatenations_of_the_same_pieces_are_the_same():
     other = concat([Part((b,), 0, 4), Part((a,), 0, 3)], SRC)
     assert same(one, two)
     assert not same(one, other)
+
+
+def test_a_reversed_axis_is_another_until_it_is_reversed_again():
+    f, hw, s = axis(5), axis(48), axis(240)
+    video = (f, hw)
+    back = mirrored(video, SRC)
+    assert not same(video, back)
+    assert mirrored(back, SRC) == video
+    unify(video, back, "add")
+    assert not same(video, back)
+    unify((s,), back, "add_1")
+    assert same((s,), back)
+    unify((s,), video, "add_2")
+    assert not same((s,), video)
+
+
+def test_parts_of_a_reversed_axis_are_reversed_too():
+    s = axis(240)
+    back = mirrored((s,), SRC)
+    f, h, w = axis(5), axis(6), axis(8)
+    unify((s,), (f, h, w), "mul")
+    unify(back, (f, h, w), "mul_1")
+    assert are_mirrored((s,), back)
+    assert not same((s,), back)

@@ -169,15 +169,13 @@ def test_regional_compilation_with_a_grid():
         assert relative_error(sparse, call(reference, kwargs)) < 1e-5
 
 
-def test_training_stays_dense_and_backward_works():
+def test_backward_works():
     model, kwargs, _ = make("wan_t2v")
     compiled = torch.compile(model, backend="dynamicrad", options=dict(min_tokens=0, inner="aot_eager"))
     out = compiled(**kwargs)[0]
     out.sum().backward()
     assert all(p.grad is not None for p in model.blocks.parameters() if p.requires_grad)
-    report = drad.report(compiled)
-    assert not report.replaced
-    assert "differentiated" in report.summary()
+    assert len(drad.report(compiled).replaced) == 2
 
 
 def test_inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicrad_compile.errors import PlanError
@@ -66,7 +67,7 @@ def test_hidden_tokens_are_not_read():
 
 
 def test_compiles_with_a_dynamic_length():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x: pool_blocks(x, 32), backend=counter, fullgraph=True, dynamic=True)
     for length in (101, 77, 64):
         x = tensor(length)

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from random_dit import DitConfig, RandomDit
 
-settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=120)
-STEPS = ("view", "permute", "cut", "pad", "select", "write", "halves", "batch", "modulate", "shift")
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=100)
+STEPS = ("view", "permute", "cut", "pad", "select", "write", "halves", "batch", "modulate", "shift", "flip")
 
 
 ATTEND = ("sdpa",) * 12 + ("softmax", "softmax", "mha", "cross", "causal", "cache")
-ORDER = ("fhw",) * 12 + ("hwf", "fwh", "whf", "hfw", "tiles")
+ORDER = ("fhw",) * 12 + ("hwf", "fwh", "whf", "hfw", "tiles", "reversed")
 
 
 @st.composite
@@ -25,7 +25,7 @@ def configs(draw):
 
     layout = pick("bcfhw", "bcfhw", "bfchw", "bfhwc", "bcfhw-list", "frames-in-batch", "packed")
     order = "fhw" if layout == "packed" else pick(*ORDER)
-    f, h, w = pick(2, 3, 3, 4, 4, 5, 6), pick(2, 3, 4, 5, 6), pick(2, 3, 4, 5, 6)
+    f, h, w = pick(2, 3, 4, 4, 5, 5, 6), pick(2, 3, 4, 5, 6), pick(2, 3, 4, 5, 6)
     if order == "tiles":
         h, w = h // 2 * 2, w // 2 * 2
     attend = pick(*ATTEND)
@@ -38,7 +38,7 @@ def configs(draw):
         heads=pick(1, 2),
         layers=pick(1, 2),
         layout=layout,
-        patch=pick("conv3d", "conv2d", "linear"),
+        patch=pick("conv3d", "conv2d", "linear", "loop"),
         time=1 if layout == "packed" else pick(1, 1, 2),
         order=order,
         flatten=pick("flatten", "two-stage", "reshape", "einops"),
@@ -49,7 +49,8 @@ def configs(draw):
         qkv=pick("separate", "chunk", "unbind", "heads-first"),
         attend=attend,
         steps=tuple(draw(st.lists(st.sampled_from(STEPS), max_size=2))),
-        unpatchify=order != "tiles" and (layout == "packed" or pick(True, True, False)),
+        # Without the latent's dimensions in sight (a roll, an index) only the output tells the order of the tokens.
+        unpatchify=order != "tiles" and (order != "fhw" or layout == "packed" or pick(True, True, False)),
     )
 
 
@@ -77,5 +78,4 @@ def test_a_random_dit_is_understood_or_left_alone(config):
     found = verdict(config)
     event(found)
     assert not found.startswith("wrong"), config
-    plain = config.truth() is not None and not config.history and not {"shift", "select"} & set(config.steps)
-    assert found == "exact" or not plain, (config, found)
+    assert found == "exact" or not config.plain(), config
