@@ -82,6 +82,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1536], choices=sorted(WIDTHS))
     parser.add_argument("--tokens", nargs="+", default=["8k", "16k", "32k"], choices=GRIDS)
     parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--compensate", type=float, default=0.0, help="weight of the mean keys of dropped blocks (0)")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each side (3)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (all cores)")
@@ -153,14 +154,14 @@ def measure(width: int, size: str, args: argparse.Namespace) -> Row:
     grid = GRIDS[size]
     heads, head_dim, _ = WIDTHS[width]
     start = time.perf_counter()
-    plan = drad.make_plan("dynamicrad", grid=grid, sparsity=args.sparsity)
+    plan = drad.make_plan("dynamicrad", grid=grid, sparsity=args.sparsity, compensate=args.compensate)
     plan_s = time.perf_counter() - start
     attention = attention_times(plan, heads, head_dim, args.repeats)
 
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, inputs = make_model(width, args.layers), make_inputs(grid)
-    options: dict[str, Any] = {"sparsity": args.sparsity}
+    options: dict[str, Any] = {"sparsity": args.sparsity, "compensate": args.compensate}
     if args.quick:
         options |= {"min_tokens": 0, "inner": "eager"}
     compiled = {
@@ -256,7 +257,8 @@ def save(name: str, rows: list[Row], args: argparse.Namespace) -> None:
     """Write results/NAME.json and NAME.md."""
     about = machine()
     command = f"python benchmarks/cpu_step.py --widths {' '.join(map(str, args.widths))} --tokens "
-    command += f"{' '.join(args.tokens)} --sparsity {args.sparsity} --layers {args.layers} --repeats {args.repeats}"
+    command += f"{' '.join(args.tokens)} --sparsity {args.sparsity} --compensate {args.compensate} "
+    command += f"--layers {args.layers} --repeats {args.repeats}"
     RESULTS.mkdir(exist_ok=True)
     content = {"command": command, "machine": about, "rows": [asdict(row) for row in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
