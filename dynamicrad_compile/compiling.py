@@ -37,6 +37,9 @@ def compile(
     if mode in ("static_ratio", "dynamic_threshold", "auto"):
         options["mode"], mode = mode, None
     parsed = Options.from_mapping(options)
+    if mode is not None and options and parsed.inner == "inductor":  # torch.compile takes a mode or options, not both
+        options["inner_options"] = {**torch._inductor.list_mode_options(mode), **parsed.inner_options}
+        mode = None
     stateful = bool(parsed.router or parsed.dense_steps or parsed.dense_timestep is not None or parsed.refresh_steps)
     state = None
     if stateful:

@@ -16,6 +16,8 @@ from .errors import PlanError
 
 # Mask entries that `BlockPlan.from_mask` looks at in one go.
 MASK_CHUNK = 1 << 20
+CRITERIA = ("threshold", "mass", "ratio")
+"""By which `select_blocks` chooses among candidates."""
 
 
 def cdiv(a: int, b: int) -> int:

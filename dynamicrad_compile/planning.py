@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from . import router
 from .errors import OptionsError
 from .options import MIN_TOKENS_AUTO, Options
 from .plan_table import PlanSpec, PlanTable, RegimeSpec
@@ -15,7 +16,7 @@ from .run_state import RunState
 if TYPE_CHECKING:
     from .passes import Conditions, Control, Site
 
-SAFE_REGIME = "high"
+SAFE_REGIME = REGIMES[router.SAFE_REGIME]
 """The regime that loses least where motion is not known: the one that keeps most blocks."""
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
@@ -89,11 +90,11 @@ class SitePlanner:
             asked = ", ".join(f"{name} = {value}" for name, value in wanted.items())
             self._unmet(f"{asked} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
             steps, refresh, timestep = 0, 0, None
-        router, masked = None, False
+        tensors, masked = None, False
         if self.routed:
             assert self.router is not None
-            router, masked = self.router.tensors(), self.router.masked
-        return Control(router, masked, steps, timestep, refresh, kept.clock, kept.regimes)
+            tensors, masked = self.router.tensors(), self.router.masked
+        return Control(tensors, masked, steps, timestep, refresh, kept.clock, kept.regimes)
 
     def _profile(self, site: Site) -> Profile:
         if self.fixed is not None:
@@ -115,6 +116,10 @@ class SitePlanner:
         options = self.options
         block_size = options.block_size or profile.block_size
         if self._pattern(profile) == "radial":
+            given = [name for name in ("router", "sparsity", "compensate") if getattr(options, name) is not None]
+            given += ["mode"] if options.mode == "dynamic_threshold" else []
+            if given:
+                self._note(f"pattern 'radial' has no meaning for {', '.join(given)}: not used")
             static = profile.regime(SAFE_REGIME).static_ratio
             params = {
                 "decay_factor": 1.0 if options.decay_factor is None else options.decay_factor,

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from .errors import RouterError
+from .profiles import REGIMES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-CLASSES = ("low", "mid", "high")
+CLASSES = REGIMES
 SAFE_REGIME = CLASSES.index("high")  # the least sparse: the regime that loses least when the prompt says nothing
 SCHEMA = 1
 TENSORS = {"weight": 2, "bias": 1, "projection": 2, "shift": 1, "centers": 2}  # name: dimensions

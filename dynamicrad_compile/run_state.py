@@ -47,19 +47,27 @@ class RunState:
         self.regimes: Tensor | None = None
 
     def note_call(self, timestep: Tensor | None, prompt: Tensor | None, mask: Tensor | None) -> None:
-        """Advance the clock by a call's timestep, and route its prompt [B, L, C] with mask [B, L] or None."""
+        """Advance the clock by a call's timestep, and route its prompt [B, L, C] with mask [B, L] or None.
+
+        Rows beyond the prompt's batch get the safest of its regimes; more than MAX_BATCH prompts are not routed here.
+        """
         if timestep is None:
             return
         with torch.no_grad():
-            if self.clock is None or self.clock.device != timestep.device:
-                self.clock = new_clock(timestep.device)
+            device = timestep.device if prompt is None else prompt.device
+            if self.clock is None or self.clock.device != device:
+                self.clock, self.regimes = new_clock(device), None
             clock = advance(timestep, self.clock)
             if self.router is None or prompt is None or prompt.shape[-1] != self.router.embedding_dim:
                 return
-            if self.regimes is None or self.regimes.device != prompt.device:
-                self.regimes = new_regimes(prompt.device)
-            if prompt.shape[0] <= MAX_BATCH:
-                latch(self.router.predict(prompt, mask), clock, self.regimes)
+            if prompt.shape[0] > MAX_BATCH:
+                self.regimes = None
+                return
+            if self.regimes is None:
+                self.regimes = new_regimes(device)
+            routed = self.router.predict(prompt, mask if self.router.masked else None)
+            regimes = latch(routed, clock, self.regimes)
+            self.regimes[len(regimes) :] = regimes.amax()
 
 
 @has_side_effect
@@ -68,7 +76,7 @@ def advance(timestep: Tensor, clock: Tensor) -> Tensor:
 
     timestep has any shape; where frames or tokens have their own, the largest counts (clean tokens have 0).
     """
-    now = timestep.detach().to(torch.float32).amax()
+    now = timestep.detach().to(clock.device, torch.float32).amax()
     first = clock[LAST].isnan()
     moved = ~first & (now != clock[LAST])
     way = torch.sign(now - clock[LAST])

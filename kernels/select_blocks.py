@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dynamicrad_compile.errors import OptionsError, PlanError, nearest
-from dynamicrad_compile.plan import BlockPlan, Candidates, cdiv
+from dynamicrad_compile.plan import CRITERIA, BlockPlan, Candidates, cdiv
 
 from . import cpu_select
 from .block_sparse_attention import DTYPES, MAX_HEAD_DIM, _require, _validate_plan
@@ -46,8 +46,6 @@ try:  # At module level, so that the compile caches of PyTorch can hash the kern
     from .triton_select import launch_select
 except ImportError:
     launch_select = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
-
-CRITERIA = ("threshold", "mass", "ratio")
 
 
 def _validate(

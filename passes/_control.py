@@ -61,7 +61,9 @@ class Controls:
     def __init__(self, gm: fx.GraphModule, context: PassContext, device: torch.device):
         self.gm, self.graph, self.device = gm, gm.graph, device
         self.control, self.conditions = context.control, context.conditions
-        self.latches = context.conditions.timestep is not None and not context.is_final
+        prompts = shape_hint(context.conditions.prompt) if context.conditions.prompt is not None else None
+        few = prompts is not None and prompts[0] <= run_state.MAX_BATCH
+        self.latches = few and context.conditions.timestep is not None and not context.is_final
         self.made: dict[str, fx.Node] = {}
         inputs = gm.graph.find_nodes(op="placeholder")
         self.begin = inputs[-1].next if inputs else next(iter(gm.graph.nodes))

@@ -5,7 +5,7 @@
 With refresh_steps the choice is kept in buffers of the graph, and most steps read what an earlier one chose (AdaSpa,
 arXiv 2502.21079: patterns are nearly the same in all denoising steps):
 
-    %counts, %indices = select_or_keep(%q, %k, ..., %kept_counts, %kept_indices, %refresh)
+    %counts, %indices = select_or_keep((%q, %k, ...), %kept_counts, %kept_indices, %refresh)
 """
 
 from __future__ import annotations
@@ -28,32 +28,16 @@ from ._site import Site
 
 @has_side_effect
 def select_or_keep(
-    q: Tensor,
-    k: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    kv_forced: Tensor,
-    kv_near: Tensor,
-    thresholds: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    criterion: str,
-    kv_mask: Tensor | None,
-    kept_counts: Tensor,
-    kept_indices: Tensor,
-    refresh: Tensor,
-    num_kv: int,
+    selection: tuple[Any, ...], kept_counts: Tensor, kept_indices: Tensor, refresh: Tensor, num_kv: int
 ) -> tuple[Tensor, Tensor]:
     """Counts int32 [B, H, Mq] and indices [B, H, Mq, W] in force; chosen anew where refresh, bool [1], is True.
 
-    Rows that are dense at this step are dense whatever was kept.
+    selection: the arguments of select_blocks. Rows that are dense at this step are dense whatever was kept.
     """
-    torch.ops.dynamicrad.select_blocks_(
-        q, k, kv_counts, kv_indices, kv_forced, kv_near, thresholds, scale, block_q, block_kv, criterion,
-        kept_counts, kept_indices, refresh, kv_mask,
-    )  # fmt: skip
-    return torch.where(kv_counts >= num_kv, kv_counts, kept_counts), kept_indices
+    *what, kv_mask = selection
+    torch.ops.dynamicrad.select_blocks_(*what, kept_counts, kept_indices, refresh, kv_mask)
+    counts = selection[2]
+    return torch.where(counts >= num_kv, counts, kept_counts), kept_indices
 
 
 def columns(table: Tensor, start: int, number: int) -> Tensor:
@@ -97,7 +81,7 @@ def select(
             buffer_node(gm, "kept_counts", counts.repeat(batch, heads, 1)),
             buffer_node(gm, "kept_indices", indices.repeat(batch, heads, 1, 1)),
         )
-        pair = call(select_or_keep, (*arguments(0), *kept, controls.refresh(), num_kv))
+        pair = call(select_or_keep, (arguments(0), *kept, controls.refresh(), num_kv))
     else:
         for place in range(len(criteria)):  # of several, each row of the batch takes that of its regime
             chosen = call(torch.ops.dynamicrad.select_blocks.default, arguments(place))

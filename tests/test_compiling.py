@@ -70,3 +70,12 @@ def test_explain_runs_nothing_and_changes_nothing():
     assert report.sites[0].source.endswith(tuple("0123456789"))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert "outside" not in report.summary()
+
+
+def test_a_mode_of_inductor_beside_options():
+    compiled = drad.compile(torch.nn.Linear(3, 3), mode="reduce-overhead", sparsity=0.5)
+    assert compiled(torch.randn(2, 3)).shape == (2, 3)
+    assert drad.compile(torch.nn.Linear(3, 3), mode="dynamic_threshold", inner="eager")(torch.randn(2, 3)).shape == (
+        2,
+        3,
+    )

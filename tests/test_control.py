@@ -8,6 +8,7 @@ from helpers import compile_sparse, first_output, make, relative_error
 from test_conditions import NoTime
 
 import dynamicrad_compile as drad
+from dynamicrad_compile import run_state
 from dynamicrad_compile.router import Router
 
 LOW, MID, HIGH = range(3)
@@ -295,3 +296,19 @@ def test_blocks_are_not_kept_where_one_graph_serves_several_layers(wan):
     compiled = drad.compile(model, refresh_steps=2, **options)
     run(compiled, kwargs)
     assert "refresh_steps = 2 can't be honoured: one compiled block serves all layers" in str(drad.report(compiled))
+
+
+def test_radial_says_what_it_does_not_use(wan, router):
+    model, kwargs = wan
+    compiled = sparse(model, pattern="radial", router=router, sparsity=0.5)
+    run(compiled, kwargs)
+    assert "pattern 'radial' has no meaning for router, sparsity: not used" in str(drad.report(compiled))
+
+
+def test_more_prompts_than_can_be_remembered(wan, router, prompts):
+    model, kwargs = wan
+    many = run_state.MAX_BATCH + 1
+    batch = {name: kwargs[name].repeat_interleave(many, 0) for name in ("hidden_states", "timestep")}
+    compiled = sparse(model, router=router)
+    out = run(compiled, kwargs, **batch, encoder_hidden_states=prompts[LOW][None].repeat(many, 1, 1))
+    assert relative_error(out[-1:], fixed(model, kwargs, "low", prompts[LOW][None])) < 1e-5

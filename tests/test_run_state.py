@@ -99,3 +99,22 @@ def test_the_share_that_was_computed_counts_mean_keys():
     run_state.record(stats, counts, torch.tensor([0.5]), indices, 8, 16)
     run_state.record(stats, counts, torch.tensor([0.0]), indices, 8, 16)
     assert stats.tolist() == pytest.approx([3 * 0.5 + 0.75 / 16, 3])
+
+
+class _Router:
+    embedding_dim, masked = 4, False
+
+    def predict(self, embeds, mask):
+        assert mask is None
+        return embeds[:, 0, 0].long()
+
+
+def test_state_beside_the_graphs():
+    state = run_state.RunState(_Router())
+    prompts = torch.tensor([[[0.0] * 4], [[1.0] * 4]])
+    state.note_call(torch.tensor([900]), prompts, torch.ones(2, 1))
+    assert state.regimes[:4].tolist() == [0, 1, 1, 1]  # a larger batch of queries gets the safest
+    state.note_call(torch.tensor([900]), prompts + 1, None)
+    assert state.regimes[:2].tolist() == [0, 1]
+    state.note_call(torch.tensor([500]), torch.zeros(run_state.MAX_BATCH + 1, 1, 4), None)
+    assert state.regimes is None

@@ -13,7 +13,6 @@ import torch
 from ..plan import Candidates
 from .sums import BlockSums
 
-CRITERIA = ("threshold", "mass", "ratio")
 # near and far that keep every candidate.
 KEEP_ALL = {"threshold": (-20.0, -20.0), "mass": (1.0, 1.0), "ratio": (1.0, 1.0)}
 

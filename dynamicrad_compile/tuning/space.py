@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .choosing import CRITERIA, KEEP_ALL
+from ..plan import CRITERIA
+from .choosing import KEEP_ALL
 from .objective import Evaluation, Objective, Parameters
 from .task import Task
 
