@@ -15,6 +15,7 @@ import torch
 
 from ..errors import ExportError, nearest
 from ..options import Options
+from ..profiles import load_profile
 from .batch import with_dynamic_batch
 from .card import model_card
 from .job import Exported, Job
@@ -22,7 +23,7 @@ from .output import place_of, written_whole
 from .rewriting import rewrite
 
 FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx_model", "tensorrt": "tensorrt"}
-"""Format -> module with `check(**settings)` (is all there that it needs?) and `write(job, **settings) -> details`.
+"""Format -> module with STATELESS (calls know nothing of each other), `check(**settings)` (is all there that it needs?) and `write(job, **settings) -> details`.
 
 `write` fills job.folder; the details it returns go into the card, its "file" is the name of the one to load.
 """
@@ -63,6 +64,8 @@ def export(
     say = progress or (lambda line: None)
     writer = _writer(format, settings)
     folder, stem = place_of(path)
+    if writer.STATELESS:
+        options = _without_state(options or {}, format)
     parsed = Options.from_mapping(options)
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, torch.nn.Module):
@@ -103,6 +106,24 @@ def _writer(format: str, settings: Mapping[str, Any]) -> Any:
             raise ExportError(f"format {format!r} has no setting {name!r}.{nearest(name, known)} Known: {listed}.")
     writer.check(**settings)
     return writer
+
+
+def _without_state(options: Mapping[str, Any], format: str) -> Mapping[str, Any]:
+    """Options for a format whose calls know nothing of each other. Raises ExportError if state is asked for."""
+    parsed = Options.from_mapping(options)
+    for name in ("dense_steps", "dense_timestep", "refresh_steps"):
+        if getattr(parsed, name):
+            raise ExportError(
+                f"{name} = {getattr(parsed, name)} needs a memory from step to step, which format {format!r} does not "
+                "have. Leave it out, and run the dense model at dense steps; or use format 'torch' or 'aoti'."
+            )
+    steps = load_profile(parsed.profile).dense_steps if parsed.profile != "auto" else 0
+    if steps and parsed.dense_steps is None:
+        raise ExportError(
+            f"profile {str(parsed.profile)!r} wants {steps} dense steps, for which format {format!r} has no memory. "
+            "Set dense_steps to 0, and run the dense model at the first steps."
+        )
+    return {**options, "dense_steps": 0}
 
 
 def _capture(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
