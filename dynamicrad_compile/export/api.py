@@ -23,9 +23,11 @@ from .output import place_of, written_whole
 from .rewriting import rewrite
 
 FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx_model", "tensorrt": "tensorrt"}
-"""Format -> module with STATELESS (calls know nothing of each other), `check(**settings)` (is all there that it needs?) and `write(job, **settings) -> details`.
+"""Format -> module with
 
-`write` fills job.folder; the details it returns go into the card, its "file" is the name of the one to load.
+STATELESS                        whether calls of the exported model know nothing of each other
+check(**settings)                raises ExportError if a setting is wrong or something that it needs is missing
+write(job, **settings) -> dict   fills job.folder; the result goes into the card, "file" is the one to load
 """
 CARD = "card.json"
 

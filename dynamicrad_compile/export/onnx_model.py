@@ -52,6 +52,7 @@ def write(job: Job, opset: int = 18) -> dict[str, Any]:
     job.say("writing weights")
     onnx_ir.save(exported.model, job.folder / file, external_data=f"{file}.data")
     model = onnx.load(job.folder / file, load_external_data=False)
+    _tidy(model, [site.path for site in job.report.replaced])
     onnx.save(model, job.folder / plugin)
     attach_functions(model)
     onnx.save(model, job.folder / file)
@@ -68,6 +69,37 @@ def write(job: Job, opset: int = 18) -> dict[str, Any]:
     }
 
 
+def _tidy(model: Any, paths: list[str]) -> None:
+    """Name our nodes by the modules that they come from, and drop the exporter's notes with paths of this machine.
+
+    Where over booleans, which onnxruntime lacks, becomes (condition and a) or (not condition and b).
+    """
+    for holder in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
+        del holder.metadata_props[:]
+    ours = [node for node in model.graph.node if node.op_type == "BlockSparseAttention"]
+    for node, path in zip(ours, paths, strict=True):
+        node.name = f"{path}/{node.op_type}"
+    booleans = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == 9}
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        plain = node.op_type != "Where" or node.output[0] not in booleans
+        model.graph.node.extend([node] if plain else _boolean_where(node))
+
+
+def _boolean_where(node: Any) -> list[Any]:
+    from onnx import helper
+
+    condition, yes, no = node.input
+    (out,) = node.output
+    return [
+        helper.make_node("And", [condition, yes], [f"{out}/yes"]),
+        helper.make_node("Not", [condition], [f"{out}/not"]),
+        helper.make_node("And", [f"{out}/not", no], [f"{out}/no"]),
+        helper.make_node("Or", [f"{out}/yes", f"{out}/no"], [out]),
+    ]
+
+
 def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
@@ -75,12 +107,14 @@ def _installed(name: str) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages and folding, which say nothing about this model."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,12 +1,16 @@
 """From the ops of a rewritten graph to nodes of the domain `dynamicrad` in an ONNX model.
 
     %pair = dynamicrad.block_sparse_attention(%q, %k, %v, %counts, %indices, scale, block_q, block_kv, mask, 0, weight)
-    %pair = attention_node(...)           becomes dynamicrad::BlockSparseAttention(q, k, v, counts, indices, mask, weight)
+    %pair = attention_node(...)
+
+torch.onnx makes of it dynamicrad::BlockSparseAttention(q, k, v, kv_counts, kv_indices, kv_mask, compensate).
 
 Mask and weight are inputs of every node: all True and 0 where the op has none, so that a plugin has one signature.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor, fx
@@ -94,9 +98,7 @@ def with_onnx_nodes(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises ExportError where an op has no counterpart in ONNX.
     """
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
+    graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
         namespace, _, name = str(node.target).partition(".")
         name = name.partition(".")[0]
@@ -104,8 +106,8 @@ def with_onnx_nodes(module: fx.GraphModule) -> fx.GraphModule:
             continue
         if name == "make_plan":
             raise ExportError(
-                "ONNX: a plan depends on sizes that are known only when the model runs. Fix them (only the batch may be "
-                "dynamic), and export one model for each resolution; or use format 'torch' or 'aoti'."
+                "ONNX: a plan depends on sizes that are known only when the model runs. Fix them (only the batch may "
+                "be dynamic), and export one model for each resolution; or use format 'torch' or 'aoti'."
             )
         if name not in NODES:
             raise ExportError(
