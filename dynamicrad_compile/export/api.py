@@ -7,8 +7,10 @@ import inspect
 import json
 import os
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from ..options import Options
 from ..profiles import load_profile
 from .batch import with_dynamic_batch
 from .card import model_card
+from .checking import check_export
 from .job import Exported, Job
 from .output import place_of, written_whole
 from .rewriting import rewrite
@@ -41,6 +44,7 @@ def export(
     options: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool | Sequence[str] = False,
+    check: bool = False,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Exported:
@@ -54,6 +58,7 @@ def export(
     options        of the backend, see `Options`
     dynamic_batch  True: the batch size stays open, in every tensor of the call (not those in tuples) that has the
                    batch size of the first; or the names of the tensors that have it
+    check          run what was written in a fresh process, compare it with the model, and fail where they differ
     progress       is called with a line before each step
     settings       of the format; onnx: opset=18
 
@@ -64,8 +69,7 @@ def export(
     missing, and OptionsError, ProfileError, GridError, RouterError or StrictError as the backend does.
     """
     say = progress or (lambda line: None)
-    writer = _writer(format, settings)
-    folder, stem = place_of(path)
+    writer, folder, stem = check_request(format, path, settings)
     if writer.STATELESS:
         options = _without_state(options or {}, format)
     parsed = Options.from_mapping(options)
@@ -86,6 +90,10 @@ def export(
         job = Job(module, args, kwargs, shapes, temporary, stem, parsed, report, say)
         with _timed(seconds, "write", say, f"writing {format}"), torch.no_grad():
             details = writer.write(job, **settings)
+        if check:
+            with _timed(seconds, "check", say, "running it in a fresh process"):
+                details["check"] = check_export(job, format, details["file"])
+            say(f"relative error {details['check']['relative_error']:.1e}")
         inputs = _named(model, args, kwargs)
         extra = {"format": format, **details, "dynamic_batch": bool(dynamic_batch), "seconds": seconds}
         card = model_card(model, inputs, parsed, report, extra)
@@ -96,8 +104,10 @@ def export(
     return Exported(format, folder / details["file"], files, report, card, seconds)
 
 
-def _writer(format: str, settings: Mapping[str, Any]) -> Any:
-    """The module of a format, after a check that it knows the settings and has what it needs."""
+def check_request(
+    format: str, path: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> tuple[types.ModuleType, Path, str]:
+    """(module of the format, folder, first part of the file names), if they are possible; else ExportError."""
     if format not in FORMATS:
         raise ExportError(f"unknown format {format!r}.{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     writer = importlib.import_module(f".{FORMATS[format]}", __package__)
@@ -107,7 +117,7 @@ def _writer(format: str, settings: Mapping[str, Any]) -> Any:
             listed = ", ".join(known) or "none"
             raise ExportError(f"format {format!r} has no setting {name!r}.{nearest(name, known)} Known: {listed}.")
     writer.check(**settings)
-    return writer
+    return writer, *place_of(path)
 
 
 def _without_state(options: Mapping[str, Any], format: str) -> Mapping[str, Any]:
