@@ -11,6 +11,7 @@ Mask and weight are inputs of every node: all True and 0 where the op has none, 
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, fx
@@ -98,7 +99,9 @@ def with_onnx_nodes(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises ExportError where an op has no counterpart in ONNX.
     """
-    graph = copy.deepcopy(module.graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, on copying the description of a call
+        graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
         namespace, _, name = str(node.target).partition(".")
         name = name.partition(".")[0]
