@@ -184,10 +184,12 @@ def memory_table() -> str:
     return table(["tokens", "skipped", "dense: memory", "sparse", "dense: time", "sparse"], rows)
 
 
-def cases(formats: list[str], models: list[str]) -> list[Row]:
-    """All cases; AOTInductor compiles half a minute for each, so it gets an open batch only for the fullest mode."""
-    rows = [Row(f, m, mode, batch) for f in formats for m in models for mode in MODES for batch in ("2", "open")]
-    return [row for row in rows if row.format != "aoti" or (row.mode == "dynamic") == (row.batch == "open")]
+def cases(formats: list[str], models: list[str], full: bool = False) -> list[Row]:
+    """The cases: a fixed batch for the static mode, an open one for the others; full: all combinations."""
+    modes = [("static", "2"), ("router", "open"), ("dynamic", "open")]
+    if full:
+        modes = [(mode, batch) for mode in MODES for batch in ("2", "open")]
+    return [Row(f, m, *mode) for f in formats for m in models for mode in modes]
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -195,6 +197,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--full", action="store_true", help="fixed and open batch for each mode")
     parser.add_argument("--no-memory", action="store_true", help="leave out the second table")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/export.md")
     parser.add_argument("--attention", nargs=2, metavar=("KIND", "TOKENS"), help=argparse.SUPPRESS)
@@ -204,7 +207,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         return []
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    rows = cases(args.formats, args.models)
+    rows = cases(args.formats, args.models, args.full)
     for number, row in enumerate(rows, 1):
         try:
             run_case(row)

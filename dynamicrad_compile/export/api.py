@@ -8,6 +8,7 @@ import json
 import os
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,5 +163,7 @@ def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _timed(seconds: dict[str, float], name: str, say: Callable[[str], None], line: str) -> Iterator[None]:
     say(line)
     start = time.perf_counter()
-    yield
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # PyTorch's own, at each copy of a graph
+        yield
     seconds[name] = round(time.perf_counter() - start, 3)

@@ -11,7 +11,6 @@ Mask and weight are inputs of every node: all True and 0 where the op has none, 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import torch
 from torch import Tensor, fx
@@ -99,9 +98,7 @@ def with_onnx_nodes(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises ExportError where an op has no counterpart in ONNX.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, on copying the description of a call
-        graph = copy.deepcopy(module.graph)
+    graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
         namespace, _, name = str(node.target).partition(".")
         name = name.partition(".")[0]
