@@ -81,9 +81,9 @@ def export(
     if dynamic_batch:
         args, kwargs, shapes = with_dynamic_batch(model, args, kwargs, dynamic_batch)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "capture", say, f"capturing {type(model).__name__} with torch.export"):
-        with _in_eval_mode(model):
-            program = capture(model, args, kwargs, shapes)
+    what = f"capturing {type(model).__name__} with torch.export"
+    with _timed(seconds, "capture", say, what), _in_eval_mode(model):
+        program = capture(model, args, kwargs, shapes)
     with _timed(seconds, "rewrite", say, "making its attention block-sparse"):
         module, report = rewrite(program, options)
     for line in report.summary().splitlines():
