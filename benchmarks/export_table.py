@@ -126,15 +126,13 @@ def run_case(row: Row) -> None:
         row.load_s, row.error = check["load_seconds"], check["relative_error"]
         row.size = sum(file.stat().st_size for file in result.files)
         row.replaced = f"{len(result.report.replaced)} of {len(result.report.sites)}"
-        expected = drad.rewrite(torch.export.export(module, (), kwargs), options)[0](**kwargs)
-        row.moved = relative_error(out_tensors(expected)[0], out_tensors(module(**kwargs))[0])
+        row.moved = relative_error(out_tensors(result.module(**kwargs))[0], out_tensors(module(**kwargs))[0])
         if row.batch == "open":
             loaded = load(row.format, result.path)
             for batch in (1, 3):
                 other = with_prompts(make(row.model, batch)[1], router)
-                expected = drad.rewrite(torch.export.export(module, (), other), options)[0](**other)
-                found = out_tensors(loaded(**other))
-                row.error = max(row.error, relative_error(found[0], out_tensors(expected)[0]))
+                found, expected = (out_tensors(run(**other))[0] for run in (loaded, result.module))
+                row.error = max(row.error, relative_error(found, expected))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -201,6 +199,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--full", action="store_true", help="fixed and open batch for each mode")
     parser.add_argument("--no-memory", action="store_true", help="leave out the second table")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/export.md")
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         return []
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    rows = cases(args.formats, args.models, args.full)
+    rows = [row for row in cases(args.formats, args.models, args.full) if row.mode in args.modes]
     memory = "" if args.no_memory else memory_table()
     for number, row in enumerate(rows, 1):
         try:

@@ -103,7 +103,7 @@ def export(
         (temporary / name).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         names = sorted(file.name for file in temporary.iterdir() if file.name != name)
     files = [folder / file for file in (*names, name)]
-    return Exported(format, folder / details["file"], files, report, card, seconds)
+    return Exported(format, folder / details["file"], files, report, card, seconds, module)
 
 
 def check_request(

@@ -54,6 +54,7 @@ class Exported:
     report   what was replaced in the model, and why not the rest
     card     content of the model card
     seconds  time of each step
+    module   the rewritten model in eager code, called like the original, to compare with
     """
 
     format: str
@@ -62,6 +63,7 @@ class Exported:
     report: Report
     card: Mapping[str, Any] = field(repr=False)
     seconds: Mapping[str, float]
+    module: fx.GraphModule = field(repr=False)
 
     def __str__(self) -> str:
         sizes = [f"  {file}  {_size(file.stat().st_size)}" for file in self.files]
