@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,20 @@ def test_programs(format, mode, batch):
 @pytest.mark.parametrize("row", cases(["torch", "onnx", "aoti"], ["wan", "hunyuan", "cogvideox", "ltx"]), ids=str)
 def test_every_case_of_the_table(row):
     exact(row)
+
+
+@pytest.mark.slow
+def test_docs_run(tmp_path):
+    """The Python of docs/export.md, from top to bottom."""
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 7
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [f"torch.Size([{n}, 16, 9, 32, 32])" in done.stdout for n in (2, 1)] == [True, True]
+    assert "(3, 16, 9, 32, 32)" in done.stdout
 
 
 @pytest.fixture(scope="module")
