@@ -87,7 +87,7 @@ def _tile(entry: Any, place: str, kernel: str) -> Tile:
     if unknown := set(entry) - {"tile", "tma", "source"}:
         raise PlanError(f"{place}: unknown {', '.join(sorted(unknown))}; known are tile, tma and source.")
     try:
-        return Tile(*entry["tile"], tma=bool(entry.get("tma", False)), source=str(entry.get("source", "")))
+        return Tile(*entry["tile"], bool(entry.get("tma", False)), str(entry.get("source", "")))
     except PlanError as error:
         raise PlanError(f"{place}: {error}") from error
 
