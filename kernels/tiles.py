@@ -102,9 +102,11 @@ def architecture(capability: tuple[int, int], dtype: str = "half", head_dim: int
     """Architecture whose entry serves a compute capability: the newest one with such an entry that is not newer."""
     number = 10 * capability[0] + capability[1]
     # 12.x has the shared memory of 8.6, not that of 9.0 and 10.0.
-    limit = 89 if number >= 120 and number not in table() else number
+    skipped = range(90, 120) if number >= 120 else ()
     known = [
-        arch for arch, dtypes in table().items() if arch <= limit and kernel in dtypes.get(dtype, {}).get(head_dim, {})
+        arch
+        for arch, dtypes in table().items()
+        if arch <= number and arch not in skipped and kernel in dtypes.get(dtype, {}).get(head_dim, {})
     ]
     if not known:
         raise PlanError(f"the CUDA kernels need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}.")
