@@ -55,6 +55,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         grid=options.grid,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
+        qk_int8=options.qk_dtype == "int8",
         is_final=is_final,
     )
     start = time.perf_counter()

@@ -48,6 +48,9 @@ class Options(BaseModel):
     compensate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's."""
 
+    qk_dtype: Literal["int8"] | None = None
+    """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""
+
     decay_factor: Annotated[float, Field(gt=0.0, le=1e3)] | None = None
     """Width of the radial windows; None = the profile's (pattern "radial": 1.0)."""
 

@@ -19,6 +19,7 @@ from .tiles import Tile
 from .triton_forward import MEANS_TILE, _block_sparse_forward
 
 POINTERS = {"counts": "*i32", "indices": "*i32", "order": "*i32", "key_mask": "*i1", "lse": "*fp32"}
+POINTERS |= dict.fromkeys(("q_scale", "k_scale", "mean_scale"), "*fp32")
 POINTERS |= {"n_valid": "*i32", "weight": "*fp32", "kept": "*i32"}
 
 
@@ -81,11 +82,12 @@ def build_forward(
     *,
     masked: bool = False,
     compensate: bool = False,
+    qk_int8: bool = False,
     block: int = 128,
 ) -> Build:
     """Compile the forward kernel for blocks of `block` tokens; dtype "bf16", "fp16" or "fp32".
 
-    masked: with a ragged tail and a key mask. compensate: with mean keys.
+    masked: with a ragged tail and a key mask. compensate: with mean keys. qk_int8: with int8 queries and keys.
     """
     block_d = max(16, triton.next_power_of_2(dim))
     constants = {
@@ -102,6 +104,7 @@ def build_forward(
         "ORDERED": True,
         "SPLITS": 1,
         "TMA": tile.tma,
+        "QK8": qk_int8,
         "WIDEN": False,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         # What the launcher specialises because it is 1.
@@ -109,8 +112,10 @@ def build_forward(
         "stride_cm": 1,
     }
     operands = dict.fromkeys(("q", "k", "v", "mean_k", "mean_v", "out"), f"*{dtype}")
+    if qk_int8:
+        operands |= dict.fromkeys(("q", "k", "mean_k"), "*i8")
     if tile.tma:
-        operands |= dict.fromkeys("kv", f"tensordesc<{dtype}[1, 1, {tile.block_n}, {block_d}]>")
+        operands |= {x: f"tensordesc<{operands[x][1:]}[1, 1, {tile.block_n}, {block_d}]>" for x in "kv"}
     types = POINTERS | operands | {"scale": "fp32"}
     names = _block_sparse_forward.arg_names
     signature = {name: types.get(name, "i32") for name in names}

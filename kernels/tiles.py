@@ -87,7 +87,8 @@ def _tile(entry: Any, place: str, kernel: str) -> Tile:
     if unknown := set(entry) - {"tile", "tma", "source"}:
         raise PlanError(f"{place}: unknown {', '.join(sorted(unknown))}; known are tile, tma and source.")
     try:
-        return Tile(*entry["tile"], bool(entry.get("tma", False)), str(entry.get("source", "")))
+        block_m, block_n, warps, stages = entry["tile"]
+        return Tile(block_m, block_n, warps, stages, bool(entry.get("tma", False)), str(entry.get("source", "")))
     except PlanError as error:
         raise PlanError(f"{place}: {error}") from error
 

@@ -13,6 +13,8 @@ block go through a second loop that selects. Planners and `select_blocks` list t
 With ORDERED the heavy rows of all heads start first (`triton_schedule`). With SPLITS > 1 a row's tiles are shared by
 several programs, each writes its own out and lse, and `triton_splits` merges them.
 
+With QK8 queries, keys and mean keys are int8 with a scale for each row (`quantise`), and their products are exact.
+
 With TMA keys and values are host tensor descriptors, read by the copy engine of sm_90 and newer: 10 to 46 registers
 fewer. Triton's automatic warp specialisation is no help on sm_90: 3.9 ignores it here with 8 warps and its pass fails
 with 4.
@@ -34,7 +36,9 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from .compensation import Means
+from .quantise import mean_key, shift
 from .tiles import Tile, choose_tile
+from .triton_quantise import quantise_rows
 from .triton_schedule import heavy_first
 from .triton_splits import choose_splits, merge_splits
 
@@ -79,6 +83,19 @@ def _rows(
 
 
 @triton.jit
+def _scores(b_q, b_k, b_qs, p_ks, o_k, m_k, MASKED: tl.constexpr, QK8: tl.constexpr, PRECISION: tl.constexpr):
+    """fp32 [BLOCK_M, n] of queries and of keys b_k [n, D]; with QK8 times the scales of rows b_qs and of p_ks + o_k."""
+    if QK8:
+        if MASKED:
+            b_ks = tl.load(p_ks + o_k, mask=m_k, other=0.0)
+        else:
+            b_ks = tl.load(p_ks + o_k)
+        return tl.dot(b_q, b_k.T, out_dtype=tl.int32).to(tl.float32) * b_qs[:, None] * b_ks[None, :]
+    else:
+        return tl.dot(b_q, b_k.T, input_precision=PRECISION)
+
+
+@triton.jit
 def _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax: scores b_s [BLOCK_M, n], times scale2 in units of log2, and values b_v [n, D].
 
@@ -98,6 +115,9 @@ def _block_sparse_forward(
     q,  # [B, H, Sq, D], last stride 1, as of k and v
     k,  # [B, Hkv, Sk, D]; with TMA a descriptor of it with blocks [1, 1, BLOCK_N, BLOCK_D], as v
     v,  # [B, Hkv, Sk, D]
+    q_scale,  # fp32 [B, H, Sq] contiguous; this and the next two are not read without QK8
+    k_scale,  # fp32 [B, Hkv, Sk] contiguous
+    mean_scale,  # fp32 [B, Hkv, Mk] contiguous
     counts,  # int32 [B', H', Mq]
     indices,  # int32 [B', H', Mq, W], last stride 1
     order,  # int32 [Mq + 1] of `heavy_first`; not read without ORDERED
@@ -152,6 +172,7 @@ def _block_sparse_forward(
     ORDERED: tl.constexpr,
     SPLITS: tl.constexpr,
     TMA: tl.constexpr,
+    QK8: tl.constexpr,  # q, k and mean_k are int8
     WIDEN: tl.constexpr,  # tl.dot in fp32, for the interpreter
     PRECISION: tl.constexpr,
 ):
@@ -189,8 +210,14 @@ def _block_sparse_forward(
         p_k = k + i_b * stride_kb + i_hkv * stride_kh
         p_v = v + i_b * stride_vb + i_hkv * stride_vh
     i_b32, i_h32 = i_b.to(tl.int32), i_hkv.to(tl.int32)
-    if WIDEN:
+    WIDEN_K: tl.constexpr = WIDEN and not QK8
+    if WIDEN_K:
         b_q = b_q.to(tl.float32)
+    i_kvh = i_b * (H // KV_GROUP) + i_hkv
+    b_qs = 1.0
+    p_ks = k_scale + i_kvh * SK
+    if QK8:
+        b_qs = tl.load(q_scale + i_bh * SQ + o_m, mask=m_m, other=0.0)
 
     n_blocks = tl.cdiv(SK, BLOCK_KV)
     count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm)
@@ -216,22 +243,23 @@ def _block_sparse_forward(
     if COMPENSATE:
         b_weight = tl.load(weight + i_b * stride_wb)
         n_means = tl.where((count < n_blocks) & (b_weight > 0.0) & (i_split == 0), n_blocks, 0)
-        first_mean = (i_b * (H // KV_GROUP) + i_hkv) * n_blocks * D
+        first_mean = i_kvh * n_blocks * D
         p_kept = kept + i_b * stride_eb + i_h * stride_eh + i_row * stride_em
         for start in range(0, n_means, BLOCK_J):
             o_j = start + tl.arange(0, BLOCK_J)  # [BLOCK_J]
             m_j = o_j < n_blocks
             p_mean = first_mean + o_j.to(tl.int64) * D
-            b_k = tl.load(mean_k + p_mean[None, :] + o_d[:, None], mask=m_j[None, :] & m_d[:, None], other=0.0)
+            b_k = tl.load(mean_k + p_mean[:, None] + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0)
             b_v = tl.load(mean_v + p_mean[:, None] + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0)
-            if WIDEN:
+            if WIDEN_K:
                 b_k = b_k.to(tl.float32)
+            if WIDEN:
                 b_v = b_v.to(tl.float32)
+            b_s = _scores(b_q, b_k, b_qs, mean_scale + i_kvh * n_blocks, o_j, m_j, True, QK8, PRECISION)
             b_n = tl.load(n_valid + i_b * stride_nb + o_j, mask=m_j, other=0)
             b_bits = tl.load(p_kept + o_j // 32, mask=m_j, other=-1)
             m_j = (((b_bits >> (o_j % 32)) & 1) == 0) & (b_n > 0)
             b_bias = tl.where(m_j, tl.log2(b_n.to(tl.float32) * b_weight), float("-inf"))
-            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_J]
             b_s = tl.fma(b_s, scale2, tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_J]))
             b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, 1.0, True, PRECISION)
 
@@ -244,9 +272,9 @@ def _block_sparse_forward(
         i_next = (i_t + 1) // TILES
         i_kv_next = tl.load(p_ids + i_next, mask=i_next < n_listed, other=i_next)
         first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
-        b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN)
+        b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN_K)
         b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN)
-        b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        b_s = _scores(b_q, b_k, b_qs, p_ks, first + o_n, True, False, QK8, PRECISION)  # [BLOCK_M, BLOCK_N]
         b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, False, PRECISION)
         i_kv = i_kv_next
     if RAGGED or HAS_MASK:
@@ -254,10 +282,10 @@ def _block_sparse_forward(
             place = i_t // TILES
             i_kv = tl.load(p_ids + place, mask=place < n_listed, other=place)
             first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
-            b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN)
+            b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN_K)
             b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN)
-            b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             m_key = first + o_n < SK
+            b_s = _scores(b_q, b_k, b_qs, p_ks, first + o_n, m_key, True, QK8, PRECISION)
             if HAS_MASK:
                 m_load = m_key & (first + o_n >= mask_start)
                 m_key = m_key & (tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_load, other=1) != 0)
@@ -304,11 +332,12 @@ def launch_forward(
     means: Means | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
+    qk_int8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; arguments as of the op, already validated.
 
     `means`: of `compensation.means_of`, None for no compensation. `tile` overrides the table of `tiles`, `splits`
-    the rule of `choose_splits`.
+    the rule of `choose_splits`. `qk_int8`: scores from int8 products (`quantise`).
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
     batch, heads, q_len, dim = q.shape
@@ -321,14 +350,25 @@ def launch_forward(
     if splits is None:
         units = 132 if INTERPRETED else torch.cuda.get_device_properties(q.device).multi_processor_count
         splits = choose_splits(programs, kv_indices.shape[3], units)
-    out = q.new_empty((batch, heads, q_len, dim))
-    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    out = v.new_empty((batch, heads, q_len, dim))
+    lse = v.new_empty((batch, heads, q_len), dtype=torch.float32)
     parts, part_lse = out, lse
     if splits > 1:
-        parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
-        part_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
+        parts = v.new_empty((splits, *out.shape), dtype=torch.float32)
+        part_lse = v.new_empty((splits, *lse.shape), dtype=torch.float32)
     mask = kv_counts if kv_mask is None else _unit_last_stride(kv_mask)
     order = heavy_first(kv_counts)
+
+    full_q, mean = q, k
+    scales = (part_lse,) * 3
+    mean_keys = mask if means is None else means.keys
+    if qk_int8:
+        mean = mean_key(k)
+        (q, q_scale), (k, k_scale) = quantise_rows(q), quantise_rows(k, mean)
+        scales = (q_scale, k_scale, q_scale)
+        if means is not None:
+            mean_keys, mean_scale = quantise_rows(means.keys, mean)
+            scales = (q_scale, k_scale, mean_scale)
 
     block_d = max(16, triton.next_power_of_2(dim))
     keys: Any = k
@@ -341,7 +381,7 @@ def launch_forward(
 
     extra: tuple[torch.Tensor, ...] = (mask,) * 5
     if means is not None:
-        extra = (means.keys, means.values, means.counts, means.weight, means.bits)
+        extra = (mean_keys, means.values, means.counts, means.weight, means.bits)
 
     def stride(x: torch.Tensor, d: int) -> int:
         return x.stride(d) if x.shape[d] > 1 else 0  # size 1: shared
@@ -357,6 +397,7 @@ def launch_forward(
         q,
         keys,
         values,
+        *scales,
         kv_counts,
         kv_indices,
         kv_counts if order is None else order,
@@ -393,11 +434,12 @@ def launch_forward(
         ORDERED=order is not None,
         SPLITS=splits,
         TMA=tma,
-        WIDEN=INTERPRETED and q.dtype == torch.bfloat16,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        QK8=qk_int8,
+        WIDEN=INTERPRETED and v.dtype == torch.bfloat16,
+        PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     if splits > 1:
         merge_splits(parts, part_lse, out, lse)
-    return out, lse
+    return out, lse + shift(full_q, mean, scale) if qk_int8 else lse

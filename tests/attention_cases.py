@@ -104,6 +104,7 @@ VARIANTS = {
         "fp16",
         "mean_keeps_nothing",
     ],
+    "int8": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "fp16", "mean_bf16"],
     "tma": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "sliced", "fp16"],
 }
 
@@ -180,6 +181,26 @@ def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def check_int8(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype) -> None:
+    """Near the fp64 reference; in fp32, without mean keys, equal to it for queries and keys rounded to int8."""
+    from dynamicrad_compile.kernels import quantise
+
+    expected, expected_lse = reference(args)
+    assert not out.isnan().any()
+    seen = ~expected_lse.isinf()
+    assert (out - expected).norm() <= 0.02 * expected.norm()  # 1 part in 254 of a row's largest entry, summed over dim
+    torch.testing.assert_close(lse.double()[seen], expected_lse[seen], rtol=0, atol=0.05)
+    assert torch.equal(lse.isinf(), ~seen)
+    if args[10] is None and dtype == torch.float32:
+        q, k, *rest = args
+        mean = quantise.mean_key(k)
+        q8, k8 = (quantise.dequantise(x) for x in (quantise.quantise(q), quantise.quantise(k, mean)))
+        expected, expected_lse = reference((q8, k8, *rest))
+        expected_lse += quantise.shift(q, mean, q.shape[-1] ** -0.5 if args[5] is None else args[5])
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=3e-6)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def main() -> None:
     import numpy as np
 
@@ -212,6 +233,7 @@ def main() -> None:
                     means,
                     tile=replace(tile, tma=variant == "tma", block_n=16),
                     splits=3 if variant == "splits" else 1,
+                    qk_int8=variant == "int8",
                 )
                 results[f"{case.name}.{variant}.out"] = out.float().numpy()
                 results[f"{case.name}.{variant}.lse"] = lse.numpy()

@@ -66,6 +66,21 @@ def test_the_copy_engine_needs_fewer_registers(dim: int, tile: Tile):
     assert tma.registers < plain.registers
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_int8_scores_compile_without_spills(arch: int):
+    built = build_forward(
+        arch,
+        "bf16",
+        128,
+        choose_tile(divmod(arch, 10), True, 128, 128, 128),
+        masked=True,
+        compensate=True,
+        qk_int8=True,
+    )
+    check(built, arch, True)
+    assert ".s8.s8" in built.ptx
+
+
 @pytest.mark.parametrize("dim", [64, 256])
 def test_pooling_compiles_without_spills(dim: int):
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK": 128, "BLOCK_S": 32, "HAS_MASK": True, "HAS_WANTED": True}

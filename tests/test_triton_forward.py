@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from attention_cases import CASES, VARIANTS, Case, build, check
+from attention_cases import CASES, VARIANTS, Case, build, check, check_int8
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile, read_table, table
@@ -44,7 +44,10 @@ def test_interpreter_matches_reference(case: Case, interpreted):
 def test_interpreter_matches_reference_however_launched(variant: str, name: str, interpreted):
     case = next(case for case in CASES if case.name == name)
     out, lse = (torch.from_numpy(interpreted[f"{name}.{variant}.{part}"]) for part in ("out", "lse"))
-    check(out, lse, build(case), case.dtype)
+    if variant == "int8":
+        check_int8(out, lse, build(case), case.dtype)
+    else:
+        check(out, lse, build(case), case.dtype)
 
 
 GPU_ONLY = [
@@ -71,7 +74,7 @@ def test_cuda_matches_reference(case: Case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["splits", "tma"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("case", GPU_ONLY, ids=str)
 def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     from dynamicrad_compile.kernels.compensation import means_of
@@ -88,8 +91,9 @@ def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     tile = choose_tile(capability, case.dtype != torch.float32, case.dim, block_q, block_kv)
     tile = dataclasses.replace(tile, tma=variant == "tma")
     plan = (counts, indices, case.dim**-0.5, block_q, block_kv)
-    out, lse = launch_forward(q, k, v, *plan, mask, start, means, tile, splits=3 if variant == "splits" else 1)
-    check(out.cpu(), lse.cpu(), args, case.dtype)
+    kind = {"splits": 3 if variant == "splits" else 1, "qk_int8": variant == "int8"}
+    out, lse = launch_forward(q, k, v, *plan, mask, start, means, tile, **kind)
+    (check_int8 if variant == "int8" else check)(out.cpu(), lse.cpu(), args, case.dtype)
 
 
 @pytest.mark.gpu
