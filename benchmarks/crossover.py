@@ -120,10 +120,8 @@ def measure(args: argparse.Namespace) -> list[crossover.Table]:
                 found = ratios(dense, calls, args.rounds, args.device)
                 for sparsity, ratio in zip(plans, found, strict=True):
                     rows.append(crossover.Row(tokens, dim, sparsity, round(ratio, 3)))
-                print(
-                    f"{name} {tokens} x {dim}: {dict(zip(plans, map('{:.2f}x'.format, found), strict=True))}",
-                    flush=True,
-                )
+                shown = ", ".join(f"{s:.0%} {ratio:.2f}x" for s, ratio in zip(plans, found, strict=True))
+                print(f"{name}, {tokens} tokens, head_dim {dim}: {shown}", flush=True)
         tables.append(crossover.Table(
             arch=arch, dtype=name, source="measured", machine=where, date=datetime.date.today(),
             versions=machine.versions(about), command=_command(args), rows=tuple(rows),

@@ -123,13 +123,21 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     deadline = time.monotonic() + args.budget
     about = machine.describe(args.device)
+    about |= {"dtype": args.dtype, "dtype_class": "float" if args.dtype == "fp32" else "half"}
     clock = Clock(args.device, budget_ms=20.0 if args.reduced else 250.0, min_repeats=3 if args.reduced else 5)
     if args.resume:
         journal = Journal.resume(args.resume)
     else:
         name = args.name or _name(about, args)
         command = "python benchmarks/gpu_suite.py " + " ".join(sys.argv[1:] if argv is None else argv)
-        content = {"schema": 1, "name": name, "command": command.strip(), "about": about, "rows": []}
+        content = {
+            "schema": 1,
+            "name": name,
+            "command": command.strip(),
+            "about": about,
+            "reduced": args.reduced,
+            "rows": [],
+        }
         journal = Journal(args.output / f"{name}.json", content)
     codegen = args.inductor or not args.reduced
     bench = Bench(args.device, args.reduced, codegen, DTYPES[args.dtype], clock, journal, Ceilings(0, 0, 0, 0, 0))
@@ -162,14 +170,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def _name(about: dict, args: argparse.Namespace) -> str:
     chip = "".join(c if c.isalnum() else "_" for c in about["chip"].lower().removeprefix("nvidia ")).strip("_")
-    parts = [
-        "gpu_suite",
-        chip,
-        about["date"],
-        *(["tiles"] if args.tiles else []),
-        *(["reduced"] if args.reduced else []),
-    ]
-    return "-".join(parts)
+    kinds = [name for name in ("tiles", "reduced") if getattr(args, name)]
+    return "-".join(["gpu_suite", chip, about["date"], *kinds])
 
 
 if __name__ == "__main__":

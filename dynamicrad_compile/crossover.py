@@ -187,7 +187,7 @@ def expected_gain(
 def first_length(
     tables: Sequence[Table], arch: str, sparsity: float, head_dim: int = 128, half: bool = True
 ) -> int | None:
-    """The first length from 128 to 2^18 tokens, in steps of a quarter, that is expected to gain MIN_GAIN; None if none."""
+    """The first length from 128 tokens on, in steps of a quarter, that is expected to gain MIN_GAIN; None if none."""
     for tokens in (128, 256, 384, *sorted(n << k for n in (512, 640, 768, 896) for k in range(10))):
         gain = expected_gain(arch, tokens, sparsity, head_dim, half, tables)
         if gain is not None and gain.ratio >= MIN_GAIN:

@@ -37,7 +37,10 @@ BLOCK = 128
 
 @dataclass
 class Bench:
-    """One run: where, with what, and what is known so far. codegen: models go through Inductor, else run as captured."""
+    """One run: where, with what, and what is known so far.
+
+    codegen  models go through Inductor; else they run as captured
+    """
 
     device: str
     reduced: bool

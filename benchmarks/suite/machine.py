@@ -78,7 +78,6 @@ def describe(device: str) -> dict[str, Any]:
         "device": device,
         "chip": processor(),
         "arch": crossover.architecture(torch.device(device)) or device,
-        "dtype_class": "float" if device == "cpu" else "half",
         "driver": None,
     }
     if device == "cpu":

@@ -1,8 +1,8 @@
 """A video diffusion transformer of the shape of Wan2.1-14B in plain PyTorch, with random weights.
 
-Layer by layer as the published model card describes it: width 5120, 40 heads of 128, feed-forward 13824, 512 text tokens
-of 4096 features, RMS norm of queries and keys, rotary positions over frame, row and column, six modulations of the
-timestep. Only the number of layers differs (40 there). Inputs are latents [B, 16, F, 2 H, 2 W], patches are 1 x 2 x 2.
+As the published model card describes it: width 5120, 40 heads of 128, feed-forward 13824, 512 text tokens of 4096
+features, RMS norm of queries and keys, rotary positions over frame, row and column, six modulations of the timestep.
+Only the number of layers differs (40 there). Inputs are latents [B, 16, F, 2 H, 2 W], patches are 1 x 2 x 2.
 """
 
 from __future__ import annotations

@@ -88,15 +88,7 @@ def roofline(work: Work, ms: float, ceilings: Ceilings) -> dict[str, Any]:
 
 def measure_ceilings(device: str, clock: Clock, reduced: bool) -> tuple[Ceilings, dict[str, Any]]:
     """Ceilings of this machine, and the measured figures behind them for the record."""
-    n = 1024 if reduced else 8192
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    matmul = 2 * n**3 / clock.time(lambda: a @ b).low * 1e-9
-    del a, b
-    source = torch.ones((1 << 22) if reduced else (1 << 30), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / clock.time(lambda: target.copy_(source)).low * 1e-9
-    del source, target
+    matmul, copy = _matmul_rate(device, clock, reduced), _copy_rate(device, clock, reduced)
     launch = _launch_us(device)
     sheet = peak_of(torch.cuda.get_device_name(0)) if device != "cpu" else None
     exp = sheet.exp_rate if sheet else _exp_rate(device, clock)
@@ -104,6 +96,20 @@ def measure_ceilings(device: str, clock: Clock, reduced: bool) -> tuple[Ceilings
     sheet = sheet or Peak(0.0, 0.0, 0, 0.0)
     ceilings = Ceilings(matmul, copy, exp, sheet.l2, launch, sheet.tensor, sheet.memory)
     return ceilings, {**measured, "ceilings": asdict(ceilings)}
+
+
+def _matmul_rate(device: str, clock: Clock, reduced: bool) -> float:
+    """TFLOP/s of a square matrix product on random data, the best of some; 16 bit on a GPU."""
+    n = 1024 if reduced else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    return 2 * n**3 / clock.time(lambda: a @ b).low * 1e-9
+
+
+def _copy_rate(device: str, clock: Clock, reduced: bool) -> float:
+    """TB/s of a copy within device memory, bytes read and bytes written counted."""
+    source = torch.ones((1 << 24) if reduced else (1 << 30), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / clock.time(lambda: target.copy_(source)).low * 1e-9
 
 
 def _launch_us(device: str) -> float:
