@@ -129,15 +129,8 @@ def main(argv: list[str] | None = None) -> dict:
         journal = Journal.resume(args.resume)
     else:
         name = args.name or _name(about, args)
-        command = "python benchmarks/gpu_suite.py " + " ".join(sys.argv[1:] if argv is None else argv)
-        content = {
-            "schema": 1,
-            "name": name,
-            "command": command.strip(),
-            "about": about,
-            "reduced": args.reduced,
-            "rows": [],
-        }
+        content = {"schema": 1, "name": name, "command": _command(args), "about": about, "rows": []}
+        content["reduced"] = args.reduced
         journal = Journal(args.output / f"{name}.json", content)
     codegen = args.inductor or not args.reduced
     bench = Bench(args.device, args.reduced, codegen, DTYPES[args.dtype], clock, journal, Ceilings(0, 0, 0, 0, 0))
@@ -166,6 +159,15 @@ def main(argv: list[str] | None = None) -> dict:
     print(tables.short(journal.content))
     print(f"\nwrote {journal.path} and {page.name}")
     return journal.content
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command as others would type it: without files of this machine."""
+    flags = [f"--{name}" for name in ("reduced", "inductor", "tiles") if getattr(args, name)]
+    numbers = [f"--{name} {getattr(args, name):g}" for name in ("budget", "sparsity", "layers")]
+    only = [f"--only {' '.join(args.only)}"] if args.only else []
+    device = f"--device {args.device} --dtype {args.dtype}"
+    return " ".join(["python benchmarks/gpu_suite.py", device, *flags, *numbers, *only])
 
 
 def _name(about: dict, args: argparse.Namespace) -> str:
