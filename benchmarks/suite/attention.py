@@ -67,12 +67,13 @@ def each_backend(bench: Bench, make: Callable[[], Callable[[], Any]]) -> tuple[d
     times: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, backend in (CPU_BACKENDS if bench.device == "cpu" else BACKENDS).items():
-        with sdpa_kernel(backend), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns of each reason for which a backend can't serve
+        with sdpa_kernel(backend), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")  # PyTorch warns of each reason for which a backend can't serve
             try:
                 times[name] = bench.clock.time(make()).ms
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                missing[name] = " ".join(str(error).split())[:160]
+                why = "; ".join(dict.fromkeys(str(w.message).split("(Triggered")[0].strip() for w in said))
+                missing[name] = " ".join((why or str(error)).split())[:200]
     return times, missing
 
 
@@ -185,13 +186,13 @@ def sample_error(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor) 
 
 
 def tile_of(bench: Bench, dim: int) -> list[int] | None:
-    """[block_m, block_n, warps, stages] that the kernel takes here; None on the CPU or where it can't be told."""
+    """[block_m, block_n, warps, stages, tma] that the kernel takes here; None on the CPU or where it can't be told."""
     if bench.device == "cpu":
         return None
     try:
         from dynamicrad_compile.kernels.tiles import choose_tile
 
         tile = choose_tile(torch.cuda.get_device_capability(), bench.dtype != torch.float32, dim, 128, 128)
-        return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages]
+        return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.tma]
     except Exception:
         return None

@@ -126,8 +126,8 @@ SECTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Tiles", "tiles", {
         "tokens": _tokens, "dim": lambda r: r["head_dim"],
         "tile": lambda r: f"{r['block_m']} x {r['block_n']}, {r['num_warps']} warps, {r['num_stages']} stages",
-        "ms": lambda r: _ms(r["ms"]), "TFLOP/s": lambda r: f"{r['tflops']:.3g}",
-        "now": lambda r: "yes" if r["is_current"] else "",
+        "tma": lambda r: "yes" if r["tma"] else "", "ms": lambda r: _ms(r["ms"]),
+        "TFLOP/s": lambda r: f"{r['tflops']:.3g}", "now": lambda r: "yes" if r["is_current"] else "",
     }),
 )  # fmt: skip
 
@@ -168,10 +168,10 @@ def _proposals(content: Values) -> str:
 
 
 def _proposal(item: Values) -> str:
-    m, n, warps, stages = item["tile"]
+    m, n, warps, stages, tma = item["tile"]
     now = "" if item["current_score"] is None else f", the table's own {item['current_score']:.3f}"
     return (
-        f"{item['dtype']} head_dim {item['head_dim']}: Tile({m}, {n}, {warps}, {stages}), "
+        f"{item['dtype']} head_dim {item['head_dim']}: tile = [{m}, {n}, {warps}, {stages}]{', tma = true' * tma}, "
         f"{item['score']:.3f} of the fastest at each length{now}"
     )
 

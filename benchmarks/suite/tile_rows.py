@@ -7,6 +7,7 @@ much shared memory is a line that says so. Fields of a tile that are not varied 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,22 +18,21 @@ from .bench import BLOCK, Bench, active_pairs
 from .runner import Row, Unsupported, Values
 
 BLOCK_M, BLOCK_N, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+FIELDS = ("block_m", "block_n", "num_warps", "num_stages", "tma")
 
 
 def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
     """One row for each tile."""
     facts = {"tokens": tokens, "head_dim": dim, "dtype": str(bench.dtype)[6:], "wanted_sparsity": sparsity}
-    for m in BLOCK_M:
-        for n in BLOCK_N:
-            for warps in WARPS:
-                for stages in STAGES:
-                    tile = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
-                    name = f"tile/{tokens}/{dim}/{m}x{n}/{warps}/{stages}"
-                    run = lambda t=tile: run_tile(bench, tokens, dim, sparsity, t)  # noqa: E731
-                    yield Row(name, "tiles", run, 4.0, {**facts, **tile})
+    engines = (False, True) if bench.device != "cpu" and torch.cuda.get_device_capability() >= (9, 0) else (False,)
+    for sizes in itertools.product(BLOCK_M, BLOCK_N, WARPS, STAGES, engines):
+        tile = dict(zip(FIELDS, sizes, strict=True))
+        name = "tile/{}/{}/{block_m}x{block_n}/{num_warps}/{num_stages}".format(tokens, dim, **tile)
+        run = lambda t=tile: run_tile(bench, tokens, dim, sparsity, t)  # noqa: E731
+        yield Row(name + "/tma" * tile["tma"], "tiles", run, 4.0, {**facts, **tile})
 
 
-def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[str, int]) -> Values:
+def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[str, Any]) -> Values:
     """Time of the forward with this tile; its result is checked first."""
     if bench.device == "cpu":
         raise Unsupported("tiles are of the CUDA kernel")
@@ -54,7 +54,7 @@ def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[s
     timing = bench.clock.time(call)
     flops = 4.0 * active_pairs(plan, bench.shapes[tokens][1]) * dim
     return {"ms": timing.ms, "spread": timing.spread, "error": error, "tflops": flops / timing.ms * 1e-9,
-            "is_current": tile == usual}  # fmt: skip
+            "is_current": all(getattr(usual, name) == sizes[name] for name in FIELDS)}  # fmt: skip
 
 
 def proposal(rows_done: list[Values]) -> list[Values]:
@@ -64,9 +64,9 @@ def proposal(rows_done: list[Values]) -> list[Values]:
     for dtype, dim in sorted({(row["dtype"], row["head_dim"]) for row in tiles}):
         own = [row for row in tiles if (row["dtype"], row["head_dim"]) == (dtype, dim)]
         best = {n: min(row["ms"] for row in own if row["tokens"] == n) for n in {row["tokens"] for row in own}}
-        scores: dict[tuple[int, ...], list[float]] = {}
+        scores: dict[tuple[Any, ...], list[float]] = {}
         for row in own:
-            key = (row["block_m"], row["block_n"], row["num_warps"], row["num_stages"])
+            key = tuple(row[name] for name in FIELDS)
             scores.setdefault(key, []).append(row["ms"] / best[row["tokens"]])
         whole = {key: sum(s) / len(s) for key, s in scores.items() if len(s) == len(best)}
         if not whole:
