@@ -142,5 +142,5 @@ def test_tile_proposal():
     rows = [row(1, 64, False, 1.0, True), row(1, 128, True, 1.1, False), row(1, 256, False, 0.9, False)]
     rows += [row(2, 64, False, 2.0, True), row(2, 128, True, 1.0, False)]
     (found,) = tile_rows.proposal(rows)
-    assert found["tile"] == [128, 64, 8, 3, True]
+    assert (found["tile"], found["tma"]) == ([128, 64, 8, 3], True)
     assert found["current_score"] == pytest.approx((1 / 0.9 + 2.0) / 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Bench:
     """One run: where, with what, and what is known so far.
 
     codegen  models go through Inductor; else they run as captured
+    flex     FlexAttention compiled for (tokens, head_dim)
     """
 
     device: str
@@ -49,6 +50,7 @@ class Bench:
     clock: Clock
     journal: Journal
     ceilings: Ceilings
+    flex: dict[tuple[int, int], Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[int, tuple[tuple[int, int, int], int]]:

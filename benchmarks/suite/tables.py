@@ -168,10 +168,9 @@ def _proposals(content: Values) -> str:
 
 
 def _proposal(item: Values) -> str:
-    m, n, warps, stages, tma = item["tile"]
     now = "" if item["current_score"] is None else f", the table's own {item['current_score']:.3f}"
     return (
-        f"{item['dtype']} head_dim {item['head_dim']}: tile = [{m}, {n}, {warps}, {stages}]{', tma = true' * tma}, "
+        f"{item['dtype']} head_dim {item['head_dim']}: tile = {item['tile']}{', tma = true' * item['tma']}, "
         f"{item['score']:.3f} of the fastest at each length{now}"
     )
 

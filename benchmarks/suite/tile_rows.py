@@ -73,6 +73,6 @@ def proposal(rows_done: list[Values]) -> list[Values]:
             continue
         key = min(whole, key=lambda k: whole[k])
         now = [row["ms"] / best[row["tokens"]] for row in own if row["is_current"]]
-        found.append({"dtype": dtype, "head_dim": dim, "tile": list(key), "score": whole[key],
+        found.append({"dtype": dtype, "head_dim": dim, "tile": list(key[:4]), "tma": key[4], "score": whole[key],
                       "current_score": sum(now) / len(now) if now else None})  # fmt: skip
     return found
