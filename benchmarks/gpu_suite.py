@@ -27,7 +27,7 @@ try:
     from suite import attention, correctness, graphs, machine, overheads, steps, tables, tile_rows
     from suite.bench import Bench
     from suite.roofline import Ceilings, measure_ceilings
-    from suite.runner import Journal, Row, run_rows
+    from suite.runner import SCHEMA, Journal, Row, run_rows
     from suite.timing import Clock
 except ImportError as error:
     sys.exit(f"{error}. Install what the package needs: pip install -e . (torch, triton, numpy, pydantic)")
@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> dict:
     about |= {"dtype": args.dtype, "dtype_class": "float" if args.dtype == "fp32" else "half"}
     clock = Clock(args.device, budget_ms=20.0 if args.reduced else 250.0, min_repeats=3 if args.reduced else 5)
     if args.resume:
-        journal = Journal.resume(args.resume)
+        journal = _resumed(args.resume, about)
     else:
         name = args.name or _name(about, args)
-        content = {"schema": 1, "name": name, "command": _command(args), "about": about, "rows": []}
+        content = {"schema": SCHEMA, "name": name, "command": _command(args), "about": about, "rows": []}
         content["reduced"] = args.reduced
         journal = Journal(args.output / f"{name}.json", content)
     codegen = args.inductor or not args.reduced
@@ -159,6 +159,19 @@ def main(argv: list[str] | None = None) -> dict:
     print(tables.short(journal.content))
     print(f"\nwrote {journal.path} and {page.name}")
     return journal.content
+
+
+def _resumed(path: Path, about: dict) -> Journal:
+    """The journal to go on with; figures of two machines or dtypes don't belong in one."""
+    try:
+        journal = Journal.resume(path)
+    except ValueError as error:
+        sys.exit(f"--resume: {error}")
+    for fact in ("chip", "dtype", "torch"):
+        there = journal.content["about"][fact]
+        if there != about[fact]:
+            sys.exit(f"--resume {path}: that run had {fact} {there}, this one has {about[fact]}; start a new one")
+    return journal
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -91,6 +91,13 @@ def test_suite_keeps_going_and_resumes(suite, tmp_path, monkeypatch):
     _, rows = run_suite(suite, tmp_path, *only, "--resume", str(tmp_path / "run.json"))
     assert rows[kept["name"]]["marked"]
     assert rows[saved["rows"][-1]["name"]]["status"] == "ok"
+    saved["about"]["chip"] = "another"
+    (tmp_path / "run.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit, match="that run had chip another"):
+        run_suite(suite, tmp_path, "--resume", str(tmp_path / "run.json"))
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(SystemExit, match="is no result of this suite"):
+        run_suite(suite, tmp_path, "--resume", str(tmp_path / "run.json"))
 
 
 def test_suite_sees_a_wrong_kernel(suite, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 Values = dict[str, Any]
+SCHEMA = 1
 
 
 class RowTimeout(Exception):
@@ -82,8 +83,11 @@ class Journal:
 
     @staticmethod
     def resume(path: Path) -> Journal:
-        """The journal of an earlier run."""
-        return Journal(path, json.loads(path.read_text(encoding="utf-8")))
+        """The journal of an earlier run. Raises ValueError if the file is none."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or "rows" not in content:
+            raise ValueError(f"{path} is no result of this suite (schema {SCHEMA})")
+        return Journal(path, content)
 
 
 def run_rows(rows: list[Row], journal: Journal, deadline: float, row_limit: float, device: str) -> None:
