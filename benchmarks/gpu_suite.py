@@ -51,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
     parser.add_argument("--tiles", action="store_true", help="time tiles of the forward kernel, print a proposal")
     parser.add_argument("--sparsity", type=float, default=0.8, help="of steps, overheads and tiles (0.8)")
-    parser.add_argument("--layers", type=int, default=4, help="of the whole step (4)")
+    parser.add_argument("--layers", type=int, default=2, help="of the whole step (2)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--name", help="of the result files (made of chip and date)")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="go on with this run")
@@ -89,7 +89,7 @@ def all_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
     yield attention.backward_row(bench, main, dim, s)
     yield from graphs.rows(bench, main, dim)
     yield from overheads.rows(bench, main, dim, s)
-    step_rows = list(steps.rows(bench, steps_at, s, 2 if bench.reduced else args.layers))
+    step_rows = list(steps.rows(bench, steps_at, s, args.layers))
     if not bench.reduced:
         yield attention.dense_row(bench, steps_at, 128)  # the step's dense side takes the fastest backend of it
     yield from step_rows[:2]

@@ -39,7 +39,7 @@ def forward_row(bench: Bench, tokens: int, dim: int, sparsity: float) -> Row:
     """Our op at one length, head_dim and sparsity."""
     name = f"forward/{tokens}/{dim}/{sparsity:g}"
     run = lambda: run_forward(bench, tokens, dim, sparsity)  # noqa: E731
-    return Row(name, "forward", run, seconds=4.0, facts={**_facts(bench, tokens, dim), "wanted_sparsity": sparsity})
+    return Row(name, "forward", run, seconds=2.0, facts={**_facts(bench, tokens, dim), "wanted_sparsity": sparsity})
 
 
 def flex_rows(bench: Bench, tokens: int, dim: int, sparsities: tuple[float, ...]) -> Iterator[Row]:

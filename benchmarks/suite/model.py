@@ -25,7 +25,7 @@ class Shape:
     ffn: int = 13824
     text_dim: int = 4096
     text_tokens: int = 512
-    layers: int = 4
+    layers: int = 2
 
     @property
     def width(self) -> int:
@@ -41,7 +41,7 @@ class Shape:
         return attention / (attention + projections + cross)
 
 
-WAN_14B, TINY = Shape(), Shape(heads=2, head_dim=32, ffn=128, text_dim=48, text_tokens=16, layers=2)
+WAN_14B, TINY = Shape(), Shape(heads=2, head_dim=32, ffn=128, text_dim=48, text_tokens=16)
 
 
 def rope_tables(grid: tuple[int, int, int], head_dim: int, device: str | torch.device) -> tuple[Tensor, Tensor]:

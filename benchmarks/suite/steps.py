@@ -32,10 +32,10 @@ def rows(bench: Bench, tokens: int, sparsity: float, layers: int) -> Iterator[Ro
     yield Row(f"block/{tokens}", "steps", lambda: run_block(bench, shape, tokens, sparsity), 45.0,
               {**facts, "what": "block"})  # fmt: skip
     step = {**facts, "layers": layers}
-    yield Row(f"step/{tokens}/static", "steps", lambda: run_step(bench, shape, tokens, sparsity, "static_ratio"), 75.0,
+    yield Row(f"step/{tokens}/static", "steps", lambda: run_step(bench, shape, tokens, sparsity, "static_ratio"), 55.0,
               {**step, "what": f"step of {layers} layers"})  # fmt: skip
     run = lambda: run_step(bench, shape, tokens, sparsity, "dynamic_threshold")  # noqa: E731
-    yield Row(f"step/{tokens}/dynamic", "steps", run, 60.0,
+    yield Row(f"step/{tokens}/dynamic", "steps", run, 40.0,
               {**step, "what": f"step of {layers} layers, blocks by content"})  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def short(content: Values) -> str:
     lines = [f"{content['about']['chip']}: " + ", ".join(f"{n} {status}" for status, n in count.items() if n)]
     checks = [row for row in rows if row["group"] == "correctness"]
     passed = sum(row["status"] == "ok" for row in checks)
-    lines.append(f"correctness: {passed} of {len(checks)} checks passed")
+    if checks:
+        lines.append(f"correctness: {passed} of {len(checks)} checks passed")
     for title, group, columns in SECTIONS:
         own = [row for row in rows if row["group"] == group and row["status"] == "ok"]
         if own and group not in order and group != "tiles":
