@@ -1,4 +1,4 @@
-"""Compile the forward kernel for an architecture without a GPU, and read what it needs: registers, spills, shared memory.
+"""Compile the forward kernel for an architecture without a GPU: registers, spilled bytes, shared memory, PTX.
 
 For the tests, the tile model and whoever looks at PTX. Nothing here is imported at run time.
 """

@@ -87,7 +87,7 @@ def _tile(entry: Any, place: str, kernel: str) -> Tile:
     if unknown := set(entry) - {"tile", "tma", "source"}:
         raise PlanError(f"{place}: unknown {', '.join(sorted(unknown))}; known are tile, tma and source.")
     try:
-        return Tile(*entry["tile"], tma=bool(entry.get("tma", False)), source=str(entry.get("source", "")))
+        return Tile(*entry["tile"], bool(entry.get("tma", False)), str(entry.get("source", "")))
     except PlanError as error:
         raise PlanError(f"{place}: {error}") from error
 
@@ -98,15 +98,15 @@ def table() -> Table:
     return read_table()
 
 
-def architecture(capability: tuple[int, int], kernel: str = "forward") -> int:
-    """Architecture whose entries serve a compute capability: the newest one that is not newer than it."""
+def architecture(capability: tuple[int, int], dtype: str = "half", head_dim: int = 128, kernel: str = "forward") -> int:
+    """Architecture whose entry serves a compute capability: the newest one with such an entry that is not newer."""
     number = 10 * capability[0] + capability[1]
     # 12.x has the shared memory of 8.6, not that of 9.0 and 10.0.
-    number = min(number, 89) if number >= 120 else number
+    skipped = range(90, 120) if number >= 120 else ()
     known = [
         arch
         for arch, dtypes in table().items()
-        if arch <= number and any(kernel in tiles for dims in dtypes.values() for tiles in dims.values())
+        if arch <= number and arch not in skipped and kernel in dtypes.get(dtype, {}).get(head_dim, {})
     ]
     if not known:
         raise PlanError(f"the CUDA kernels need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}.")
@@ -128,11 +128,12 @@ def choose_tile(
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block % 16 or not 16 <= block <= 256:
             raise PlanError(f"{name} must be a multiple of 16 up to 256 on CUDA, got {block}.")
-    entries = table()[architecture(capability, kernel)]["half" if half else "float"]
-    limit = min((size for size in entries if size >= head_dim), default=None)
-    if limit is None:
-        raise PlanError(f"head_dim must be at most {max(entries)}, got {head_dim}.")
-    tile = entries[limit][kernel]
+    dtype = "half" if half else "float"
+    sizes = {size for dtypes in table().values() for size in dtypes.get(dtype, {})}
+    entry = min((size for size in sizes if size >= head_dim), default=None)
+    if entry is None:
+        raise PlanError(f"head_dim must be at most {max(sizes)}, got {head_dim}.")
+    tile = table()[architecture(capability, dtype, entry, kernel)][dtype][entry][kernel]
     block_m = min(tile.block_m, _largest_power_of_two(block_q))
     block_n = min(tile.block_n, _largest_power_of_two(block_kv))
     cut = block_m < tile.block_m or (kernel != "forward" and block_n < tile.block_n)
