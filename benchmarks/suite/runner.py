@@ -102,16 +102,15 @@ def run_rows(rows: list[Row], journal: Journal, deadline: float, row_limit: floa
         _progress(f"[{number + 1}/{len(waiting)}] {row.name}  (ETA {min(rest, max(left, 0)):.0f} s, {left:.0f} s left)")
         record: Values = {"name": row.name, "group": row.group, **row.facts}
         if left < row.seconds:
-            record |= {
-                "status": "skipped",
-                "why": f"{max(left, 0):.0f} s were left, it needs about {row.seconds:.0f} s",
-            }
-            journal.add(record)
+            why = f"{max(left, 0):.0f} s were left, it needs about {row.seconds:.0f} s"
+            journal.add({**record, "status": "skipped", "why": why})
             continue
         # Marked as failed first: a crash of the process leaves that, and a resumed run goes on with the next.
         journal.add({**record, "status": "failed", "why": "the process ended while it ran"})
         start = time.monotonic()
         record |= _guarded(row, min(row_limit, left))
+        if record["status"] == "failed" or time.monotonic() - start > 10:
+            _tidy()
         record["seconds"] = round(time.monotonic() - start, 2)
         expected += row.seconds
         journal.add(record)
@@ -134,11 +133,14 @@ def _guarded(row: Row, limit: float) -> Values:
             return {"status": "failed", "why": f"took longer than {limit:.0f} s"}
         traceback.print_exc(limit=4)
         return {"status": "failed", "why": f"{type(error).__name__}: {_line(error)}"}
-    finally:
-        gc.collect()
-        if torch.cuda.is_initialized():
-            with contextlib.suppress(Exception):
-                torch.cuda.empty_cache()
+
+
+def _tidy() -> None:
+    """Give back what a failed or large row left behind."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
