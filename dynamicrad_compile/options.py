@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import OptionsError, nearest
 
 MIN_TOKENS_AUTO = 2048
-"""Below this many tokens "auto" leaves attention dense: there is too little of it to win anything."""
+"""Below this many tokens "auto" leaves attention dense where the crossover table has nothing for the device."""
 
 
 class Options(BaseModel):
@@ -77,7 +77,8 @@ class Options(BaseModel):
     call. The blocks of all sites are then kept on the device."""
 
     min_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
-    """Attentions over fewer tokens stay dense; "auto" = 2048; None = the profile's."""
+    """Attentions over fewer tokens stay dense; "auto": those for whose length and sparsity the table of measured and
+    estimated speed-ups expects no gain on this device (`crossover`); None = the profile's."""
 
     strict: bool = False
     """Raise StrictError instead of leaving a video self-attention dense."""
