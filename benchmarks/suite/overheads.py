@@ -31,6 +31,8 @@ def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
         yield Row(f"select/{at}/{criterion}", "overhead", run, 5.0, {**facts, "what": f"select_blocks, {criterion}"})
     yield Row(f"compensation/{at}", "overhead", lambda: run_compensation(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "compensation (means and kernel)"})  # fmt: skip
+    yield Row(f"int8/{at}", "overhead", lambda: run_int8(bench, tokens, dim, sparsity), 6.0,
+              {**facts, "what": "scores from int8 instead (below 0: faster)"})  # fmt: skip
     yield Row(f"router/{at}", "overhead", lambda: run_router(bench, at), 3.0, {**facts, "what": "router, once a step"})
     yield Row(f"plan/{at}", "overhead", lambda: run_plan(bench, tokens, sparsity, at), 3.0,
               {**facts, "what": "plan on the host, once a grid"})  # fmt: skip
@@ -73,6 +75,24 @@ def run_compensation(bench: Bench, tokens: int, dim: int, sparsity: float) -> Va
     means = bench.clock.time(lambda: means_of(k, v, plan.kv_counts, plan.kv_indices, BLOCK, None, weight)).ms
     return {"ms": whole - plain, "attention_ms": plain, "share": (whole - plain) / plain, "means_ms": means,
             "summary": f"means {means:.3g} ms, rest {whole - plain - means:.3g} ms"}  # fmt: skip
+
+
+def run_int8(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
+    """What `qk_dtype="int8"` adds to the time, rounding included, and its error against exact scores."""
+    plan = bench.plan(tokens, sparsity)
+    q, k, v = bench.qkv(tokens, dim)
+    exact = drad.block_sparse_attention(q, k, v, plan).float()
+    rounded = drad.block_sparse_attention(q, k, v, plan, qk_dtype="int8").float()
+    error = float((rounded - exact).norm() / exact.norm())
+    if not error < 0.05:
+        raise AssertionError(f"error {error:.3g} of int8 scores against exact ones")
+    both = bench.clock.time_in_turns({
+        "exact": lambda: drad.block_sparse_attention(q, k, v, plan),
+        "int8": lambda: drad.block_sparse_attention(q, k, v, plan, qk_dtype="int8"),
+    })  # fmt: skip
+    change = both["int8"].ms - both["exact"].ms
+    return {"ms": change, "attention_ms": both["exact"].ms, "share": change / both["exact"].ms, "error": error,
+            "summary": f"error {error:.2%}"}  # fmt: skip
 
 
 def run_router(bench: Bench, at: str) -> Values:
