@@ -1,24 +1,21 @@
 """CPU path of block-sparse attention: gather the active blocks of some rows, then two batched GEMMs.
 
-For a group of (head, query block) rows with the same number of active blocks
+For a group of (head, query block) rows with the same number of active blocks, one chunk of keys after the other,
 
-    S = scale * Q K[ids]^T        baddbmm, fp32
-    P = softmax(S)                in place
-    O = P V[ids]                  bmm
-    lse = max(S) - log(max(P))    because max(P) = exp(max(S) - lse)
+    S = Q K[ids]^T        bmm, fp32, Q scaled
+    P = 2^(S - shift)     in place; the shift is 0 where norms allow it (`cpu_softmax`)
+    O += P V[ids]         baddbmm
 
-Compensation for dropped blocks is a second pass, in `cpu_means`.
+and, with compensation, the mean keys and values of the dropped blocks as a last chunk (`cpu_means`).
 
 Everything is plain eager PyTorch: nothing is compiled, so there is no compiler to look for, no recompilation
-when a length changes, and no wait at the first call. A group's scores are kept near 1 MB, which stays in a
-core's L2 cache; measured on AVX-512 cores, gathering costs 3 to 8 % of the two GEMMs. Groups run side by side,
-one core each (`workers`).
+when a length changes, and no wait at the first call. The scores of a chunk are kept near 1 MB. Groups run side by
+side, one core each (`workers`).
 Half precision inputs are widened to fp32, so the result is as exact as the rounding of the output allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +27,8 @@ from .workers import Buffers, Task
 
 SCORE_BYTES = 1 << 20  # scores of one group
 COPY_BYTES_PER_WORKER = 8 << 20  # widened or re-laid copies of keys and values held at a time
-CHUNK_TOKENS = 2048  # longest key range of one softmax; longer rows are merged by their lse
-TASK_QUERIES = 512  # queries of one task; shares its small operations
+CHUNK_TOKENS = 2048  # most keys at a time
+TASK_QUERIES = 1024  # queries of one task, which shares its small operations
 DIRECT_QUERIES = 256  # queries of dense rows handled together
 
 
@@ -43,6 +40,11 @@ class _Rows:
     count: torch.Tensor  # int64 [R], blocks with at least one usable key
     partial: torch.Tensor  # int64 [R], how many of them are partly masked
     plan: tuple[torch.Tensor, torch.Tensor]  # counts [R] and indices [R, W] as they came
+
+    def of(self, some: torch.Tensor, n: int) -> _Rows:
+        """The rows `some`, which have n blocks each."""
+        counts, indices = self.plan
+        return _Rows(self.ids[some, :n], self.count[some], self.partial[some], (counts[some], indices[some]))
 
 
 @dataclass
@@ -80,23 +82,28 @@ def _rows(counts: torch.Tensor, indices: torch.Tensor, n_kv: int, usable: torch.
     return _Rows(ids, count, partial, (counts.reshape(-1), indices.reshape(counts.numel(), -1)))
 
 
-def _chunks(
-    work: _Work, ids: torch.Tensor, base: torch.Tensor, n_partial: int, buffers: Buffers
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Keys, values [G, N, D] and mask of the blocks ids [G, n] of the heads whose blocks begin at `base` [G]."""
-    group, n_blocks = ids.shape
-    block, dim = work.keys.shape[1:]
+def _add_blocks(
+    work: _Work, q: torch.Tensor, sums: Sums, ids: torch.Tensor, line: _Rows, at_once: int, buffers: Buffers
+) -> None:
+    """Add the blocks ids [G, n] of work.keys to scaled q [G, bq, D], `at_once` rows at a time; line: these rows."""
+    (block, dim), (group, n_blocks) = work.keys.shape[1:], ids.shape
     size = _chunk_blocks(n_blocks, block)
-    for start in range(0, n_blocks, size):
-        part = ids[:, start : start + size]
-        width = part.shape[1]
-        flat = (part + base[:, None]).reshape(-1)
-        k = torch.index_select(work.keys, 0, flat, out=buffers.get("k", flat.numel(), block, dim))
-        v = torch.index_select(work.values, 0, flat, out=buffers.get("v", flat.numel(), block, dim))
+    for i in range(0, group, at_once):
+        own_q, own = (q, sums) if at_once >= group else (q[i : i + at_once], sums.part(i, i + at_once))
+        rows = own_q.shape[0]
         # Partly masked blocks come last in a row.
-        n_masked = min(width, max(0, start + width - (n_blocks - n_partial)))
-        mask = work.usable[part[:, width - n_masked :]].flatten(1) if work.usable is not None and n_masked else None
-        yield k.view(group, width * block, dim), v.view(group, width * block, dim), mask
+        first_partial = n_blocks
+        if work.usable is not None:
+            first_partial -= int(line.partial[i : i + at_once].max())
+        for start in range(0, n_blocks, size):
+            width = min(size, n_blocks - start)
+            part = ids[i : i + at_once, start : start + width].reshape(-1)
+            k = torch.index_select(work.keys, 0, part, out=buffers.get("k", rows * width, block, dim))
+            v = torch.index_select(work.values, 0, part, out=buffers.get("v", rows * width, block, dim))
+            mask, masked = None, max(first_partial, start)
+            if work.usable is not None and masked < start + width:
+                mask = work.usable[line.ids[i : i + at_once, masked : start + width]].flatten(1)
+            own.add(own_q, k.view(rows, -1, dim), v.view(rows, -1, dim), mask, None, buffers)
 
 
 def _chunk_blocks(n_blocks: int, block: int) -> int:
@@ -144,11 +151,8 @@ def _groups(work: _Work, rows: _Rows, n_q: int, n_kv: int, rep: int, masked: boo
     def group(start: int, stop: int, n: int, at_once: int) -> Task:
         def task(buffers: Buffers) -> None:
             own = order[start:stop]
-            line, head = row[own], kv_head[own]
-            bias = None
-            if work.means is not None:
-                bias = work.means.row_bias(rows.plan[0][line], rows.plan[1][line])
-                bias = bias if bool((bias > float("-inf")).any()) else None
+            head, line = kv_head[own], rows.of(row[own], n)
+            bias = None if work.means is None else work.means.row_bias(*line.plan)
             if n == 0 and bias is None:
                 work.out[own], work.lse[own] = 0.0, float("-inf")
                 return
@@ -157,12 +161,8 @@ def _groups(work: _Work, rows: _Rows, n_q: int, n_kv: int, rep: int, masked: boo
             sums = Sums.zeros(q.shape, plain, buffers)
             if n == n_kv and not masked:
                 _add_dense(work, q, sums, heads[start] * n_kv, n_kv, buffers)
-            else:
-                for i in range(0, stop - start if n else 0, at_once):
-                    some = slice(i, i + at_once)
-                    ids, n_partial = rows.ids[line[some], :n], int(rows.partial[line[some]].max())
-                    for k, v, usable in _chunks(work, ids, head[some] * n_kv, n_partial, buffers):
-                        sums.part(i, i + at_once).add(q[some], k, v, usable, None, buffers)
+            elif n > 0:
+                _add_blocks(work, q, sums, line.ids + head[:, None] * n_kv, line, at_once, buffers)
             if work.means is not None and bias is not None:
                 _add_means(work.means, q, sums, heads[start:stop], bias, buffers)
             out, lse = sums.finish()
@@ -171,7 +171,8 @@ def _groups(work: _Work, rows: _Rows, n_q: int, n_kv: int, rep: int, masked: boo
 
         return task
 
-    tasks, start, most = [], 0, max(1, TASK_QUERIES // block_q)
+    most = max(1, min(TASK_QUERIES // block_q, items // (4 * workers.count())))
+    tasks, start = [], 0
     while start < items:
         n, limit, at_once = counts[start], most, most
         direct = n == n_kv > 0 and not masked  # dense rows of one head only

@@ -70,9 +70,13 @@ class BlockMeans:
         pairs = zip(self.sources, (self.keys, self.values), strict=True)
         return [fill(source, mean, h) for source, mean in pairs for h in range(self.heads)]
 
-    def row_bias(self, counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Base-2 bias [rows, Mk padded] of rows counts [rows] and indices [rows, W]: -inf where a block is kept."""
+    def row_bias(self, counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | None:
+        """Base-2 bias [rows, Mk padded] of rows counts [rows] and indices [rows, W]: -inf where a block is kept.
+
+        None if the rows drop nothing.
+        """
         active = torch.arange(indices.shape[-1], device="cpu") < counts[:, None]
         bias = self.bias.repeat(counts.numel(), 1)
         bias.scatter_(1, torch.where(active, indices, bias.shape[1] - 1).long(), float("-inf"))
-        return bias[:, :-1].masked_fill_((counts >= self.n_kv)[:, None], float("-inf"))
+        bias = bias[:, :-1].masked_fill_((counts >= self.n_kv)[:, None], float("-inf"))
+        return bias if bool((bias > float("-inf")).any()) else None

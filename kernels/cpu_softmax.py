@@ -2,7 +2,9 @@
 
 With base-2 scores S = Q K^T (+ bias), where Q already holds the factor scale * log2(e), and a shift m per query,
 
-    total += rowsum(2^(S - m))      out += 2^(S - m) V      and at the end      out / total,  lse = ln(2) (log2(total) + m)
+    total += rowsum(2^(S - m))      out += 2^(S - m) V
+
+and at the end out / total and lse = ln(2) (log2(total) + m).
 
 Any shift gives the same result as long as nothing over- or underflows. By Cauchy-Schwarz |S| <= |q| max|k|; where
 that is at most LIMIT the shift is 0, which saves two passes over the scores and every merge ("plain"). Otherwise the
@@ -70,7 +72,9 @@ class Sums:
         top = None if self.top is None else self.top.view(1, -1)
         return Sums(self.out.view(1, -1, self.out.shape[-1]), self.total.view(1, -1), top)
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, usable: Tensor | None, bias: Tensor | None, buffers: Buffers) -> None:
+    def add(
+        self, q: Tensor, k: Tensor, v: Tensor, usable: Tensor | None, bias: Tensor | None, buffers: Buffers
+    ) -> None:
         """Add keys and values [G, N, D] for scaled q [G, M, D].
 
         usable bool [G, n] speaks of the last n keys, None of none. bias [R, N] in base 2 is for R equal parts of the
