@@ -30,6 +30,10 @@ class RouterError(DynamicRadError, ValueError):
     """Prompts, an encoder or a router file that the motion router can't be fitted to or read from."""
 
 
+class ExportError(DynamicRadError, RuntimeError):
+    """A model can't be exported: an unsupported mode or operator, or something that is not installed."""
+
+
 class StrictError(DynamicRadError, RuntimeError):
     """`strict=True` and a video self-attention had to stay dense."""
 
