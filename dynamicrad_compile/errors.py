@@ -31,7 +31,7 @@ class RouterError(DynamicRadError, ValueError):
 
 
 class ExportError(DynamicRadError, RuntimeError):
-    """A model can't be exported: an unsupported mode or operator, or something that is not installed."""
+    """A model can't be exported: the format, a mode or a setting is not possible, or a package is missing."""
 
 
 class StrictError(DynamicRadError, RuntimeError):
