@@ -72,6 +72,9 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 PLUGIN_ATTENTION = torch.ops.dynamicrad.plugin_attention.default
 
+_FILLED = {torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default, torch.empty_like: torch.zeros_like}
+"""Torch-TensorRT has no empty tensors of open sizes; a rotary embedding that is written in place begins with one."""
+
 
 def attention_for_plugin(
     q: Tensor,
@@ -133,8 +136,13 @@ def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
     ids = torch.where(active, kv_indices, m_k).to(torch.int64)  # unused places go to a column behind the last block
     flags = torch.zeros(*kv_counts.shape, m_k + 1, dtype=torch.int32, device=kv_counts.device)
     flags = pad(flags.scatter(-1, ids, 1).narrow(-1, 0, m_k), (0, 32 * words - m_k))
-    values = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32, device=kv_counts.device)
-    packed = (flags.reshape(*kv_counts.shape, words, 32) * values).sum(-1, dtype=torch.int32)
+    packed = flags.reshape(*kv_counts.shape, words, 32)
+    for width in (1, 2, 4, 8, 16):  # words of `width` bits become words of twice as many
+        low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
+        if width == 16:
+            high = torch.where(high >= 1 << 15, high - (1 << 16), high)  # the sign bit, without an overflow
+        packed = low + high * (1 << width)
+    packed = packed.squeeze(-1)
     return torch.where((kv_counts >= m_k).unsqueeze(-1), torch.full_like(packed, -1), packed)
 
 
@@ -165,6 +173,8 @@ def lower(gm: fx.GraphModule) -> int:
         elif node.op == "call_function" and node.target is ATTENTION:
             node.target = attention_for_plugin
             count += 1
+        elif node.op == "call_function" and node.target in _FILLED:
+            node.target = _FILLED[node.target]
     gm.graph.lint()
     gm.recompile()
     return count

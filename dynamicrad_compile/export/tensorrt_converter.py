@@ -1,0 +1,57 @@
+"""What Torch-TensorRT needs to know of the attention op. Importing this registers it.
+
+A decomposition turns `dynamicrad::block_sparse_attention` into ordinary operations and `dynamicrad::plugin_attention`;
+a converter makes a plugin layer of that. So `torch_tensorrt.dynamo.compile` also takes a program with the op as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorrt.plugin as trtp
+import torch
+from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
+from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+from torch_tensorrt.dynamo.lowering._decomposition_groups import TORCH_TRT_DECOMPOSITIONS
+
+from .tensorrt_graph import ATTENTION, PLUGIN_ATTENTION, attention_for_plugin, refusal
+from .tensorrt_kernel import INPUTS, MASK_INPUTS, MEANS_INPUTS
+from .tensorrt_plugin import ATTRIBUTES, NAMESPACE, plugin_name
+
+TENSORS = INPUTS + MASK_INPUTS + MEANS_INPUTS
+SCALARS = ("scale", "block_q", "block_kv", "mask_start")
+
+
+def _plain(node: torch.fx.Node, settings: Any = None) -> bool:
+    """Whether the op as it is needs nothing computed beside the kernel, so that a plugin can take it."""
+    q, k = (node.args[i].meta.get("val") for i in range(2))  # type: ignore[union-attr]
+    arguments = dict(enumerate(node.args)) | {8: node.args[8] if len(node.args) > 8 else None}
+    compensate = node.args[10] if len(node.args) > 10 else None
+    return arguments[8] is None and compensate is None and not refusal(q, k, node.args[6], node.args[7])  # type: ignore[arg-type]
+
+
+@dynamo_tensorrt_converter(ATTENTION, supports_dynamic_shapes=True, capability_validator=_plain)
+def _convert_plain(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    scale = args[5] if args[5] is not None else float(args[0].shape[3]) ** -0.5
+    start = args[9] if len(args) > 9 else 0
+    return convert(ctx, target, (*args[:5], *(None,) * 6, scale, args[6], args[7], start), kwargs, name)
+
+
+@dynamo_tensorrt_converter(PLUGIN_ATTENTION, supports_dynamic_shapes=True)
+def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sequence[Any]:
+    """A plugin layer with the kernel ahead of time; (out, lse) as tensors of the network."""
+    given = dict(zip((*TENSORS, *SCALARS), args, strict=True))
+    tensors = {key: given[key] for key in TENSORS if given[key] is not None}
+    plugin = getattr(getattr(trtp.op, NAMESPACE), plugin_name("kv_mask" in tensors, "mean_k" in tensors))
+    inputs = [get_trt_tensor(ctx, tensor, f"{name}_{key}") for key, tensor in tensors.items()]
+    attributes = {key: np.array([given[key]], dtype=kind) for key, kind in ATTRIBUTES.items()}
+    layer = ctx.net.add_plugin(plugin(*inputs, **attributes), aot=True)
+    if layer is None:
+        raise RuntimeError(f"TensorRT did not take the plugin of {name}")
+    layer.name = f"[{target}]-[{name}]"
+    return layer.get_output(0), layer.get_output(1)
+
+
+TORCH_TRT_DECOMPOSITIONS[ATTENTION] = attention_for_plugin
