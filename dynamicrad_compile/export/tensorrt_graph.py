@@ -178,3 +178,13 @@ def lower(gm: fx.GraphModule) -> int:
     gm.graph.lint()
     gm.recompile()
     return count
+
+
+STATE = ("clock", "regimes", "kept_counts", "kept_indices")
+"""Buffers of a rewritten graph that change from call to call (passes/_control.py, passes/_selection.py)."""
+
+
+def has_state(gm: fx.GraphModule) -> bool:
+    """Whether the graph reads a buffer that changes from call to call."""
+    names = tuple(f"_dynamicrad_{name}_" for name in STATE)
+    return any(str(node.target).startswith(names) for node in gm.graph.find_nodes(op="get_attr"))
