@@ -11,6 +11,8 @@ import torch
 
 from .job import Job
 
+STATELESS = False
+
 
 def check() -> None:
     """A compiler is looked for by Inductor itself."""

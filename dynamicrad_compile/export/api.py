@@ -7,24 +7,30 @@ import inspect
 import json
 import os
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ExportError, nearest
 from ..options import Options
+from ..profiles import load_profile
 from .batch import with_dynamic_batch
 from .card import model_card
+from .checking import check_export
 from .job import Exported, Job
 from .output import place_of, written_whole
 from .rewriting import rewrite
 
 FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx_model", "tensorrt": "tensorrt"}
-"""Format -> module with `check(**settings)` (is all there that it needs?) and `write(job, **settings) -> details`.
+"""Format -> module with
 
-`write` fills job.folder; the details it returns go into the card, its "file" is the name of the one to load.
+STATELESS                        whether calls of the exported model know nothing of each other
+check(**settings)                raises ExportError if a setting is wrong or something that it needs is missing
+write(job, **settings) -> dict   fills job.folder; the result goes into the card, "file" is the one to load
 """
 CARD = "card.json"
 
@@ -38,6 +44,7 @@ def export(
     options: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool | Sequence[str] = False,
+    check: bool = False,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Exported:
@@ -51,6 +58,7 @@ def export(
     options        of the backend, see `Options`
     dynamic_batch  True: the batch size stays open, in every tensor of the call (not those in tuples) that has the
                    batch size of the first; or the names of the tensors that have it
+    check          run what was written in a fresh process, compare it with the model, and fail where they differ
     progress       is called with a line before each step
     settings       of the format; onnx: opset=18
 
@@ -61,8 +69,9 @@ def export(
     missing, and OptionsError, ProfileError, GridError, RouterError or StrictError as the backend does.
     """
     say = progress or (lambda line: None)
-    writer = _writer(format, settings)
-    folder, stem = place_of(path)
+    writer, folder, stem = check_request(format, path, settings)
+    if writer.STATELESS:
+        options = _without_state(options or {}, format)
     parsed = Options.from_mapping(options)
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, torch.nn.Module):
@@ -81,6 +90,10 @@ def export(
         job = Job(module, args, kwargs, shapes, temporary, stem, parsed, report, say)
         with _timed(seconds, "write", say, f"writing {format}"), torch.no_grad():
             details = writer.write(job, **settings)
+        if check:
+            with _timed(seconds, "check", say, "running it in a fresh process"):
+                details["check"] = check_export(job, format, details["file"])
+            say(f"relative error {details['check']['relative_error']:.1e}")
         inputs = _named(model, args, kwargs)
         extra = {"format": format, **details, "dynamic_batch": bool(dynamic_batch), "seconds": seconds}
         card = model_card(model, inputs, parsed, report, extra)
@@ -91,8 +104,10 @@ def export(
     return Exported(format, folder / details["file"], files, report, card, seconds)
 
 
-def _writer(format: str, settings: Mapping[str, Any]) -> Any:
-    """The module of a format, after a check that it knows the settings and has what it needs."""
+def check_request(
+    format: str, path: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> tuple[types.ModuleType, Path, str]:
+    """(module of the format, folder, first part of the file names), if they are possible; else ExportError."""
     if format not in FORMATS:
         raise ExportError(f"unknown format {format!r}.{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     writer = importlib.import_module(f".{FORMATS[format]}", __package__)
@@ -102,7 +117,25 @@ def _writer(format: str, settings: Mapping[str, Any]) -> Any:
             listed = ", ".join(known) or "none"
             raise ExportError(f"format {format!r} has no setting {name!r}.{nearest(name, known)} Known: {listed}.")
     writer.check(**settings)
-    return writer
+    return writer, *place_of(path)
+
+
+def _without_state(options: Mapping[str, Any], format: str) -> Mapping[str, Any]:
+    """Options for a format whose calls know nothing of each other. Raises ExportError if state is asked for."""
+    parsed = Options.from_mapping(options)
+    for name in ("dense_steps", "dense_timestep", "refresh_steps"):
+        if getattr(parsed, name):
+            raise ExportError(
+                f"{name} = {getattr(parsed, name)} needs a memory from step to step, which format {format!r} does not "
+                "have. Leave it out, and run the dense model at dense steps; or use format 'torch' or 'aoti'."
+            )
+    steps = load_profile(parsed.profile).dense_steps if parsed.profile != "auto" else 0
+    if steps and parsed.dense_steps is None:
+        raise ExportError(
+            f"profile {str(parsed.profile)!r} wants {steps} dense steps, for which format {format!r} has no memory. "
+            "Set dense_steps to 0, and run the dense model at the first steps."
+        )
+    return {**options, "dense_steps": 0}
 
 
 def _capture(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:

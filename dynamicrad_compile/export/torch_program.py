@@ -11,6 +11,8 @@ import torch
 
 from .job import Job
 
+STATELESS = False
+
 
 def check() -> None:
     """Nothing is needed beyond torch."""
