@@ -17,8 +17,8 @@ from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 from torch_tensorrt.dynamo.lowering._decomposition_groups import TORCH_TRT_DECOMPOSITIONS
 
 from .tensorrt_graph import ATTENTION, PLUGIN_ATTENTION, attention_for_plugin, refusal
-from .tensorrt_kernel import INPUTS, MASK_INPUTS, MEANS_INPUTS
-from .tensorrt_plugin import ATTRIBUTES, NAMESPACE, plugin_name
+from .tensorrt_names import INPUTS, MASK_INPUTS, MEANS_INPUTS, NAMESPACE, plugin_name
+from .tensorrt_plugin import ATTRIBUTES
 
 TENSORS = INPUTS + MASK_INPUTS + MEANS_INPUTS
 SCALARS = ("scale", "block_q", "block_kv", "mask_start")

@@ -10,7 +10,7 @@ TensorRT has: it has no scatter that adds, and no bit shifts. All of this needs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,20 +96,34 @@ def attention_for_plugin(
         )
         return out, lse
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tensors = plugin_inputs(q, k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
+    out, lse = PLUGIN_ATTENTION(*tensors, scale, block_q, block_kv, mask_start)
+    return out, lse
+
+
+def plugin_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    block_kv: int,
+    kv_mask: Tensor | None,
+    compensate: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The eleven tensors of `plugin_attention`."""
     mask = None if kv_mask is None else kv_mask.to(torch.int32)
-    means: Sequence[Tensor | None] = (None,) * 5
+    means: tuple[Tensor | None, ...] = (None,) * 5
     if compensate is not None:
         n_valid = valid_counts(k.shape[2], block_kv, kv_mask, k.device)
-        bits = kept_bits(kv_counts, kv_indices, cdiv(k.shape[2], block_kv))
         means = (
             block_means(k, block_kv, n_valid, kv_mask),
             block_means(v, block_kv, n_valid, kv_mask),
             n_valid,
             compensate,
-            bits,
+            kept_bits(kv_counts, kv_indices, cdiv(k.shape[2], block_kv)),
         )
-    out, lse = PLUGIN_ATTENTION(q, k, v, kv_counts, kv_indices, mask, *means, scale, block_q, block_kv, mask_start)
-    return out, lse
+    return q, k, v, kv_counts, kv_indices, mask, *means
 
 
 def block_means(x: Tensor, block: int, n_valid: Tensor, kv_mask: Tensor | None) -> Tensor:
@@ -126,24 +140,29 @@ def block_means(x: Tensor, block: int, n_valid: Tensor, kv_mask: Tensor | None) 
     return (x.to(torch.float32).sum(3) / count).to(x.dtype)
 
 
-def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
-    """What kernels.compensation.kept_bits returns, without a scatter that adds and without shifts.
-
-    int32 [P, H', Mq, ceil(Mk / 32)] of counts [P, H', Mq] and indices [P, H', Mq, W].
-    """
-    words = cdiv(m_k, 32)
+def kept_flags(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
+    """int32 [P, H', Mq, Mk] of counts [P, H', Mq] and indices [P, H', Mq, W]: 1 where a block is read, else 0."""
     active = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_counts.unsqueeze(-1)
     ids = torch.where(active, kv_indices, m_k).to(torch.int64)  # unused places go to a column behind the last block
     flags = torch.zeros(*kv_counts.shape, m_k + 1, dtype=torch.int32, device=kv_counts.device)
-    flags = pad(flags.scatter(-1, ids, 1).narrow(-1, 0, m_k), (0, 32 * words - m_k))
-    packed = flags.reshape(*kv_counts.shape, words, 32)
+    flags = flags.scatter(-1, ids, 1).narrow(-1, 0, m_k)
+    return torch.where((kv_counts >= m_k).unsqueeze(-1), 1, flags)
+
+
+def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
+    """What kernels.compensation.kept_bits returns, without a scatter that adds and without shifts.
+
+    int32 [P, H', Mq, ceil(Mk / 32)] of counts [P, H', Mq] and indices [P, H', Mq, W]; bits behind the last block
+    are 0 here.
+    """
+    words = cdiv(m_k, 32)
+    packed = pad(kept_flags(kv_counts, kv_indices, m_k), (0, 32 * words - m_k)).reshape(*kv_counts.shape, words, 32)
     for width in (1, 2, 4, 8, 16):  # words of `width` bits become words of twice as many
         low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
         if width == 16:
             high = torch.where(high >= 1 << 15, high - (1 << 16), high)  # the sign bit, without an overflow
         packed = low + high * (1 << width)
-    packed = packed.squeeze(-1)
-    return torch.where((kv_counts >= m_k).unsqueeze(-1), torch.full_like(packed, -1), packed)
+    return packed.squeeze(-1)
 
 
 def refusal(q: Tensor, k: Tensor, block_q: int, block_kv: int) -> str:
@@ -161,9 +180,10 @@ def refusal(q: Tensor, k: Tensor, block_q: int, block_kv: int) -> str:
     return ""
 
 
-def lower(gm: fx.GraphModule) -> int:
+def lower(gm: fx.GraphModule, attention: Callable[..., Any] = attention_for_plugin) -> int:
     """Give each attention of a rewritten graph the form that a plugin takes, in place; returns their number.
 
+    attention: what stands in the graph for the op, with its arguments.
     What only counts calls for the report is taken out: an engine keeps no account of them.
     """
     count = 0
@@ -171,7 +191,7 @@ def lower(gm: fx.GraphModule) -> int:
         if node.op == "call_function" and node.target is record:
             gm.graph.erase_node(node)
         elif node.op == "call_function" and node.target is ATTENTION:
-            node.target = attention_for_plugin
+            node.target = attention
             count += 1
         elif node.op == "call_function" and node.target in _FILLED:
             node.target = _FILLED[node.target]

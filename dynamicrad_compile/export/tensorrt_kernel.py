@@ -26,9 +26,8 @@ from dynamicrad_compile.errors import ExportError
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile
 from dynamicrad_compile.kernels.triton_forward import MEANS_TILE, _block_sparse_forward
 
-INPUTS = ("q", "k", "v", "kv_counts", "kv_indices")
-MASK_INPUTS = ("kv_mask",)
-MEANS_INPUTS = ("mean_k", "mean_v", "n_valid", "weight", "kept")
+from .tensorrt_names import input_names
+
 SIZES = ("q_len", "kv_len", "plans", "plan_heads", "width")
 """What the kernel is passed of the shapes of its inputs; with a mask or means also the batch of those."""
 
@@ -195,11 +194,6 @@ class KernelImage:
     threads: int
     shared: int
     parameters: int
-
-
-def input_names(masked: bool, compensate: bool) -> tuple[str, ...]:
-    """Names of the plugin's input tensors."""
-    return INPUTS + MASK_INPUTS * masked + MEANS_INPUTS * compensate
 
 
 def tiles_of(capability: tuple[int, int], config: KernelConfig) -> tuple[Tile, Tile]:

@@ -1,7 +1,7 @@
 """The attention as plugins of TensorRT that carry the Triton kernel as PTX. Importing this registers them.
 
 A plugin has a fixed number of input tensors, so there is one for each of (no mask, mask) x (no means, means). An
-engine that holds one runs without Python and without this package. `tensorrt_kernel` says what the inputs are.
+engine that holds one runs without Python and without this package. `tensorrt_names` says the inputs are called.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import tensorrt.plugin as trtp
 import torch
 
 from ..errors import ExportError
-from .tensorrt_kernel import KernelConfig, KernelImage, build_kernel, input_names, tiles_of
+from .tensorrt_kernel import KernelConfig, KernelImage, build_kernel, tiles_of
+from .tensorrt_names import NAMESPACE, input_names, plugin_name
 
-NAMESPACE = "dynamicrad"
-ATTRIBUTES = {"scale": np.float64, "block_q": np.int64, "block_kv": np.int64, "mask_start": np.int64}
-"""Attributes of every plugin, each an array of one number: TensorRT's own scalars break on numpy 2.4."""
+ATTRIBUTES = {"scale": np.float32, "block_q": np.int32, "block_kv": np.int32, "mask_start": np.int32}
+"""Attributes of every plugin, each an array of one number: plain numbers would break on numpy 2.4."""
 
 TILE_TACTIC, SMALL_TACTIC = 1, 2
 _NAMES = {trt.float16: "fp16", trt.bfloat16: "bf16", trt.float32: "fp32"}
@@ -41,11 +41,6 @@ class Target:
 
 
 TARGET = Target()
-
-
-def plugin_name(masked: bool, compensate: bool) -> str:
-    """Name of the plugin, in the namespace dynamicrad."""
-    return "BlockSparseAttention" + "Masked" * masked + "Means" * compensate
 
 
 def _capability() -> tuple[int, int]:
