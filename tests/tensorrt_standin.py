@@ -106,7 +106,9 @@ class DimsExprs(list):
         super().__init__([None] * dims if isinstance(dims, int) else dims)
 
 
-def evaluate(plugin: Any, kinds: list[Any], shapes: list[tuple[int, ...]], opens: Any = None, tactic: int = 1) -> Launch:
+def evaluate(
+    plugin: Any, kinds: list[Any], shapes: list[tuple[int, ...]], opens: Any = None, tactic: int = 1
+) -> Launch:
     """Call a plugin as TensorRT does when it builds an engine; `opens` are the open dimensions, (input, dim)."""
     import tensorrt as trt
 

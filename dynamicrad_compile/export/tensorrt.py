@@ -25,7 +25,9 @@ from torch import fx
 from ..errors import ExportError
 from .tensorrt_graph import has_state, lower
 
-INSTALL = "pip install 'torch-tensorrt==2.13.*' (one release for each release of torch), on a machine with an NVIDIA GPU"
+INSTALL = (
+    "pip install 'torch-tensorrt==2.13.*' (one release for each release of torch), on a machine with an NVIDIA GPU"
+)
 
 
 def register() -> None:
@@ -35,7 +37,9 @@ def register() -> None:
     except ModuleNotFoundError as error:
         raise ExportError(f"TensorRT needs {error.name}, which is not installed. Install it: {INSTALL}.") from error
     except Exception as error:  # it raises whatever its libraries do
-        raise ExportError(f"torch_tensorrt is installed, but can't be imported: {error}. Install it anew: {INSTALL}.") from error
+        raise ExportError(
+            f"torch_tensorrt is installed, but can't be imported: {error}. Install it anew: {INSTALL}."
+        ) from error
     if importlib.util.find_spec("tensorrt.plugin") is None:
         raise ExportError(
             "this TensorRT has no Python plugins (TensorRT-RTX has none). Use torch-tensorrt instead of "
@@ -99,7 +103,9 @@ def placement(compiled: torch.nn.Module) -> str:
     outside: Counter[str] = Counter()
     for graph in (compiled, *graphs):
         if isinstance(graph, fx.GraphModule):
-            outside.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function" and "getitem" not in str(n.target))
+            outside.update(
+                str(n.target) for n in graph.graph.nodes if n.op == "call_function" and "getitem" not in str(n.target)
+            )
     engines = len(parts) - len(graphs)
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(outside.items())) or "nothing"
     return f"TensorRT: {engines} engine{'s' * (engines != 1)}; in PyTorch: {listed}"

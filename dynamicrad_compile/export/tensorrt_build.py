@@ -41,11 +41,11 @@ def build_engine(
     profile: "min", "opt" and "max" -> shapes of the inputs that are open. small: only the kernel that needs less than
     48 KiB of shared memory. Raises ExportError; then no file is written.
     """
-    import tensorrt as trt
-
     from .tensorrt import register
 
     register()
+    import tensorrt as trt
+
     from .tensorrt_plugin import TARGET
 
     TARGET.small = small
@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("engine", type=Path)
     for name in ("min", "opt", "max"):
         parser.add_argument(f"--{name}", default="", help="shapes of open inputs: name:1x2x3,name:4")
-    parser.add_argument("--small", action="store_true", help="only the kernel that needs less than 48 KiB shared memory")
+    parser.add_argument(
+        "--small", action="store_true", help="only the kernel that needs less than 48 KiB shared memory"
+    )
     args = parser.parse_args(argv)
     try:
         profile = {name: parse_shapes(getattr(args, name)) for name in ("min", "opt", "max")}

@@ -32,7 +32,9 @@ def check(via: str = "torch", opset: int = 18, engine_options: Mapping[str, Any]
     if via not in VIA:
         raise ExportError(f"via must be one of {', '.join(VIA)}, got {via!r}.{nearest(str(via), VIA)}")
     if engine_options is not None and (via != "torch" or not isinstance(engine_options, Mapping)):
-        raise ExportError(f"engine_options is a dict of Torch-TensorRT's settings, for via='torch', got {engine_options!r}.")
+        raise ExportError(
+            f"engine_options is a dict of Torch-TensorRT's settings, for via='torch', got {engine_options!r}."
+        )
     if via != "torch":
         onnx_model.check(opset)
         return
@@ -83,7 +85,11 @@ def _shapes(job: Job, flag: str, sign: str) -> str:
         if node.name in user and isinstance(node.meta.get("val"), torch.Tensor)
     }
     open_inputs = {name: shape for name, shape in tensors.items() if isinstance(shape[0], torch.SymInt)}
-    rows = next(leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves((job.args, job.kwargs)) if isinstance(leaf, torch.Tensor))
+    rows = next(
+        leaf.shape[0]
+        for leaf in torch.utils._pytree.tree_leaves((job.args, job.kwargs))
+        if isinstance(leaf, torch.Tensor)
+    )
     text = ""
     for name, batch in (("min", 1), ("opt", rows), ("max", 4 * rows)):
         shapes = ",".join(f"{key}:{'x'.join(map(str, (batch, *shape[1:])))}" for key, shape in open_inputs.items())
@@ -101,10 +107,14 @@ def _write_engines(job: Job, engine_options: dict[str, Any]) -> dict[str, Any]:
     program = job.program(module)
     job.say("building engines with Torch-TensorRT")
     with torch._functorch.config.patch(decompose_custom_triton_ops=False):
-        compiled = torch_tensorrt.dynamo.compile(program, arg_inputs=job.args, kwarg_inputs=job.kwargs, **engine_options)
+        compiled = torch_tensorrt.dynamo.compile(
+            program, arg_inputs=job.args, kwarg_inputs=job.kwargs, **engine_options
+        )
     where = placement(compiled)
     job.say(where)
     file = f"{job.stem}.pt2"
     with contextlib.redirect_stdout(io.StringIO()):
-        torch_tensorrt.save(compiled, str(job.folder / file), arg_inputs=job.args, kwarg_inputs=job.kwargs, retrace=False)
+        torch_tensorrt.save(
+            compiled, str(job.folder / file), arg_inputs=job.args, kwarg_inputs=job.kwargs, retrace=False
+        )
     return {"file": file, "via": "torch", "placement": where, "torch_tensorrt": torch_tensorrt.__version__}

@@ -91,9 +91,7 @@ def attention_for_plugin(
 ) -> tuple[Tensor, Tensor]:
     """block_sparse_attention through `plugin_attention` if that can take it; arguments and results of the op."""
     if refusal(q, k, block_q, block_kv):
-        out, lse = ATTENTION(
-            q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate
-        )
+        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
         return out, lse
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = plugin_inputs(q, k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)

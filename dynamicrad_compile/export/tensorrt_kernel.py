@@ -201,12 +201,24 @@ def tiles_of(capability: tuple[int, int], config: KernelConfig) -> tuple[Tile, T
 
     A kernel that needs more than 48 KiB has to be allowed to by whoever launches it, which TensorRT does not promise.
     """
+    _number(capability)
     best = choose_tile(capability, config.dtype != "fp32", config.head_dim, config.block_q, config.block_kv)
     rows = 64 if config.head_dim <= 128 else 32
     small = replace(
         best, block_m=min(best.block_m, rows), block_n=min(best.block_n, 32), num_warps=min(best.num_warps, 4)
     )
     return best, replace(small, num_stages=2 if config.head_dim <= 64 and config.dtype != "fp32" else 1)
+
+
+def _number(capability: tuple[int, int]) -> int:
+    """89 for 8.9. Raises ExportError for an architecture that is too old."""
+    number = 10 * capability[0] + capability[1]
+    if number < min(SHARED_MEMORY):
+        raise ExportError(
+            f"the attention kernel needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}. "
+            "Use a newer GPU, or via='trtexec', whose models need no kernel of ours."
+        )
+    return number
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,12 +228,7 @@ def build_kernel(config: KernelConfig, capability: tuple[int, int], tile: Tile |
     tile: the table's if None. Raises ExportError for an architecture without a table entry, and PlanError for blocks
     or a head_dim that the kernel can't take.
     """
-    number = 10 * capability[0] + capability[1]
-    if number < min(SHARED_MEMORY):
-        raise ExportError(
-            f"the attention kernel needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}. "
-            "Build the engine for a newer GPU, or export with format='onnx', whose function body runs anywhere."
-        )
+    number = _number(capability)
     if tile is None:
         tile = tiles_of(capability, config)[0]
     constants = _constants(config, tile)

@@ -1,8 +1,8 @@
 """ONNX models for TensorRT: with the attention as a plugin, or in standard operators.
 
-    attention_node       dynamicrad::BlockSparseAttention..., which the plugins of `tensorrt_plugin` take
-    standard_attention   a softmax over all keys under the block mask: correct, and not faster than dense attention.
-                         TensorRT does not read the Scan by which model.onnx of format "onnx" saves that work.
+attention_node       dynamicrad::BlockSparseAttention..., which the plugins of `tensorrt_plugin` take
+standard_attention   a softmax over all keys under the block mask: correct, and not faster than dense attention.
+                     TensorRT does not read the Scan by which model.onnx of format "onnx" saves that work.
 """
 
 from __future__ import annotations
@@ -101,13 +101,9 @@ def standard_attention(
         shown = per_query(~kept) & (share > 0).unsqueeze(1).unsqueeze(1)
         extra = torch.where(shown, weight.unsqueeze(1).unsqueeze(1), HIDDEN)
         rows, groups = torch.broadcast_shapes(extra.shape[:1], bias.shape[:1])[0], plan_heads
-        bias = torch.cat(
-            (bias.expand(rows, groups, -1, -1), extra.expand(rows, groups, -1, -1)), -1
-        )
+        bias = torch.cat((bias.expand(rows, groups, -1, -1), extra.expand(rows, groups, -1, -1)), -1)
     if kv_heads != heads:
-        keys, values = (
-            x.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (keys, values)
-        )
+        keys, values = (x.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (keys, values))
     scores = queries @ keys.transpose(-1, -2) + bias
     weights = torch.softmax(scores, -1) * (bias > HIDDEN / 2)  # a query without a key gets 0
     return (weights @ values).to(q.dtype), None
@@ -150,5 +146,3 @@ def _without_notes(onnx: Any, path: Path) -> None:
         del holder.metadata_props[:]
     onnx.save(model, path)
     onnx.checker.check_model(str(path))
-
-
