@@ -25,8 +25,8 @@ from torch_tensorrt.dynamo.conversion import DYNAMO_CONVERTERS, TRTInterpreter  
 from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering  # noqa: E402
 
 import dynamicrad_compile as drad  # noqa: E402
-from dynamicrad_compile.export import tensorrt_build, tensorrt_kernel, tensorrt_plugin  # noqa: E402
 from dynamicrad_compile.export import tensorrt as drad_tensorrt  # noqa: E402
+from dynamicrad_compile.export import tensorrt_build, tensorrt_kernel, tensorrt_plugin  # noqa: E402
 from dynamicrad_compile.export.tensorrt_graph import ATTENTION, PLUGIN_ATTENTION, lower  # noqa: E402
 
 OPTIONS = {"min_tokens": 0, "block_size": 16, "sparsity": 0.6}
@@ -302,7 +302,7 @@ def test_rtx_without_plugins_says_so(monkeypatch):
 
 def test_engines_need_a_gpu(tmp_path):
     model, kwargs, _ = make("wan_t2v")
-    with pytest.raises(drad.ExportError, match="there is none here.*via='plugin'"):
+    with pytest.raises(drad.ExportError, match=r"there is none here.*via='plugin'"):
         drad.export(model, (), kwargs, tmp_path / "out", "tensorrt", OPTIONS)
     assert not (tmp_path / "out").exists()
 

@@ -25,9 +25,7 @@ from torch import fx
 from ..errors import ExportError
 from .tensorrt_graph import has_state, lower
 
-INSTALL = (
-    "pip install 'torch-tensorrt==2.13.*' (one release for each release of torch), on a machine with an NVIDIA GPU"
-)
+INSTALL = "pip install 'dynamicrad-compile[tensorrt]', on a machine with an NVIDIA GPU and a CUDA build of torch 2.13"
 
 
 def register() -> None:
@@ -43,7 +41,7 @@ def register() -> None:
     if importlib.util.find_spec("tensorrt.plugin") is None:
         raise ExportError(
             "this TensorRT has no Python plugins (TensorRT-RTX has none). Use torch-tensorrt instead of "
-            f"torch-tensorrt-rtx: {INSTALL}; or format='onnx', whose function body TensorRT-RTX builds without a plugin."
+            f"torch-tensorrt-rtx: {INSTALL}; or via='trtexec', whose models need no plugin."
         )
     try:
         importlib.import_module(".tensorrt_converter", __package__)

@@ -2,6 +2,7 @@
 
 A decomposition turns `dynamicrad::block_sparse_attention` into ordinary operations and `dynamicrad::plugin_attention`;
 a converter makes a plugin layer of that. So `torch_tensorrt.dynamo.compile` also takes a program with the op as it is.
+A graph that was not decomposed has a converter too, for attention without mask and compensation.
 """
 
 from __future__ import annotations
@@ -24,21 +25,6 @@ TENSORS = INPUTS + MASK_INPUTS + MEANS_INPUTS
 SCALARS = ("scale", "block_q", "block_kv", "mask_start")
 
 
-def _plain(node: torch.fx.Node, settings: Any = None) -> bool:
-    """Whether the op as it is needs nothing computed beside the kernel, so that a plugin can take it."""
-    q, k = (node.args[i].meta.get("val") for i in range(2))  # type: ignore[union-attr]
-    arguments = dict(enumerate(node.args)) | {8: node.args[8] if len(node.args) > 8 else None}
-    compensate = node.args[10] if len(node.args) > 10 else None
-    return arguments[8] is None and compensate is None and not refusal(q, k, node.args[6], node.args[7])  # type: ignore[arg-type]
-
-
-@dynamo_tensorrt_converter(ATTENTION, supports_dynamic_shapes=True, capability_validator=_plain)
-def _convert_plain(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    scale = args[5] if args[5] is not None else float(args[0].shape[3]) ** -0.5
-    start = args[9] if len(args) > 9 else 0
-    return convert(ctx, target, (*args[:5], *(None,) * 6, scale, args[6], args[7], start), kwargs, name)
-
-
 @dynamo_tensorrt_converter(PLUGIN_ATTENTION, supports_dynamic_shapes=True)
 def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sequence[Any]:
     """A plugin layer with the kernel ahead of time; (out, lse) as tensors of the network."""
@@ -52,6 +38,23 @@ def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise RuntimeError(f"TensorRT did not take the plugin of {name}")
     layer.name = f"[{target}]-[{name}]"
     return layer.get_output(0), layer.get_output(1)
+
+
+def needs_nothing_else(node: torch.fx.Node, settings: Any = None) -> bool:
+    """Whether the op as it is needs nothing computed beside the kernel, so that a plugin alone can take it."""
+    optional = dict(enumerate(node.args))
+    if optional.get(8) is not None or optional.get(10) is not None:  # mask, compensate
+        return False
+    q, k, block_q, block_kv = (node.args[i] for i in (0, 1, 6, 7))
+    return not refusal(q.meta["val"], k.meta["val"], block_q, block_kv)
+
+
+@dynamo_tensorrt_converter(ATTENTION, supports_dynamic_shapes=True, capability_validator=needs_nothing_else)
+def convert_plain(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sequence[Any]:
+    """The same for the op itself."""
+    q, k, v, counts, indices, scale, block_q, block_kv = args[:8]
+    scale = float(q.shape[3]) ** -0.5 if scale is None else scale
+    return convert(ctx, target, (q, k, v, counts, indices, *(None,) * 6, scale, block_q, block_kv, 0), kwargs, name)
 
 
 TORCH_TRT_DECOMPOSITIONS[ATTENTION] = attention_for_plugin

@@ -2,7 +2,7 @@
 
 via="torch"     STEM.pt2: engines by Torch-TensorRT in a torch.export program, on the GPU that will run them
 via="plugin"    STEM.onnx with the attention as plugin nodes; a command builds STEM.engine from it on that GPU
-via="trtexec"   STEM.onnx in standard operators, for trtexec or TensorRT-RTX as they come; attention costs what dense costs
+via="trtexec"   STEM.onnx in standard operators, for trtexec or TensorRT-RTX as they come; as slow as dense attention
 
 The last two need no GPU and no TensorRT here. The commands are printed, and are in the model card.
 """
@@ -43,7 +43,8 @@ def check(via: str = "torch", opset: int = 18, engine_options: Mapping[str, Any]
     register()
     if not torch.cuda.is_available():
         raise ExportError(
-            f"format 'tensorrt' with via='torch' builds engines on the GPU that runs them, and there is none here: {INSTALL}. "
+            "format 'tensorrt' with via='torch' builds engines on the GPU that runs them, and there is none here. "
+            f"Needed: {INSTALL}. "
             "Without one use via='plugin' or via='trtexec', which write ONNX models to build engines from."
         )
 

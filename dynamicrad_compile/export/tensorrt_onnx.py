@@ -76,7 +76,7 @@ def standard_attention(
     compensate: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """block_sparse_attention in operations that every runtime has; memory is that of all scores."""
-    batch, heads, q_len, dim = q.shape
+    _, heads, q_len, dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     m_q, m_k = kv_counts.shape[2], cdiv(kv_len, block_kv)
     scale = float(dim) ** -0.5 if scale is None else scale

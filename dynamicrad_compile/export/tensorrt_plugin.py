@@ -138,7 +138,7 @@ def _register(masked: bool, compensate: bool) -> None:
     text = Union[str, bytes]  # noqa: UP007  TensorRT compares it with typing.Union
     trtp.register(plugin)(_with_signature(_describe, names, {}, pair))
     trtp.autotune(plugin)(_with_signature(_formats, names, {"outputs": pair}, list[trtp.AutoTuneCombination]))
-    returns = tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]  # type: ignore[valid-type]
+    returns = tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]
     trtp.aot_impl(plugin)(_with_signature(_kernel, names, {"outputs": pair, "tactic": int}, returns))
 
 
