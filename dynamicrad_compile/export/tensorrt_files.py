@@ -9,8 +9,7 @@ The last two need no GPU and no TensorRT here. The commands are printed, and are
 
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +102,7 @@ def _write_engines(job: Job, engine_options: dict[str, Any]) -> dict[str, Any]:
 
     from .tensorrt import placement
 
-    module = fx.GraphModule(job.module, job.module.graph)
+    module = fx.GraphModule(job.module, copy.deepcopy(job.module.graph))
     lower(module)
     program = job.program(module)
     job.say("building engines with Torch-TensorRT")
@@ -114,8 +113,5 @@ def _write_engines(job: Job, engine_options: dict[str, Any]) -> dict[str, Any]:
     where = placement(compiled)
     job.say(where)
     file = f"{job.stem}.pt2"
-    with contextlib.redirect_stdout(io.StringIO()):
-        torch_tensorrt.save(
-            compiled, str(job.folder / file), arg_inputs=job.args, kwarg_inputs=job.kwargs, retrace=False
-        )
+    torch_tensorrt.save(compiled, str(job.folder / file), retrace=False)  # the open sizes are in the graph
     return {"file": file, "via": "torch", "placement": where, "torch_tensorrt": torch_tensorrt.__version__}
