@@ -7,11 +7,22 @@ Importing this package touches no GPU and loads neither diffusers nor an optimiz
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .backend import report
 from .capture import explain
 from .compiling import compile
-from .errors import DynamicRadError, GridError, OptionsError, PlanError, ProfileError, RouterError, StrictError
-from .exported import rewrite
+from .errors import (
+    DynamicRadError,
+    ExportError,
+    GridError,
+    OptionsError,
+    PlanError,
+    ProfileError,
+    RouterError,
+    StrictError,
+)
+from .export import rewrite
 from .kernels.block_sparse_attention import block_sparse_attention
 from .kernels.merge_states import merge_states
 from .options import Options
@@ -23,11 +34,17 @@ from .router import Router
 from .router_fit import fit_router
 from .tuning import tune
 
+if TYPE_CHECKING:
+    from .export.api import export
+else:
+    from . import export  # a package that can be called
+
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockPlan",
     "DynamicRadError",
+    "ExportError",
     "GridError",
     "Options",
     "OptionsError",
@@ -41,6 +58,7 @@ __all__ = [
     "block_sparse_attention",
     "compile",
     "explain",
+    "export",
     "fit_router",
     "list_profiles",
     "load_profile",

@@ -34,6 +34,10 @@ class RouterError(DynamicRadError, ValueError):
     """Prompts, an encoder or a router file that the motion router can't be fitted to or read from."""
 
 
+class ExportError(DynamicRadError, RuntimeError):
+    """A model can't be exported: the format, a mode or a setting is not possible, or a package is missing."""
+
+
 class StrictError(DynamicRadError, RuntimeError):
     """`strict=True` and a video self-attention had to stay dense."""
 

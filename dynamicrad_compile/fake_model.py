@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -30,6 +32,17 @@ def build(
 
     Raises DynamicRadError if the name is not known, if diffusers is missing, or if a size does not fit.
     """
+    cls, config, inputs = specify(name, frames=frames, height=height, width=width, layers=layers)
+    # Real tensors may be mixed in: diffusers makes constants, such as Kandinsky's positions, while it builds.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = cls.from_config(config)
+        return model.eval(), inputs()
+
+
+def specify(
+    name: str, *, frames: int, height: int, width: int, layers: int
+) -> tuple[Any, Config, Callable[[], Inputs]]:
+    """Class of a transformer, its configuration, and a function that makes arguments of its forward; see `build`."""
     try:
         import diffusers
     except ImportError:
@@ -49,10 +62,7 @@ def build(
         full["concat_padding_mask"] = False
     if class_name == "CogVideoXTransformer3DModel":  # the position table is made for one size
         full.update(sample_height=size.height, sample_width=size.width, sample_frames=frames)
-    # Real tensors may be mixed in: diffusers makes constants, such as Kandinsky's positions, while it builds.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = cls.from_config(full)
-        return model.eval(), {**family.inputs(full, size), "return_dict": False}
+    return cls, full, lambda: {**family.inputs(full, size), "return_dict": False}
 
 
 def _find(name: str) -> tuple[str, Config, tuple[int, int] | None]:

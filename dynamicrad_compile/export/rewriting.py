@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backend import analyse
-from .errors import DynamicRadError
-from .options import Options
-from .reports import Report
+from ..backend import analyse
+from ..errors import DynamicRadError
+from ..options import Options
+from ..reports import Report
 
 
 def rewrite(program: Any, options: Mapping[str, Any] | None = None) -> tuple[fx.GraphModule, Report]:
