@@ -23,11 +23,15 @@ STAMP := $(VENV)/.dynamicrad-installed
 # Fails where torch is missing or older than 2.11.
 HAS_TORCH := import torch, re; assert tuple(map(int, re.findall(r'\d+', torch.__version__)[:2])) >= (2, 11)
 
+# Torch-TensorRT gets an environment that sees the packages of the first one.
+TRT_PY := $(VENV)-tensorrt/bin/python
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
+
 .DEFAULT_GOAL := help
-.PHONY: help env lint test demo bench clean
+.PHONY: help env lint test test-tensorrt demo bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## create the environment and install the package in it
 
@@ -46,6 +50,12 @@ lint: env ## ruff and mypy
 
 test: env ## all tests; those that need a GPU skip themselves without one
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment of their own
+	@test -x $(TRT_PY) || $(PY) -m venv $(VENV)-tensorrt
+	@$(PY) -c "$(SITE)" > "$$($(TRT_PY) -c "$(SITE)")/shared.pth"
+	@$(TRT_PY) -m pip install --quiet $(PIP_ARGS) --no-deps -r requirements/tensorrt-cpu.txt
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRT_PY) -m pytest $(ARGS) tests/test_tensorrt.py
 
 demo: env ## check the machine, run the quickstart, write its pictures to outputs/
 	$(PY) -m dynamicrad_compile.cli doctor

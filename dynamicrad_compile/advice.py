@@ -52,6 +52,7 @@ _BY_REASON = (
     # what was asked for
     (r"^pattern is 'dense'|\(dense_layers\)$", f"{NOTHING}: the options ask for it"),
     (r"^dense_layers can't", "compile the whole model with torch.compile(model), or set dense_layers=0"),
+    (r"too little to pay$", "set `min_tokens=0` to make it sparse all the same; it would be slower by that table"),
     (r"fewer than min_tokens", "lower `min_tokens` to make it sparse all the same; it may be slower"),
 )  # fmt: skip
 

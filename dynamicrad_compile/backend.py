@@ -38,7 +38,7 @@ def dynamicrad(
     _captures[:] = [capture for capture in _captures if capture.is_alive()]
     _captures.append(_Capture(options, _parameters(example_inputs), report))
     start = time.perf_counter()
-    compiled = _inner_compiler(parsed, mode)(gm, example_inputs)
+    compiled = _inner_compiler(parsed, mode, report.notes.append)(gm, example_inputs)
     report.seconds["compile"] = time.perf_counter() - start
     return compiled
 
@@ -55,6 +55,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         grid=options.grid,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
+        qk_int8=options.qk_dtype == "int8",
         is_final=is_final,
     )
     start = time.perf_counter()
@@ -129,7 +130,9 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
-def _inner_compiler(options: Options, mode: str | None) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+def _inner_compiler(
+    options: Options, mode: str | None, note: Callable[[str], None]
+) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
     if options.inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
@@ -140,6 +143,10 @@ def _inner_compiler(options: Options, mode: str | None) -> Callable[[fx.GraphMod
         raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
     if options.inner == "dynamicrad":
         raise OptionsError("inner='dynamicrad' would call itself; use 'inductor' or another backend.")
+    if options.inner in ("tensorrt", "torch_tensorrt"):
+        from .export import tensorrt
+
+        return lambda gm, inputs: tensorrt.compile_graph(gm, inputs, options.inner_options, note)
     from torch._dynamo.backends.registry import lookup_backend
 
     backend = lookup_backend(options.inner)

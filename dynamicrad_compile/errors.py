@@ -26,6 +26,10 @@ class GridError(DynamicRadError, ValueError):
     """The token grid given by the user does not fit the sequence length found in the graph."""
 
 
+class CrossoverError(DynamicRadError, ValueError):
+    """The table of expected speed-ups can't be read, or holds a value out of its range."""
+
+
 class RouterError(DynamicRadError, ValueError):
     """Prompts, an encoder or a router file that the motion router can't be fitted to or read from."""
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import OptionsError, nearest
 
 MIN_TOKENS_AUTO = 2048
-"""Below this many tokens "auto" leaves attention dense: there is too little of it to win anything."""
+"""Below this many tokens "auto" leaves attention dense where the crossover table has nothing for the device."""
 
 
 class Options(BaseModel):
@@ -48,6 +48,9 @@ class Options(BaseModel):
     compensate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's."""
 
+    qk_dtype: Literal["int8"] | None = None
+    """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""
+
     decay_factor: Annotated[float, Field(gt=0.0, le=1e3)] | None = None
     """Width of the radial windows; None = the profile's (pattern "radial": 1.0)."""
 
@@ -74,7 +77,8 @@ class Options(BaseModel):
     call. The blocks of all sites are then kept on the device."""
 
     min_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
-    """Attentions over fewer tokens stay dense; "auto" = 2048; None = the profile's."""
+    """Attentions over fewer tokens stay dense; "auto": those for whose length and sparsity the table of measured and
+    estimated speed-ups expects no gain on this device (`crossover`); None = the profile's."""
 
     strict: bool = False
     """Raise StrictError instead of leaving a video self-attention dense."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import router
-from .errors import OptionsError
+import torch
+
+from . import crossover, router
+from .errors import CrossoverError, OptionsError
 from .options import MIN_TOKENS_AUTO, Options
 from .plan_table import PlanSpec, PlanTable, RegimeSpec
 from .profiles import REGIMES, Profile, load_profile, pick_profile
@@ -53,10 +56,16 @@ class SitePlanner:
         site.reason = self._stays_dense(site, number, profile)
         if site.reason:
             return None
+        routed = self.routed
         spec = self._spec(profile, conditions)
+        table = spec.build(site.grid, *site.text)
+        site.reason = self._no_gain(site, profile, spec, table)
+        if site.reason:
+            self.routed = routed
+            return None
         self.mixed = self.mixed or len(spec.criteria) > 1
         site.plan_spec = spec.to_json()
-        return spec.build(site.grid, *site.text)
+        return table
 
     def control(self, conditions: Conditions) -> Control:
         """What the graph decides when it runs. To be called after all sites have their plans."""
@@ -203,11 +212,33 @@ class SitePlanner:
         if number < dense_layers:
             self.asked.add(id(site))
             return f"one of the first {dense_layers} layers (dense_layers)"
-        tokens = math.prod(site.grid) + sum(site.text)
-        min_tokens = profile.min_tokens if options.min_tokens is None else options.min_tokens
-        limit = MIN_TOKENS_AUTO if min_tokens == "auto" else int(min_tokens)
-        if tokens < limit:
-            return f"{tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
+        limit = self._min_tokens(profile)
+        if limit != "auto" and _tokens(site) < limit:
+            return f"{_tokens(site)} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
+        return ""
+
+    def _min_tokens(self, profile: Profile) -> Any:
+        return profile.min_tokens if self.options.min_tokens is None else self.options.min_tokens
+
+    def _no_gain(self, site: Site, profile: Profile, spec: PlanSpec, table: PlanTable) -> str:
+        """With min_tokens "auto": why sparse attention would not pay on this device; never raises."""
+        if self._min_tokens(profile) != "auto":
+            return ""
+        from .passes._graph import value_of
+
+        assert site.q_shape is not None
+        query = value_of(site.call.query)
+        half = (site.call.dtype or query.dtype) != torch.float32
+        tokens, sparsity = _tokens(site), _expected_sparsity(profile, spec, table)
+        gain, arch = None, crossover.architecture(query.device)
+        try:
+            gain = crossover.expected_gain(arch, tokens, sparsity, site.q_shape[-1], half) if arch else None
+        except CrossoverError as error:
+            self._unmet(f"min_tokens 'auto' is {MIN_TOKENS_AUTO}: {error}")
+        if gain is None and tokens < MIN_TOKENS_AUTO:
+            return f"{tokens} tokens are fewer than min_tokens = {MIN_TOKENS_AUTO}: sparse attention would not pay"
+        if gain is not None and gain.ratio < crossover.MIN_GAIN:
+            return f"{tokens} tokens, {sparsity:.0%} sparse: expected {gain}, too little to pay"
         return ""
 
     def _note(self, text: str) -> None:
@@ -217,6 +248,30 @@ class SitePlanner:
     def _unmet(self, text: str) -> None:
         if text not in self.unmet:
             self.unmet.append(text)
+
+
+def _tokens(site: Site) -> int:
+    assert site.grid is not None
+    return math.prod(site.grid) + sum(site.text)
+
+
+def _expected_sparsity(profile: Profile, spec: PlanSpec, table: PlanTable) -> float:
+    """Share of dense attention that calls will skip: the mean over the regimes that the graph may be in.
+
+    Where blocks are chosen by fixed thresholds it is not known before; the profile's static plan stands for it, since
+    both modes of a profile are tuned to one sparsity.
+    """
+    plan, shares = table.plan, []
+    for number, regime in enumerate(spec.regimes):
+        if regime.criterion:
+            static = profile.regime(regime.name).static_ratio.sparsity
+            shares.append(static if regime.sparsity is None else regime.sparsity)
+            continue
+        own = slice(number, number + 1)
+        weights = plan.compensate if len(plan.compensate) == 1 else plan.compensate[own]
+        counts, indices = plan.kv_counts[own], plan.kv_indices[own]
+        shares.append(replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights).sparsity)
+    return sum(shares) / len(shares)
 
 
 def _is_one_layer(site: Site) -> bool:

@@ -144,7 +144,7 @@ for _definition in (_op, _op_cpu):
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """setup_context of the attention ops; `inputs` are theirs, defaults included."""
-    q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate = inputs
+    q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate, _ = inputs
     ctx.save_for_backward(q, k, v, *output, kv_counts, kv_indices, kv_mask, compensate)
     ctx.numbers = (scale, block_q, block_kv, mask_start)
 
@@ -157,7 +157,7 @@ def gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         *(q, k, v, out, lse, grad_out, grad_lse, kv_counts, kv_indices),
         *(scale, block_q, block_kv, kv_mask, mask_start, compensate),
     )
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 9)
 
 
 @register_flop_formula(

@@ -1,18 +1,16 @@
 """CPU path of block-sparse attention: gather the active blocks of some rows, then two batched GEMMs.
 
-For a group of (head, query block) rows with the same number of active blocks
+For a group of (head, query block) rows with the same number of active blocks, one chunk of keys after the other,
 
-    S = scale * Q K[ids]^T        baddbmm, fp32
-    P = softmax(S)                in place
-    O = P V[ids]                  bmm
-    lse = max(S) - log(max(P))    because max(P) = exp(max(S) - lse)
+    S = Q K[ids]^T        bmm, fp32, Q scaled
+    P = 2^(S - shift)     in place; the shift is 0 where norms allow it (`cpu_softmax`)
+    O += P V[ids]         baddbmm
 
-Compensation for dropped blocks is a second pass, in `cpu_means`.
+and, with compensation, the mean keys and values of the dropped blocks as a last chunk (`cpu_means`).
 
 Everything is plain eager PyTorch: nothing is compiled, so there is no compiler to look for, no recompilation
-when a length changes, and no wait at the first call. A group's scores are kept near 1 MB, which stays in a
-core's L2 cache; measured on AVX-512 cores, gathering costs 3 to 8 % of the two GEMMs. Groups run side by side,
-one core each (`workers`).
+when a length changes, and no wait at the first call. The scores of a chunk are kept near 1 MB. Groups run side by
+side, one core each (`workers`).
 Half precision inputs are widened to fp32, so the result is as exact as the rounding of the output allows.
 """
 
@@ -24,11 +22,13 @@ import torch
 
 from . import workers
 from .cpu_means import BlockMeans
+from .cpu_softmax import LOG2_E, Sums, is_plain, key_norms
 from .workers import Buffers, Task
 
 SCORE_BYTES = 1 << 20  # scores of one group
 COPY_BYTES_PER_WORKER = 8 << 20  # widened or re-laid copies of keys and values held at a time
-CHUNK_TOKENS = 2048  # longest key range of one softmax; longer rows are merged by their lse
+CHUNK_TOKENS = 2048  # most keys at a time
+TASK_QUERIES = 1024  # queries of one task, which shares its small operations
 DIRECT_QUERIES = 256  # queries of dense rows handled together
 
 
@@ -39,6 +39,12 @@ class _Rows:
     ids: torch.Tensor  # int64 [R, W], the row's blocks: full ones first, then partly masked ones
     count: torch.Tensor  # int64 [R], blocks with at least one usable key
     partial: torch.Tensor  # int64 [R], how many of them are partly masked
+    plan: tuple[torch.Tensor, torch.Tensor]  # counts [R] and indices [R, W] as they came
+
+    def of(self, some: torch.Tensor, n: int) -> _Rows:
+        """The rows `some`, which have n blocks each."""
+        counts, indices = self.plan
+        return _Rows(self.ids[some, :n], self.count[some], self.partial[some], (counts[some], indices[some]))
 
 
 @dataclass
@@ -51,6 +57,8 @@ class _Work:
     out: torch.Tensor  # [h * Mq, block_q, D]
     lse: torch.Tensor  # [h * Mq, block_q]
     usable: torch.Tensor | None  # bool [Mk, block_kv]; None: all keys
+    norms: torch.Tensor  # [hkv], see cpu_softmax.key_norms
+    means: BlockMeans | None  # with compensation
     kv_len: int
     scale: float
 
@@ -71,69 +79,63 @@ def _rows(counts: torch.Tensor, indices: torch.Tensor, n_kv: int, usable: torch.
         rank = torch.where(active, rank[torch.where(active, ids, 0)], 3)
         rank, order = rank.sort(dim=-1, stable=True)
         ids, count, partial = ids.gather(1, order), (rank < 2).sum(-1), (rank == 1).sum(-1)
-    return _Rows(ids, count, partial)
+    return _Rows(ids, count, partial, (counts.reshape(-1), indices.reshape(counts.numel(), -1)))
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    scores: torch.Tensor,
-    usable: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q [G, M, D] over k, v [G, N, D]; `usable` bool [G, n] speaks of the last n keys."""
-    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
-    if usable is not None:
-        scores[..., scores.shape[-1] - usable.shape[-1] :].masked_fill_(~usable[:, None], float("-inf"))
-    top = scores.amax(-1)
-    torch.softmax(scores, -1, out=scores)
-    return torch.bmm(scores, v), top.sub_(scores.amax(-1).log_())
-
-
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two disjoint key sets, from the attention over each."""
-    total = torch.logaddexp(lse, new_lse)
-    out = out * (lse - total).exp_()[..., None] + new_out * (new_lse - total).exp_()[..., None]
-    return out, total
-
-
-def _gathered(
-    work: _Work, q: torch.Tensor, ids: torch.Tensor, base: torch.Tensor, n_partial: int, buffers: Buffers
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [G, bq, D] over the blocks ids [G, n] of the heads whose blocks begin at `base` [G]."""
-    group, n_blocks = ids.shape
-    block, dim = work.keys.shape[1:]
-    chunk = max(1, CHUNK_TOKENS // block)
-    out, lse = q, q  # replaced by the first chunk
-    for start in range(0, n_blocks, chunk):
-        part = ids[:, start : start + chunk]
-        width = part.shape[1]
-        flat = (part + base[:, None]).reshape(-1)
-        k = torch.index_select(work.keys, 0, flat, out=buffers.get("k", flat.numel(), block, dim))
-        v = torch.index_select(work.values, 0, flat, out=buffers.get("v", flat.numel(), block, dim))
+def _add_blocks(
+    work: _Work, q: torch.Tensor, sums: Sums, ids: torch.Tensor, line: _Rows, at_once: int, buffers: Buffers
+) -> None:
+    """Add the blocks ids [G, n] of work.keys to scaled q [G, bq, D], `at_once` rows at a time; line: these rows."""
+    (block, dim), (group, n_blocks) = work.keys.shape[1:], ids.shape
+    size = _chunk_blocks(n_blocks, block)
+    for i in range(0, group, at_once):
+        own_q, own = (q, sums) if at_once >= group else (q[i : i + at_once], sums.part(i, i + at_once))
+        rows = own_q.shape[0]
         # Partly masked blocks come last in a row.
-        n_masked = min(width, max(0, start + width - (n_blocks - n_partial)))
-        mask = work.usable[part[:, width - n_masked :]].flatten(1) if work.usable is not None and n_masked else None
-        k, v = k.view(group, width * block, dim), v.view(group, width * block, dim)
-        new = _attend(q, k, v, work.scale, buffers.get("s", group, q.shape[1], width * block), mask)
-        out, lse = new if start == 0 else _merge(out, lse, *new)
-    return out, lse
+        first_partial = n_blocks
+        if work.usable is not None:
+            first_partial -= int(line.partial[i : i + at_once].max())
+        for start in range(0, n_blocks, size):
+            width = min(size, n_blocks - start)
+            part = ids[i : i + at_once, start : start + width].reshape(-1)
+            k = torch.index_select(work.keys, 0, part, out=buffers.get("k", rows * width, block, dim))
+            v = torch.index_select(work.values, 0, part, out=buffers.get("v", rows * width, block, dim))
+            mask, masked = None, max(first_partial, start)
+            if work.usable is not None and masked < start + width:
+                mask = work.usable[line.ids[i : i + at_once, masked : start + width]].flatten(1)
+            own.add(own_q, k.view(rows, -1, dim), v.view(rows, -1, dim), mask, None, buffers)
 
 
-def _direct(work: _Work, q: torch.Tensor, first: int, n_kv: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense rows of one head: q [G, bq, D] over all keys of the n_kv blocks from `first` on, read in place."""
-    group, block, dim = q.shape
+def _chunk_blocks(n_blocks: int, block: int) -> int:
+    """Blocks of a chunk, for chunks of about the same length and of CHUNK_TOKENS at most."""
+    most = max(1, CHUNK_TOKENS // block)
+    return -(-n_blocks // -(-n_blocks // most))
+
+
+def _add_dense(work: _Work, q: torch.Tensor, sums: Sums, first: int, n_kv: int, buffers: Buffers) -> None:
+    """Add all keys of the n_kv blocks from `first` on, read in place, to rows of one head."""
+    q, sums, dim = q.view(1, -1, q.shape[-1]), sums.flat(), q.shape[-1]
     keys, values = (x[first : first + n_kv].view(1, -1, dim)[:, : work.kv_len] for x in (work.keys, work.values))
-    q = q.view(1, group * block, dim)
-    out, lse = q, q  # replaced by the first chunk
     for start in range(0, work.kv_len, CHUNK_TOKENS):
         k, v = keys[:, start : start + CHUNK_TOKENS], values[:, start : start + CHUNK_TOKENS]
-        new = _attend(q, k, v, work.scale, buffers.get("s", 1, group * block, k.shape[1]), None)
-        out, lse = new if start == 0 else _merge(out, lse, *new)
-    return out.view(group, block, dim), lse.view(group, block)
+        sums.add(q, k, v, None, None, buffers)
+
+
+def _add_means(
+    means: BlockMeans, q: torch.Tensor, sums: Sums, heads: list[int], bias: torch.Tensor, buffers: Buffers
+) -> None:
+    """Add the means with bias [G, Mk padded] to the rows q [G, bq, D] of key/value `heads` [G]."""
+    start = 0
+    while start < len(heads):
+        head, stop = heads[start], start + 1
+        while stop < len(heads) and heads[stop] == head:
+            stop += 1
+        flat, own = q[start:stop].view(1, -1, q.shape[-1]), sums.part(start, stop).flat()
+        for j in range(0, bias.shape[1], CHUNK_TOKENS):
+            some = slice(j, j + CHUNK_TOKENS)
+            k, v = means.keys[head : head + 1, some], means.values[head : head + 1, some]
+            own.add(flat, k, v, None, bias[start:stop, some], buffers)
+        start = stop
 
 
 def _groups(work: _Work, rows: _Rows, n_q: int, n_kv: int, rep: int, masked: bool) -> list[Task]:
@@ -146,37 +148,43 @@ def _groups(work: _Work, rows: _Rows, n_q: int, n_kv: int, rep: int, masked: boo
     order = torch.argsort(count, descending=True, stable=True)  # longest first, for balance
     counts, heads = count[order].tolist(), kv_head[order].tolist()
 
-    def group(start: int, stop: int, n: int) -> Task:
+    def group(start: int, stop: int, n: int, at_once: int) -> Task:
         def task(buffers: Buffers) -> None:
             own = order[start:stop]
-            if n == 0:
+            head, line = kv_head[own], rows.of(row[own], n)
+            bias = None if work.means is None else work.means.row_bias(*line.plan)
+            if n == 0 and bias is None:
                 work.out[own], work.lse[own] = 0.0, float("-inf")
                 return
-            q = torch.index_select(work.queries, 0, own)
+            q = torch.index_select(work.queries, 0, own).mul_(work.scale * LOG2_E)
+            plain = is_plain(q, work.norms[head]) and (bias is None or work.means is None or work.means.plain)
+            sums = Sums.zeros(q.shape, plain, buffers)
             if n == n_kv and not masked:
-                out, lse = _direct(work, q, heads[start] * n_kv, n_kv, buffers)
-            else:
-                line = row[own]
-                n_partial = int(rows.partial[line].max())
-                out, lse = _gathered(work, q, rows.ids[line, :n], kv_head[own] * n_kv, n_partial, buffers)
+                _add_dense(work, q, sums, heads[start] * n_kv, n_kv, buffers)
+            elif n > 0:
+                _add_blocks(work, q, sums, line.ids + head[:, None] * n_kv, line, at_once, buffers)
+            if work.means is not None and bias is not None:
+                _add_means(work.means, q, sums, heads[start:stop], bias, buffers)
+            out, lse = sums.finish()
             work.out.index_copy_(0, own, out)
             work.lse.index_copy_(0, own, lse)
 
         return task
 
+    most = max(1, min(TASK_QUERIES // block_q, items // (4 * workers.count())))
     tasks, start = [], 0
     while start < items:
-        n = counts[start]
+        n, limit, at_once = counts[start], most, most
         direct = n == n_kv > 0 and not masked  # dense rows of one head only
-        limit = items
         if direct:
-            limit = start + max(1, DIRECT_QUERIES // block_q)
+            limit = max(1, DIRECT_QUERIES // block_q)
         elif n > 0:
-            limit = start + max(1, SCORE_BYTES // (4 * block_q * min(n * block_kv, CHUNK_TOKENS)))
+            at_once = max(1, SCORE_BYTES // (4 * block_q * block_kv * _chunk_blocks(n, block_kv)))
+            limit = max(limit, at_once)
         stop = start + 1
-        while stop < min(limit, items) and counts[stop] == n and not (direct and heads[stop] != heads[start]):
+        while stop < min(start + limit, items) and counts[stop] == n and not (direct and heads[stop] != heads[start]):
             stop += 1
-        tasks.append(group(start, stop, n))
+        tasks.append(group(start, stop, n, at_once))
         start = stop
     return tasks
 
@@ -237,16 +245,20 @@ def _heads(
         usable = torch.zeros(n_kv * block_kv, dtype=torch.bool, device="cpu")
         usable[:kv_len] = True if mask is None else mask
         usable = usable.view(n_kv, block_kv)
-    blocks_out, blocks_lse = rows_out.view(-1, block_q, dim), rows_lse.view(-1, block_q)
-    work = _Work(queries, keys, values, blocks_out, blocks_lse, usable, kv_len, scale)
+    kv_heads = k.shape[0]
+    norms, means, fill_means = torch.empty(kv_heads, device="cpu"), None, []
     workers.run(fill_q + fill_k + fill_v, buffers)
+    if n_kv > 0:
+        if compensate > 0:
+            valid = None if mask is None else usable
+            means = BlockMeans(keys, values, valid, kv_heads, kv_len, compensate, k.dtype, shared)
+            fill_means = means.fill()
+        longest = key_norms(*(x.view(kv_heads, -1, dim) for x in (keys, values)), norms)
+        workers.run(longest + fill_means, buffers)
+    blocks_out, blocks_lse = rows_out.view(-1, block_q, dim), rows_lse.view(-1, block_q)
+    work = _Work(queries, keys, values, blocks_out, blocks_lse, usable, norms, means, kv_len, scale)
     rows = _rows(counts, indices, n_kv, usable)
-    workers.run(_groups(work, rows, n_q, n_kv, heads // k.shape[0], mask is not None), buffers)
-    if compensate > 0 and n_kv > 0:
-        valid = None if mask is None else usable
-        means = BlockMeans(keys, values, valid, k.shape[0], kv_len, compensate, k.dtype, shared)
-        workers.run(means.fill(), buffers)
-        workers.run(means.add(queries, blocks_out, blocks_lse, counts, indices, scale), buffers)
+    workers.run(_groups(work, rows, n_q, n_kv, heads // kv_heads, mask is not None), buffers)
 
     def copy_out(h: int) -> Task:
         def task(_: Buffers) -> None:

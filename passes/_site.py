@@ -151,6 +151,7 @@ class PassContext:
     grid          the user's grid, or None
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
+    qk_int8       scores from queries and keys rounded to int8
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     """
 
@@ -158,6 +159,7 @@ class PassContext:
     grid: tuple[int, int, int] | None = None
     training: bool = False
     example_inputs: Sequence[Any] = ()
+    qk_int8: bool = False
     is_final: bool = False
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)

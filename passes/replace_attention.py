@@ -169,7 +169,8 @@ def _replace(
         arguments = (*operands, nodes.counts, nodes.indices, scale, plan.block_q, plan.block_kv, keys)
         if nodes.compensate is not None:
             arguments = (*arguments, 0, nodes.compensate)
-        pair = graph.call_function(torch.ops.dynamicrad.block_sparse_attention.default, arguments)
+        options = {"qk_int8": True} if context.qk_int8 else {}
+        pair = graph.call_function(torch.ops.dynamicrad.block_sparse_attention.default, arguments, options)
         out = graph.call_function(operator.getitem, (pair, 0))
         if keys is not None:
             out = without_hidden_rows(graph, call, out, keys)

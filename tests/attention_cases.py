@@ -7,7 +7,7 @@ and writes the results to the .npz file named on the command line.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,6 +93,22 @@ CASES = [
 ]
 
 
+# How the kernel may be launched, and the cases that are run so.
+VARIANTS = {
+    "splits": [
+        "ragged_both",
+        "gqa_per_head",
+        "mean_ragged",
+        "mask_padding",
+        "cross_lengths",
+        "fp16",
+        "mean_keeps_nothing",
+    ],
+    "int8": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "fp16", "mean_bf16"],
+    "tma": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "sliced", "fp16"],
+}
+
+
 def build_plan(case: Case, generator: torch.Generator) -> BlockPlan:
     """Random plan with, where there is room, an empty row, a dense row with wrong ids, and a descending row."""
     m_q, m_k = cdiv(case.q_len, case.block_q), cdiv(case.kv_len, case.block_kv)
@@ -165,11 +181,32 @@ def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def check_int8(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype) -> None:
+    """Near the fp64 reference; in fp32, without mean keys, equal to it for queries and keys rounded to int8."""
+    from dynamicrad_compile.kernels import quantise
+
+    expected, expected_lse = reference(args)
+    assert not out.isnan().any()
+    seen = ~expected_lse.isinf()
+    assert (out - expected).norm() <= 0.02 * expected.norm()  # 1 part in 254 of a row's largest entry, summed over dim
+    torch.testing.assert_close(lse.double()[seen], expected_lse[seen], rtol=0, atol=0.05)
+    assert torch.equal(lse.isinf(), ~seen)
+    if args[10] is None and dtype == torch.float32:
+        q, k, *rest = args
+        mean = quantise.mean_key(k)
+        q8, k8 = (quantise.dequantise(x) for x in (quantise.quantise(q), quantise.quantise(k, mean)))
+        expected, expected_lse = reference((q8, k8, *rest))
+        expected_lse += quantise.shift(q, mean, q.shape[-1] ** -0.5 if args[5] is None else args[5])
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=3e-6)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def main() -> None:
     import numpy as np
 
     from dynamicrad_compile.kernels.compensation import Means, kept_bits
     from dynamicrad_compile.kernels.pooling import valid_counts
+    from dynamicrad_compile.kernels.tiles import choose_tile
     from dynamicrad_compile.kernels.triton_forward import INTERPRETED, launch_forward
     from dynamicrad_compile.kernels.triton_pooling import launch_pooling
 
@@ -188,6 +225,18 @@ def main() -> None:
         assert out.is_contiguous()
         assert out.dtype == case.dtype
         results[f"{case.name}.out"], results[f"{case.name}.lse"] = out.float().numpy(), lse.numpy()
+        for variant in VARIANTS:
+            if case.name in VARIANTS[variant]:
+                tile = choose_tile((9, 0), case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
+                out, lse = launch_forward(
+                    *args[:10],
+                    means,
+                    tile=replace(tile, tma=variant == "tma", block_n=16),
+                    splits=3 if variant == "splits" else 1,
+                    qk_int8=variant == "int8",
+                )
+                results[f"{case.name}.{variant}.out"] = out.float().numpy()
+                results[f"{case.name}.{variant}.lse"] = lse.numpy()
     np.savez(sys.argv[1], **results)
 
 

@@ -21,7 +21,7 @@ PIECES = ("dim 0 of 0", "regimes of 0", "0 = 0", "0 windows along", "frames are"
 def no_reason(node):
     """Whether a text inside this piece of code is an error, a note, a docstring or a table of operators."""
     if isinstance(node, ast.Call):
-        return ast.unparse(node.func).endswith(("note", "notes.append", "Error"))
+        return ast.unparse(node.func).endswith(("note", "unmet", "notes.append", "Error"))
     if isinstance(node, ast.FunctionDef):
         return node.name.endswith("message") or node.name == "_table"
     is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -32,7 +32,8 @@ def texts(path):
     """English texts of a file that may be reasons, with 0 for what is filled in."""
     tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
     if path.name == "planning.py":
-        tree = next(node for node in ast.walk(tree) if getattr(node, "name", "") == "_stays_dense")
+        names = ("_stays_dense", "_no_gain")
+        tree = ast.Module([node for node in ast.walk(tree) if getattr(node, "name", "") in names], [])
     skipped = {id(inner) for node in ast.walk(tree) if no_reason(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and id(node) not in skipped:

@@ -90,6 +90,27 @@ def test_large_scores_do_not_overflow():
     check(out, lse, (100 * q, 100 * k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None), torch.float32)
 
 
+@pytest.mark.parametrize("v_scale", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("q_scale", [1.0, 5.0, 1e4], ids=["plain", "near_limit", "shifted"])
+def test_softmax_with_and_without_a_shift(q_scale: float, v_scale: float):
+    """Scores and values of any size, whether or not norms allow a softmax without a shift."""
+    q, k, v = qkv(1, 2, 101, 16)
+    plan = random_plan(101, 101)
+    out, lse = block_sparse_attention(q_scale * q, k, v_scale * v, plan, return_lse=True)
+    args = (q_scale * q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None)
+    check(out / v_scale, lse, args, torch.float32)
+
+
+def test_one_bad_query_block_spoils_no_other():
+    q, k, v = qkv(1, 1, 128, 16)
+    plan, bad = random_plan(128, 128), q.clone()
+    bad[0, 0, 40] = float("nan")
+    expected, out = (block_sparse_attention(x, k, v, plan) for x in (q, bad))
+    assert out[0, 0, 40].isnan().all()
+    others = torch.arange(128) != 40
+    torch.testing.assert_close(out[:, :, others], expected[:, :, others], rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("kv_length", [[70, 115], torch.tensor([70, 115])], ids=["list", "tensor"])
 def test_kv_length_is_a_key_mask(kv_length):
     q, k, v = qkv(2, 2, 115, 16)

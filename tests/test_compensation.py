@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels import cpu_means
+from dynamicrad_compile.kernels import cpu
 from dynamicrad_compile.kernels.block_sparse_attention import block_sparse_attention
 from dynamicrad_compile.kernels.compensation import kept_bits
 from dynamicrad_compile.kernels.reference import kept_blocks, token_mask
@@ -63,7 +63,8 @@ def test_equal_tokens_within_a_block_give_dense_attention(length: int):
 def test_small_groups_give_the_same(monkeypatch: pytest.MonkeyPatch):
     args = build(BY_NAME["mean_per_batch_and_head"])
     expected = OP(*args)
-    monkeypatch.setattr(cpu_means, "GROUP_BYTES", 1)
+    monkeypatch.setattr(cpu, "TASK_QUERIES", 1)
+    monkeypatch.setattr(cpu, "CHUNK_TOKENS", 3)
     for got, want in zip(OP(*args), expected, strict=True):
         torch.testing.assert_close(got, want)
 

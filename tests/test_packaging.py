@@ -98,7 +98,7 @@ def test_wheel_content(wheel):
         assert expected <= set(names)
     profiles = {f"dynamicrad_compile/profiles/{file.name}" for file in (ROOT / "profiles").glob("*.toml")}
     assert profiles <= set(names)
-    assert "dynamicrad_compile/py.typed" in names
+    assert {"dynamicrad_compile/py.typed", "dynamicrad_compile/crossover.toml"} <= set(names)
     assert not [name for name in names if "test" in name or name.endswith(".pyc")]
 
 

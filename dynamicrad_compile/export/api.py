@@ -26,7 +26,7 @@ from .job import Exported, Job, capture
 from .output import place_of, written_whole
 from .rewriting import rewrite
 
-FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx_model", "tensorrt": "tensorrt"}
+FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx_model", "tensorrt": "tensorrt_files"}
 """Format -> module with
 
 STATELESS                        whether calls of the exported model know nothing of each other

@@ -1,0 +1,83 @@
+"""Write the tiles that a GPU run found fastest into the tile table of the kernels.
+
+    python benchmarks/gpu_suite.py --tiles --name tiles            # on the GPU: times every admissible tile
+    python benchmarks/autotune_tiles.py benchmarks/results/tiles.json
+
+An entry is replaced where the proposal is faster than the entry in use by more than `--margin`; its source becomes chip
+and date. The table is checked before it is written, in one piece. `--dry-run` only says what would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.kernels.tiles import TABLE, Table, Tile, read_table
+
+
+def to_toml(table: Table, comment: str) -> str:
+    """The table as TOML, below `comment`."""
+    lines = [comment.rstrip("\n")]
+    for arch, dtypes in sorted(table.items()):
+        for dtype, dims in sorted(dtypes.items(), reverse=True):
+            for dim, tiles in sorted(dims.items()):
+                lines += ["", f"[sm_{arch}.{dtype}.{dim}]"]
+                for kernel, tile in tiles.items():
+                    sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages]
+                    tma = ", tma = true" if tile.tma else ""
+                    lines.append(f"{kernel} = {{ tile = {sizes}{tma}, source = {json.dumps(tile.source)} }}")
+    return "\n".join(lines) + "\n"
+
+
+def update(table: Table, content: dict, margin: float) -> list[str]:
+    """Put the proposals of a run's JSON into the table; what changed, a line each.
+
+    Raises PlanError if the JSON is not of a run with --tiles on a GPU.
+    """
+    about = content.get("about", {})
+    proposals, dtype = content.get("tile_proposal"), about.get("dtype_class")
+    arch = int(str(about.get("arch", "")).removeprefix("sm_") or 0) if about.get("device") == "cuda" else 0
+    if not proposals or not arch or dtype not in ("half", "float"):
+        raise PlanError("no tile proposal in it. Make one on a GPU: python benchmarks/gpu_suite.py --tiles")
+    changes = []
+    entries = table.setdefault(arch, {}).setdefault(dtype, {})
+    for proposal in proposals:
+        dim, now = proposal["head_dim"], proposal.get("current_score")
+        if now is not None and now < proposal["score"] * (1 + margin):
+            continue
+        tile = Tile(*proposal["tile"], tma=proposal["tma"], source=f"measured: {about['chip']}, {about['date']}")
+        before = entries.get(dim, {}).get("forward")
+        entries.setdefault(dim, {})["forward"] = tile
+        gain = "new entry" if now is None else f"{now / proposal['score'] - 1:.1%} faster"
+        changes.append(f"sm_{arch} {dtype} head_dim {dim}: {before} -> {tile}, {gain}")
+    return changes
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path, help="JSON of benchmarks/gpu_suite.py --tiles")
+    parser.add_argument("--table", type=Path, default=TABLE, help="table to rewrite (that of the package)")
+    parser.add_argument("--margin", type=float, default=0.02, help="gain below which an entry stays (0.02)")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        table = read_table(args.table)
+        changes = update(table, json.loads(args.result.read_text()), args.margin)
+    except (OSError, ValueError, KeyError, TypeError, PlanError) as error:
+        sys.exit(f"{args.result}: {error}")
+    print("\n".join(changes) or "every entry in use is the fastest, or within the margin")
+    if args.dry_run or not changes:
+        return
+    comment = "\n".join(line for line in args.table.read_text().splitlines() if line.startswith("#"))
+    partial = args.table.with_suffix(".partial")
+    partial.write_text(to_toml(table, comment))
+    read_table(partial)
+    partial.replace(args.table)
+
+
+if __name__ == "__main__":
+    main()

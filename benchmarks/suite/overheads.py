@@ -1,0 +1,111 @@
+"""What comes beside the attention: selection, router, plan, compensation; each as a share of the sparse attention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+import dynamicrad_compile as drad
+from dynamicrad_compile.kernels.compensation import means_of
+from dynamicrad_compile.kernels.select_blocks import cost, select_blocks
+from dynamicrad_compile.plan_table import ratios_for
+from dynamicrad_compile.planners import make_candidates
+from dynamicrad_compile.router import route
+
+from .bench import BLOCK, Bench
+from .runner import Row, Values
+
+THRESHOLDS = {"threshold": (0.0, 0.5), "mass": (0.8, 0.7)}
+CANDIDATES = 0.5  # sparsity of the candidates that a selection thins to 0.8
+
+
+def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
+    """All overheads at one shape; the forward row of that shape and sparsity must have run before."""
+    facts = {"tokens": tokens, "head_dim": dim, "heads": bench.shapes[tokens][1], "wanted_sparsity": sparsity}
+    at = f"{tokens}/{dim}/{sparsity:g}"
+    for criterion in ("ratio", "threshold", "mass"):
+        run = lambda c=criterion: run_select(bench, tokens, dim, sparsity, c)  # noqa: E731
+        yield Row(f"select/{at}/{criterion}", "overhead", run, 5.0, {**facts, "what": f"select_blocks, {criterion}"})
+    yield Row(f"compensation/{at}", "overhead", lambda: run_compensation(bench, tokens, dim, sparsity), 6.0,
+              {**facts, "what": "compensation (means and kernel)"})  # fmt: skip
+    yield Row(f"int8/{at}", "overhead", lambda: run_int8(bench, tokens, dim, sparsity), 6.0,
+              {**facts, "what": "scores from int8 instead (below 0: faster)"})  # fmt: skip
+    yield Row(f"router/{at}", "overhead", lambda: run_router(bench, at), 3.0, {**facts, "what": "router, once a step"})
+    yield Row(f"plan/{at}", "overhead", lambda: run_plan(bench, tokens, sparsity, at), 3.0,
+              {**facts, "what": "plan on the host, once a grid"})  # fmt: skip
+
+
+def _share(bench: Bench, at: str, ms: float) -> Values:
+    """Share of the sparse attention's time at the same shape."""
+    attention = bench.found(f"forward/{at}")
+    return {"ms": ms, "attention_ms": attention["ms"] if attention else None,
+            "share": ms / attention["ms"] if attention else None}  # fmt: skip
+
+
+def run_select(bench: Bench, tokens: int, dim: int, sparsity: float, criterion: str) -> Values:
+    """select_blocks: read q and k once, choose among the candidates."""
+    q, k, _ = bench.qkv(tokens, dim)
+    grid, heads = bench.shapes[tokens]
+    candidates = make_candidates(grid, BLOCK, sparsity=CANDIDATES)
+    pair = THRESHOLDS.get(criterion) or ratios_for(candidates, sparsity)
+    candidates, thresholds = candidates.to(bench.device), torch.tensor([pair]).to(bench.device)
+    call = lambda: select_blocks(q, k, candidates, thresholds, criterion)  # noqa: E731
+    plan = call()
+    width = candidates.plan.kv_indices.shape[-1]
+    floor = cost(1, heads, heads, tokens, tokens, dim, BLOCK, BLOCK, width, criterion, q.element_size()).bytes
+    values = _share(bench, f"{tokens}/{dim}/{sparsity:g}", bench.clock.time(call).ms)
+    values |= {"sparsity": plan.sparsity, "floor_ms": floor / bench.ceilings.memory * 1e-9, "bound": "memory"}
+    return values | {"of_floor": values["floor_ms"] / values["ms"]}
+
+
+def run_compensation(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
+    """What compensation adds to the attention with the same blocks, and how much of it the means take."""
+    plan = bench.plan(tokens, sparsity)
+    q, k, v = bench.qkv(tokens, dim)
+    with_means = replace(plan, compensate=(1.0,))
+    weight = torch.ones(1, device=bench.device)
+    both = bench.clock.time_in_turns({
+        "plain": lambda: drad.block_sparse_attention(q, k, v, plan),
+        "whole": lambda: drad.block_sparse_attention(q, k, v, with_means),
+    })  # fmt: skip
+    plain, whole = both["plain"].ms, both["whole"].ms
+    means = bench.clock.time(lambda: means_of(k, v, plan.kv_counts, plan.kv_indices, BLOCK, None, weight)).ms
+    return {"ms": whole - plain, "attention_ms": plain, "share": (whole - plain) / plain, "means_ms": means,
+            "summary": f"means {means:.3g} ms, rest {whole - plain - means:.3g} ms"}  # fmt: skip
+
+
+def run_int8(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
+    """What `qk_dtype="int8"` adds to the time, rounding included, and its error against exact scores."""
+    plan = bench.plan(tokens, sparsity)
+    q, k, v = bench.qkv(tokens, dim)
+    exact = drad.block_sparse_attention(q, k, v, plan).float()
+    rounded = drad.block_sparse_attention(q, k, v, plan, qk_dtype="int8").float()
+    error = float((rounded - exact).norm() / exact.norm())
+    if not error < 0.05:
+        raise AssertionError(f"error {error:.3g} of int8 scores against exact ones")
+    both = bench.clock.time_in_turns({
+        "exact": lambda: drad.block_sparse_attention(q, k, v, plan),
+        "int8": lambda: drad.block_sparse_attention(q, k, v, plan, qk_dtype="int8"),
+    })  # fmt: skip
+    change = both["int8"].ms - both["exact"].ms
+    return {"ms": change, "attention_ms": both["exact"].ms, "share": change / both["exact"].ms, "error": error,
+            "summary": f"error {error:.2%}"}  # fmt: skip
+
+
+def run_router(bench: Bench, at: str) -> Values:
+    """The linear router on a prompt of 512 tokens of 4096 features and its negative."""
+    embeds = torch.randn(2, 512, 4096, device=bench.device, dtype=bench.dtype)
+    weight, bias = torch.randn(3, 4096, device=bench.device), torch.zeros(3, device=bench.device)
+    call = lambda: route(embeds, None, weight, bias)  # noqa: E731
+    timed = bench.timed(call)
+    return {**_share(bench, at, timed["graph_ms"] or timed["ms"]), "eager_ms": timed["ms"]}
+
+
+def run_plan(bench: Bench, tokens: int, sparsity: float, at: str) -> Values:
+    """Seconds of the planner on the host; nothing of it is paid again at a later step."""
+    start = time.perf_counter()
+    drad.make_plan("dynamicrad", bench.shapes[tokens][0], BLOCK, sparsity=sparsity, compensate=1.0)
+    return _share(bench, at, 1e3 * (time.perf_counter() - start))
