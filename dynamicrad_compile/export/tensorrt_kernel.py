@@ -221,7 +221,7 @@ def tiles_of(capability: tuple[int, int], config: KernelConfig) -> tuple[Tile, T
     small = replace(
         best, block_m=min(best.block_m, rows), block_n=min(best.block_n, 32), num_warps=min(best.num_warps, 4)
     )
-    return best, replace(small, num_stages=2 if config.head_dim <= 64 and config.dtype != "fp32" else 1)
+    return best, replace(small, num_stages=1)
 
 
 def _number(capability: tuple[int, int]) -> int:
