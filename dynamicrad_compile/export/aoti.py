@@ -9,17 +9,31 @@ from typing import Any
 
 import torch
 
+from ..errors import ExportError
 from .job import Job
 
 STATELESS = False
 
 
 def check() -> None:
-    """A compiler is looked for by Inductor itself."""
+    """Raises ExportError if there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise ExportError(
+            f"format 'aoti' needs a C++ compiler ({error}). Install g++, or name a compiler in the variable CXX."
+        ) from error
 
 
 def write(job: Job) -> dict[str, Any]:
-    """Write STEM.pt2."""
+    """Write STEM.pt2. Raises ExportError if Inductor can't compile the model."""
     file = f"{job.stem}.pt2"
-    torch._inductor.aoti_compile_and_package(job.program(), package_path=str(job.folder / file))
+    try:
+        torch._inductor.aoti_compile_and_package(job.program(), package_path=str(job.folder / file))
+    except Exception as error:
+        raise ExportError(
+            f"AOTInductor can't compile the model: {error}\nSee whether format 'torch' works, and `dynamicrad doctor`."
+        ) from error
     return {"file": file}

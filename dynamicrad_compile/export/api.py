@@ -8,6 +8,7 @@ import json
 import os
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..profiles import load_profile
 from .batch import with_dynamic_batch
 from .card import model_card
 from .checking import check_export
-from .job import Exported, Job
+from .job import Exported, Job, capture
 from .output import place_of, written_whole
 from .rewriting import rewrite
 
@@ -80,8 +81,9 @@ def export(
     if dynamic_batch:
         args, kwargs, shapes = with_dynamic_batch(model, args, kwargs, dynamic_batch)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "capture", say, f"capturing {type(model).__name__} with torch.export"):
-        program = _capture(model, args, kwargs, shapes)
+    what = f"capturing {type(model).__name__} with torch.export"
+    with _timed(seconds, "capture", say, what), _in_eval_mode(model):
+        program = capture(model, args, kwargs, shapes)
     with _timed(seconds, "rewrite", say, "making its attention block-sparse"):
         module, report = rewrite(program, options)
     for line in report.summary().splitlines():
@@ -101,7 +103,7 @@ def export(
         (temporary / name).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         names = sorted(file.name for file in temporary.iterdir() if file.name != name)
     files = [folder / file for file in (*names, name)]
-    return Exported(format, folder / details["file"], files, report, card, seconds)
+    return Exported(format, folder / details["file"], files, report, card, seconds, module)
 
 
 def check_request(
@@ -138,17 +140,12 @@ def _without_state(options: Mapping[str, Any], format: str) -> Mapping[str, Any]
     return {**options, "dense_steps": 0}
 
 
-def _capture(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
+@contextmanager
+def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise ExportError(
-            f"torch.export can't capture {type(model).__name__}: {error}\nTry the call itself first: "
-            "model(*args, **kwargs). With dynamic_batch, name the inputs that have a batch."
-        ) from error
+        yield
     finally:
         model.train(training)
 
@@ -162,5 +159,7 @@ def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _timed(seconds: dict[str, float], name: str, say: Callable[[str], None], line: str) -> Iterator[None]:
     say(line)
     start = time.perf_counter()
-    yield
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # PyTorch's own, at each copy of a graph
+        yield
     seconds[name] = round(time.perf_counter() - start, 3)

@@ -22,7 +22,10 @@ def with_dynamic_batch(
     of one is doubled, because torch.export takes a size of 1 for a constant.
     Raises ExportError if a name is no tensor of the call, or if they disagree.
     """
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExportError(f"the call does not fit {type(model).__name__}.forward: {error}.") from None
     given = dict(bound.arguments)
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

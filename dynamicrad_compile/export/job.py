@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import ExportError
 from ..options import Options
 from ..reports import Report
 
@@ -39,11 +40,8 @@ class Job:
     say: Callable[[str], None]
 
     def program(self, module: torch.nn.Module | None = None) -> torch.export.ExportedProgram:
-        """The module, or another one that is called like it, as a torch.export program."""
-        with torch.no_grad():
-            return torch.export.export(
-                module or self.module, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes, strict=False
-            )
+        """The module, or another one that is called like it, as a torch.export program. Raises ExportError."""
+        return capture(module or self.module, self.args, self.kwargs, self.dynamic_shapes)
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Exported:
     report   what was replaced in the model, and why not the rest
     card     content of the model card
     seconds  time of each step
+    module   the rewritten model in eager code, called like the original, to compare with
     """
 
     format: str
@@ -64,10 +63,25 @@ class Exported:
     report: Report
     card: Mapping[str, Any] = field(repr=False)
     seconds: Mapping[str, float]
+    module: fx.GraphModule = field(repr=False)
 
     def __str__(self) -> str:
         sizes = [f"  {file}  {_size(file.stat().st_size)}" for file in self.files]
         return "\n".join([self.report.summary(), f"{self.format}, {sum(self.seconds.values()):.1f} s:", *sizes])
+
+
+def capture(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    """torch.export.export without gradients; its errors come as ExportError, with what to do."""
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export can't capture {type(module).__name__}: {error}\nTry the call itself first: "
+            "model(*args, **kwargs). With dynamic_batch, name the inputs that have a batch."
+        ) from error
 
 
 def _size(count: int) -> str:

@@ -37,7 +37,7 @@ def load_model(
     folder = _weights_folder(Path(name)) if Path(name).exists() and not layers else None
     torch.manual_seed(0)
     if folder is not None:
-        model = cls.from_pretrained(folder, torch_dtype=DTYPES[dtype], low_cpu_mem_usage=False)
+        model = cls.from_pretrained(folder, torch_dtype=DTYPES[dtype], use_safetensors=True)
     else:
         model = cls.from_config(config).to(DTYPES[dtype])
     call = {key: _filled(key, value, DTYPES[dtype], device) for key, value in inputs().items()}
