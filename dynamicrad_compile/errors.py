@@ -30,6 +30,10 @@ class RouterError(DynamicRadError, ValueError):
     """Prompts, an encoder or a router file that the motion router can't be fitted to or read from."""
 
 
+class LoraError(DynamicRadError, ValueError):
+    """Settings, clips, a model or a checkpoint that a LoRA can't be trained with."""
+
+
 class StrictError(DynamicRadError, RuntimeError):
     """`strict=True` and a video self-attention had to stay dense."""
 
