@@ -6,6 +6,7 @@ The regime of each clip is pinned on the device before a call (`run_state.Pinned
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,6 +66,15 @@ class Student:
             self.model.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
             raise LoraError(f"adapter.targets = {adapter.targets}: {error}") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most frozen weights; diffusers keeps some in float32."""
+        sizes: Counter[torch.dtype] = Counter()
+        for weight in self.model.parameters():
+            if not weight.requires_grad:
+                sizes[weight.dtype] += weight.numel()
+        return sizes.most_common(1)[0][0]
 
     @property
     def dense_level(self) -> float | None:

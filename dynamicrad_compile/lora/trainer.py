@@ -112,7 +112,7 @@ class _Training:
     def __init__(self, model: Any, settings: Settings, accelerator: Any) -> None:
         self.settings, self.accelerator = settings, accelerator
         self.student = student = Student(model, settings, accelerator.device)
-        self.dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+        self.dtype = student.dtype
         train = settings.train
         optimizer = torch.optim.AdamW(student.weights.values(), lr=0.0, weight_decay=train.weight_decay)
         student.call, self.optimizer = accelerator.prepare(student.call, optimizer)
