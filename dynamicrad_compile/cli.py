@@ -1,4 +1,4 @@
-"""The command `dynamicrad`: doctor, explain, plot, route, tune, export.
+"""The command `dynamicrad`: doctor, explain, plot, route, tune, lora, export.
 
 Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import DynamicRadError
 from .export.command import add_export
+from .lora.command import add_lora
 from .tuning.command import add_tune
 
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_route(commands)
     add_tune(commands)
     add_export(commands, _key_value)
+    add_lora(commands)
     return parser
 
 

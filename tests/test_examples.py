@@ -1,4 +1,4 @@
-"""The quickstart at a small size: it runs, replaces what it should, and writes its files."""
+"""The examples at a small size: they run, replace what they should, and write their files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -38,3 +39,33 @@ def test_quickstart_refuses_sizes_that_do_not_divide(argv, capsys):
         quickstart.parse(argv)
     assert stop.value.code == 2
     assert "must be" in capsys.readouterr().err
+
+
+def test_lora_finetune(tmp_path, capsys):
+    """All stages on a model of one layer without training: files, table, and an adapter that is resumed."""
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    import lora_finetune
+    from PIL import Image
+
+    model, data = lora_finetune.model, lora_finetune.data
+    config = {**model.TRANSFORMER, "num_layers": 1}
+    transformer, text = model.create(config)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    written = {"transformer": config, "vocabulary": data.vocabulary()}
+    model.save(tmp_path / "model.safetensors", model.state(transformer, text), written)
+    size = ["--frames", "8", "--steps", "2", "--clips", "2", "--levels", "1", "--rounds", "1", "--sample-steps", "1"]
+    command = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--inner", "eager", *size]
+    lora_finetune.main([*command, "--stages", "train", "--kinds", "sparse"])
+    lora_finetune.main(command)
+    out = capsys.readouterr().out
+    assert "sparse LoRA, resumed" in out
+    assert "sparsity that ran: 7" in out
+    assert "The LoRA closes" in out
+    assert "| dense + dense LoRA |" in out
+    assert "| gain | " in out
+    with Image.open(tmp_path / "out" / "comparison.gif") as video:
+        assert video.size == (3 * 32 * 4, 3 * 32 * 4)
+        assert video.n_frames > 1
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files >= {"sparse", "dense", "results.json", "time.json", "table.md", "curves.png", "comparison.png"}
