@@ -1,18 +1,30 @@
-"""Tile sizes of the Triton kernels by architecture, dtype and head_dim.
+"""Tile sizes of the Triton kernels by architecture, dtype and head_dim: the table `tiles.toml`, and its reader.
 
-A query tile is `block_m` queries, a key tile `block_n` keys; both divide the plan's blocks. The entries were
-compiled ahead of time for their architecture with every mask: none spills, all fit the shared memory. Which of
-several such tiles is fastest was not measured; the half precision entries follow PyTorch's FlexAttention.
+A query tile is `block_m` queries, a key tile `block_n` keys; both divide the plan's blocks. No tile of the table spills
+when compiled ahead of time for its architecture with every mask, but for fp32 backwards above head_dim 64: 12 to 400
+bytes, because TF32x3 keeps each operand twice. `benchmarks/tile_model.py` shows what a choice implies.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from dynamicrad_compile.errors import PlanError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block may use, in bytes, by architecture (CUDA programming guide, table of limits)."""
+KERNELS = ("forward", "dq", "dk_dv", "dmeans")
+DTYPES = ("half", "float")
+TABLE = Path(__file__).with_name("tiles.toml")
 
 
 @dataclass(frozen=True)
@@ -23,44 +35,79 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False  # keys and values through the copy engine, sm_90 and newer
+    source: str = ""  # how it was chosen
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n"):
             size = getattr(self, name)
-            if not 16 <= size <= 256 or size & (size - 1):
+            if not isinstance(size, int) or not 16 <= size <= 256 or size & (size - 1):
                 raise PlanError(f"{name} must be a power of two from 16 to 256, got {size}.")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise PlanError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}.")
-        if not 1 <= self.num_stages <= 8:
+        if not isinstance(self.num_stages, int) or not 1 <= self.num_stages <= 8:
             raise PlanError(f"num_stages must be 1 to 8, got {self.num_stages}.")
 
 
-# Largest head_dim the entry serves -> tile. "half" is fp16 and bf16, "float" is fp32.
-TILES: dict[int, dict[str, dict[int, Tile]]] = {
-    80: {
-        "half": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "float": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
-    },
-    86: {
-        "half": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "float": {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
-    },
-    90: {
-        "half": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-        "float": {64: Tile(64, 32, 4, 3), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
-    },
-    100: {
-        "half": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-        "float": {64: Tile(64, 32, 4, 3), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
-    },
-}
-TILES[89] = TILES[120] = TILES[86]
+class BackwardTiles(NamedTuple):
+    """Tiles of the three kernels of the backward."""
+
+    dq: Tile
+    dk_dv: Tile
+    dmeans: Tile  # its block_n counts mean keys
 
 
-def architecture(capability: tuple[int, int]) -> int:
+# architecture -> dtype -> largest head_dim -> kernel -> tile
+Table = dict[int, dict[str, dict[int, dict[str, Tile]]]]
+
+
+def read_table(path: Path = TABLE) -> Table:
+    """The table of a TOML file. Raises PlanError that names file and entry where one is wrong."""
+    table: Table = {}
+    try:
+        sections = tomllib.loads(path.read_text())
+        for arch, dtypes in sections.items():
+            for dtype, dims in dtypes.items():
+                for dim, entries in dims.items():
+                    place = f"[{arch}.{dtype}.{dim}]"
+                    if not (arch.startswith("sm_") and arch[3:].isdigit() and dtype in DTYPES and dim.isdigit()):
+                        raise PlanError(f"{place} is not [sm_ARCH.half or float.HEAD_DIM].")
+                    tiles = {kernel: _tile(entry, f"{place} {kernel}", kernel) for kernel, entry in entries.items()}
+                    table.setdefault(int(arch[3:]), {}).setdefault(dtype, {})[int(dim)] = tiles
+    except (OSError, AttributeError, tomllib.TOMLDecodeError, PlanError) as error:
+        raise PlanError(f"{path.name}: {error}") from error
+    return table
+
+
+def _tile(entry: Any, place: str, kernel: str) -> Tile:
+    if kernel not in KERNELS:
+        raise PlanError(f"{place}: the kernels are {', '.join(KERNELS)}.")
+    if not isinstance(entry, dict) or not isinstance(entry.get("tile"), list) or len(entry["tile"]) != 4:
+        raise PlanError(f"{place} needs tile = [block_m, block_n, warps, stages].")
+    if unknown := set(entry) - {"tile", "tma", "source"}:
+        raise PlanError(f"{place}: unknown {', '.join(sorted(unknown))}; known are tile, tma and source.")
+    try:
+        return Tile(*entry["tile"], tma=bool(entry.get("tma", False)), source=str(entry.get("source", "")))
+    except PlanError as error:
+        raise PlanError(f"{place}: {error}") from error
+
+
+@cache
+def table() -> Table:
+    """The shipped table."""
+    return read_table()
+
+
+def architecture(capability: tuple[int, int], kernel: str = "forward") -> int:
     """Architecture whose entries serve a compute capability: the newest one that is not newer than it."""
     number = 10 * capability[0] + capability[1]
-    known = [arch for arch in TILES if arch <= number]
+    # 12.x has the shared memory of 8.6, not that of 9.0 and 10.0.
+    number = min(number, 89) if number >= 120 else number
+    known = [
+        arch
+        for arch, dtypes in table().items()
+        if arch <= number and any(kernel in tiles for dims in dtypes.values() for tiles in dims.values())
+    ]
     if not known:
         raise PlanError(f"the CUDA kernels need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}.")
     return max(known)
@@ -71,20 +118,32 @@ def _largest_power_of_two(n: int) -> int:
     return n & -n
 
 
-def choose_tile(capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int) -> Tile:
-    """Tile for a device and a plan: the table's entry, cut so that it divides the plan's blocks.
+def choose_tile(
+    capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int, kernel: str = "forward"
+) -> Tile:
+    """Tile of a kernel for a device and a plan: the table's entry, cut so that it divides the plan's blocks.
 
     Raises PlanError for a device older than 8.0, a head_dim above 256, or blocks that are not multiples of 16.
     """
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block % 16 or not 16 <= block <= 256:
             raise PlanError(f"{name} must be a multiple of 16 up to 256 on CUDA, got {block}.")
-    entries = TILES[architecture(capability)]["half" if half else "float"]
+    entries = table()[architecture(capability, kernel)]["half" if half else "float"]
     limit = min((size for size in entries if size >= head_dim), default=None)
     if limit is None:
         raise PlanError(f"head_dim must be at most {max(entries)}, got {head_dim}.")
-    tile = entries[limit]
+    tile = entries[limit][kernel]
     block_m = min(tile.block_m, _largest_power_of_two(block_q))
     block_n = min(tile.block_n, _largest_power_of_two(block_kv))
-    warps = tile.num_warps if block_m == tile.block_m else min(tile.num_warps, 4)
-    return Tile(block_m, block_n, warps, tile.num_stages)
+    cut = block_m < tile.block_m or (kernel != "forward" and block_n < tile.block_n)
+    warps = min(tile.num_warps, 4) if cut else tile.num_warps
+    return replace(tile, block_m=block_m, block_n=block_n, num_warps=warps)
+
+
+def choose_backward_tiles(
+    capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int
+) -> BackwardTiles:
+    """`choose_tile` for the three kernels of the backward."""
+    return BackwardTiles(
+        *(choose_tile(capability, half, head_dim, block_q, block_kv, kernel) for kernel in BackwardTiles._fields)
+    )

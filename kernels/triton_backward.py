@@ -8,9 +8,8 @@ import torch
 import triton
 from torch.library import wrap_triton
 
-from .backward_tiles import BackwardTiles, choose_backward_tiles
 from .compensation import Means
-from .tiles import Tile
+from .tiles import BackwardTiles, Tile, choose_backward_tiles
 from .transpose_plan import transpose_plan
 from .triton_backward_kernels import _dk_dv, _dmeans, _dq, _row_terms
 
@@ -63,7 +62,7 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), contiguous; arguments as of the op, already validated.
 
-    `means`: of `compensation.means_of`, None for no compensation. `tiles` override the table of `backward_tiles`.
+    `means`: of `compensation.means_of`, None for no compensation. `tiles` override the table of `tiles`.
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
     batch, heads, q_len, dim = q.shape

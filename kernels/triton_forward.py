@@ -2,12 +2,20 @@
 
     out[i] = sum_j softmax_j(scale * q_i . k_j) v_j,  lse[i] = log sum_j exp(scale * q_i . k_j)
 
-One program computes `BLOCK_M` queries of one head of one sample: it walks the row's active key blocks in tiles
-of `BLOCK_N` keys with the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), in powers of two with
-log2(e) folded into the scale, and accumulates in fp32. The id of the next block is loaded one tile ahead.
-Scores are masked only in builds for a ragged last block or a key mask, by a select in every tile; mask bytes
-are loaded only from `mask_start` on. A uniform branch around the masking took 50 registers more and spilled on
-sm_80 and sm_120.
+One program computes `BLOCK_M` queries of one head of one sample: it walks the row's active key blocks in tiles of
+`BLOCK_N` keys with the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), in powers of two with log2(e) folded
+into the scale, and accumulates in fp32. The id of the next block is loaded one tile ahead.
+
+Blocks whose keys all count come in a loop of their own without any masking. The row's first block from `FIRST_PARTIAL`
+on ends it: the last block where it is ragged, blocks with masked keys, and whatever a row lists after the first such
+block go through a second loop that selects. Planners and `select_blocks` list them last.
+
+With ORDERED the heavy rows of all heads start first (`triton_schedule`). With SPLITS > 1 a row's tiles are shared by
+several programs, each writes its own out and lse, and `triton_splits` merges them.
+
+With TMA keys and values are host tensor descriptors, read by the copy engine of sm_90 and newer: 10 to 46 registers
+fewer. Triton's automatic warp specialisation is no help on sm_90: 3.9 ignores it here with 8 warps and its pass fails
+with 4.
 
 With COMPENSATE a loop over the mean keys of all blocks comes first, `BLOCK_J` of them at a time; those of the kept
 blocks are hidden by a packed bit each (`compensation`). Dense rows and samples of weight 0 skip that loop.
@@ -18,6 +26,8 @@ The interpreter's `tl.dot` is wrong for bf16, so operands are widened there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,31 +35,88 @@ from torch.library import wrap_triton
 
 from .compensation import Means
 from .tiles import Tile, choose_tile
+from .triton_schedule import heavy_first
+from .triton_splits import choose_splits, merge_splits
 
 MEANS_TILE = 32
 """Means of blocks at a time; tiles of 64 spilled at head_dim 128 on sm_120."""
 
 
 @triton.jit
+def _rows(
+    x,
+    i_b,
+    i_h,
+    p_x,
+    first,
+    stride,
+    length,
+    o_n,
+    o_d,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_D], rows from `first` on of one head of x; zeros beyond length (TMA, or RAGGED) and beyond D."""
+    if TMA:
+        b_x = x.load([i_b, i_h, first, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        p_rows = p_x + first.to(tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :])
+        if RAGGED and D < BLOCK_D:
+            b_x = tl.load(p_rows, mask=(first + o_n < length)[:, None] & (o_d < D)[None, :], other=0.0)
+        elif RAGGED:
+            b_x = tl.load(p_rows, mask=(first + o_n < length)[:, None], other=0.0)
+        elif D < BLOCK_D:
+            b_x = tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_rows)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: scores b_s [BLOCK_M, n], times scale2 in units of log2, and values b_v [n, D].
+
+    GUARD where all scores so far may be -inf: -inf - -inf must not become NaN.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new) if GUARD else b_new
+    b_p = tl.exp2(tl.fma(b_s, scale2, -b_base[:, None]))
+    b_scale = tl.exp2(b_max - b_base)
+    b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_scale[:, None], input_precision=PRECISION)
+    return b_new, b_sum, b_acc
+
+
+@triton.jit
 def _block_sparse_forward(
     q,  # [B, H, Sq, D], last stride 1, as of k and v
-    k,  # [B, Hkv, Sk, D]
+    k,  # [B, Hkv, Sk, D]; with TMA a descriptor of it with blocks [1, 1, BLOCK_N, BLOCK_D], as v
     v,  # [B, Hkv, Sk, D]
     counts,  # int32 [B', H', Mq]
     indices,  # int32 [B', H', Mq, W], last stride 1
+    order,  # int32 [Mq + 1] of `heavy_first`; not read without ORDERED
     key_mask,  # bool [B'', Sk], last stride 1; not read without HAS_MASK
     mean_k,  # [B, Hkv, Mk, D] contiguous; this and the next four are not read without COMPENSATE
     mean_v,  # [B, Hkv, Mk, D] contiguous
     n_valid,  # int32 [B'', Mk], valid keys of each block
     weight,  # fp32 [B or 1]
     kept,  # int32 [B', H', Mq, ceil(Mk / 32)], a bit per block
-    out,  # [B, H, Sq, D] contiguous
-    lse,  # fp32 [B, H, Sq] contiguous
+    out,  # [SPLITS, B, H, Sq, D] contiguous
+    lse,  # fp32 [SPLITS, B, H, Sq] contiguous
     scale,
+    BH,  # B * H
     H,
     KV_GROUP,  # H / Hkv
     SQ,
     SK,
+    MQ,  # rows of the plan
+    FIRST_PARTIAL,  # first block with keys that may not count
     mask_start,
     stride_qb,
     stride_qh,
@@ -82,13 +149,29 @@ def _block_sparse_forward(
     RAGGED: tl.constexpr,  # SK is not a multiple of BLOCK_KV
     HAS_MASK: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TMA: tl.constexpr,
     WIDEN: tl.constexpr,  # tl.dot in fp32, for the interpreter
     PRECISION: tl.constexpr,
 ):
-    i_m = tl.program_id(0)
-    i_b = (tl.program_id(1) // H).to(tl.int64)
-    i_h = (tl.program_id(1) % H).to(tl.int64)
-    i_row = (i_m // (BLOCK_Q // BLOCK_M)).to(tl.int64)
+    # Which row of which head: heavy rows of all heads, then head by head.
+    R: tl.constexpr = BLOCK_Q // BLOCK_M  # tiles of a row
+    pid = tl.program_id(0)
+    n_heavy = 0
+    if ORDERED:
+        n_heavy = tl.load(order) * R
+    n_light = MQ * R - n_heavy
+    is_heavy = pid < n_heavy * BH
+    light = pid - n_heavy * BH
+    i_bh = tl.where(is_heavy, pid % BH, light // tl.maximum(n_light, 1)).to(tl.int64)
+    i_m = tl.where(is_heavy, pid // BH, n_heavy + light % tl.maximum(n_light, 1))
+    i_row = i_m // R
+    if ORDERED:
+        i_row = tl.load(order + 1 + i_row)
+        i_m = i_row * R + i_m % R
+    i_row = i_row.to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
     i_hkv = i_h // KV_GROUP
     TILES: tl.constexpr = BLOCK_KV // BLOCK_N
 
@@ -100,28 +183,39 @@ def _block_sparse_forward(
 
     p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qm + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
-    p_k = k + i_b * stride_kb + i_hkv * stride_kh
-    p_v = v + i_b * stride_vb + i_hkv * stride_vh
-    o_k = o_n[None, :] * stride_kn + o_d[:, None]  # [BLOCK_D, BLOCK_N], within a tile
-    o_v = o_n[:, None] * stride_vn + o_d[None, :]  # [BLOCK_N, BLOCK_D]
+    if TMA:
+        p_k, p_v = k, v
+    else:
+        p_k = k + i_b * stride_kb + i_hkv * stride_kh
+        p_v = v + i_b * stride_vb + i_hkv * stride_vh
+    i_b32, i_h32 = i_b.to(tl.int32), i_hkv.to(tl.int32)
     if WIDEN:
         b_q = b_q.to(tl.float32)
 
     n_blocks = tl.cdiv(SK, BLOCK_KV)
     count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm)
     count = tl.minimum(count, n_blocks)
-    # A dense row ignores its indices: the load below then yields the position itself.
+    # A dense row ignores its indices: a masked load then yields the position itself.
     n_listed = tl.where(count == n_blocks, 0, count)
     p_ids = indices + i_b * stride_ib + i_h * stride_ih + i_row * stride_im
-    i_kv = tl.load(p_ids, mask=n_listed > 0, other=0)
     scale2 = tl.cast(scale, tl.float32) * 1.4426950408889634
+
+    n_full = count
+    if RAGGED or HAS_MASK:
+        n_full = tl.where(n_listed > 0, count, tl.minimum(count, FIRST_PARTIAL))
+        o_w = tl.arange(0, 256)
+        for start in range(0, n_listed, 256):
+            b_ids = tl.load(p_ids + start + o_w, mask=start + o_w < n_listed, other=0)
+            m_w = (b_ids >= FIRST_PARTIAL) & (start + o_w < n_listed)
+            n_full = tl.minimum(n_full, tl.min(tl.where(m_w, start + o_w, n_blocks), 0))
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)  # in units of log2
     b_sum = tl.full([BLOCK_M], 0.0, tl.float32)
     b_acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    i_split = tl.program_id(1)
     if COMPENSATE:
         b_weight = tl.load(weight + i_b * stride_wb)
-        n_means = tl.where((count < n_blocks) & (b_weight > 0.0), n_blocks, 0)
+        n_means = tl.where((count < n_blocks) & (b_weight > 0.0) & (i_split == 0), n_blocks, 0)
         first_mean = (i_b * (H // KV_GROUP) + i_hkv) * n_blocks * D
         p_kept = kept + i_b * stride_eb + i_h * stride_eh + i_row * stride_em
         for start in range(0, n_means, BLOCK_J):
@@ -137,63 +231,43 @@ def _block_sparse_forward(
             b_bits = tl.load(p_kept + o_j // 32, mask=m_j, other=-1)
             m_j = (((b_bits >> (o_j % 32)) & 1) == 0) & (b_n > 0)
             b_bias = tl.where(m_j, tl.log2(b_n.to(tl.float32) * b_weight), float("-inf"))
-
             b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_J]
             b_s = tl.fma(b_s, scale2, tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_J]))
-            b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_p = tl.exp2(b_s - b_base[:, None])
-            b_scale = tl.exp2(b_max - b_base)
-            b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-            b_acc = b_acc * b_scale[:, None]
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-            b_max = b_new
-    for i_t in range(count * TILES):
+            b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, 1.0, True, PRECISION)
+
+    # This program's tiles: [begin, middle) of full blocks, [middle, end) of others.
+    begin = count * TILES * i_split // SPLITS
+    end = count * TILES * (i_split + 1) // SPLITS
+    middle = tl.minimum(tl.maximum(n_full * TILES, begin), end)
+    i_kv = tl.load(p_ids + begin // TILES, mask=begin // TILES < n_listed, other=begin // TILES)
+    for i_t in range(begin, middle):
         i_next = (i_t + 1) // TILES
         i_kv_next = tl.load(p_ids + i_next, mask=i_next < n_listed, other=i_next)
         first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
-        p_k_tile = p_k + first.to(tl.int64) * stride_kn + o_k
-        p_v_tile = p_v + first.to(tl.int64) * stride_vn + o_v
-        if RAGGED and D < BLOCK_D:
-            m_n = first + o_n < SK
-            b_k = tl.load(p_k_tile, mask=m_n[None, :] & m_d[:, None], other=0.0)
-            b_v = tl.load(p_v_tile, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        elif RAGGED:
-            m_n = first + o_n < SK
-            b_k = tl.load(p_k_tile, mask=m_n[None, :], other=0.0)
-            b_v = tl.load(p_v_tile, mask=m_n[:, None], other=0.0)
-        elif D < BLOCK_D:
-            b_k = tl.load(p_k_tile, mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_v_tile, mask=m_d[None, :], other=0.0)
-        else:
-            b_k = tl.load(p_k_tile)
-            b_v = tl.load(p_v_tile)
-        if WIDEN:
-            b_k = b_k.to(tl.float32)
-            b_v = b_v.to(tl.float32)
-
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if RAGGED or HAS_MASK:
+        b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN)
+        b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN)
+        b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, False, PRECISION)
+        i_kv = i_kv_next
+    if RAGGED or HAS_MASK:
+        for i_t in range(middle, end):
+            place = i_t // TILES
+            i_kv = tl.load(p_ids + place, mask=place < n_listed, other=place)
+            first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
+            b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN)
+            b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN)
+            b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             m_key = first + o_n < SK
             if HAS_MASK:
                 m_load = m_key & (first + o_n >= mask_start)
                 m_key = m_key & (tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_load, other=1) != 0)
             b_s = tl.where(m_key[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
-        # Nothing seen yet and a tile of hidden keys: -inf - -inf must not become NaN.
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new) if RAGGED or HAS_MASK else b_new
-        b_p = tl.exp2(tl.fma(b_s, scale2, -b_base[:, None]))
-        b_scale = tl.exp2(b_max - b_base)
-        b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-        b_acc = b_acc * b_scale[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-        b_max = b_new
-        i_kv = i_kv_next
+            b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, True, PRECISION)
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # no key: out 0, lse -inf
     b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     b_acc = b_acc / b_sum[:, None]
-    i_out = tl.program_id(1).to(tl.int64) * SQ + o_m
+    i_out = (i_split.to(tl.int64) * BH + i_bh) * SQ + o_m
     tl.store(out + i_out[:, None] * D + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(lse + i_out, b_lse, mask=m_m)
 
@@ -204,6 +278,16 @@ INTERPRETED = not isinstance(_block_sparse_forward, triton.runtime.JITFunction)
 
 def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _kernel(kernel: Any) -> Any:
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def _can_describe(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read x [B, H, S, D]: strides of 16 bytes, sizes known."""
+    known = all(isinstance(n, int) for n in (*x.shape, *x.stride()))
+    return known and x.stride(3) == 1 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:3])
 
 
 def launch_forward(
@@ -219,21 +303,41 @@ def launch_forward(
     mask_start: int = 0,
     means: Means | None = None,
     tile: Tile | None = None,
+    splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; arguments as of the op, already validated.
 
-    `means`: of `compensation.means_of`, None for no compensation. `tile` overrides the table of `tiles`.
+    `means`: of `compensation.means_of`, None for no compensation. `tile` overrides the table of `tiles`, `splits`
+    the rule of `choose_splits`.
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
     batch, heads, q_len, dim = q.shape
-    kv_len = k.shape[2]
+    kv_len, rows = k.shape[2], kv_counts.shape[2]
     if tile is None:
         capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
         tile = choose_tile(capability, q.dtype != torch.float32, dim, block_q, block_kv)
     q, k, v, kv_indices = (_unit_last_stride(x) for x in (q, k, v, kv_indices))
+    programs = rows * (block_q // tile.block_m) * batch * heads
+    if splits is None:
+        units = 132 if INTERPRETED else torch.cuda.get_device_properties(q.device).multi_processor_count
+        splits = choose_splits(programs, kv_indices.shape[3], units)
     out = q.new_empty((batch, heads, q_len, dim))
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
+        part_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
     mask = kv_counts if kv_mask is None else _unit_last_stride(kv_mask)
+    order = heavy_first(kv_counts)
+
+    block_d = max(16, triton.next_power_of_2(dim))
+    keys: Any = k
+    values: Any = v
+    tma = tile.tma and _can_describe(k) and _can_describe(v)
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        keys, values = (TensorDescriptor.from_tensor(x, [1, 1, tile.block_n, block_d]) for x in (k, v))
 
     extra: tuple[torch.Tensor, ...] = (mask,) * 5
     if means is not None:
@@ -246,22 +350,28 @@ def launch_forward(
         bits = means.bits
         return stride(means.counts, 0), stride(means.weight, 0), stride(bits, 0), stride(bits, 1), bits.stride(2)
 
-    kernel = _block_sparse_forward if INTERPRETED else wrap_triton(_block_sparse_forward)
-    kernel[(triton.cdiv(q_len, tile.block_m), batch * heads)](
+    first_partial = kv_len // block_kv
+    if kv_mask is not None:
+        first_partial = min(first_partial, mask_start // block_kv)
+    _kernel(_block_sparse_forward)[(programs, splits)](
         q,
-        k,
-        v,
+        keys,
+        values,
         kv_counts,
         kv_indices,
+        kv_counts if order is None else order,
         mask,
         *extra,
-        out,
-        lse,
+        parts,
+        part_lse,
         scale,
+        batch * heads,
         heads,
         heads // k.shape[1],
         q_len,
         kv_len,
+        rows,
+        first_partial,
         mask_start,
         *(q.stride(0), q.stride(1), q.stride(2)),
         *(k.stride(0), k.stride(1), k.stride(2)),
@@ -271,7 +381,7 @@ def launch_forward(
         0 if kv_mask is None else stride(mask, 0),
         *((0, 0, 0, 0, 0) if means is None else strides(means)),
         D=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_D=block_d,
         BLOCK_Q=block_q,
         BLOCK_KV=block_kv,
         BLOCK_M=tile.block_m,
@@ -280,9 +390,14 @@ def launch_forward(
         RAGGED=kv_len % block_kv != 0,
         HAS_MASK=kv_mask is not None,
         COMPENSATE=means is not None,
+        ORDERED=order is not None,
+        SPLITS=splits,
+        TMA=tma,
         WIDEN=INTERPRETED and q.dtype == torch.bfloat16,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if splits > 1:
+        merge_splits(parts, part_lse, out, lse)
     return out, lse

@@ -7,7 +7,7 @@ and writes the results to the .npz file named on the command line.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,6 +93,21 @@ CASES = [
 ]
 
 
+# How the kernel may be launched, and the cases that are run so.
+VARIANTS = {
+    "splits": [
+        "ragged_both",
+        "gqa_per_head",
+        "mean_ragged",
+        "mask_padding",
+        "cross_lengths",
+        "fp16",
+        "mean_keeps_nothing",
+    ],
+    "tma": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "sliced", "fp16"],
+}
+
+
 def build_plan(case: Case, generator: torch.Generator) -> BlockPlan:
     """Random plan with, where there is room, an empty row, a dense row with wrong ids, and a descending row."""
     m_q, m_k = cdiv(case.q_len, case.block_q), cdiv(case.kv_len, case.block_kv)
@@ -170,6 +185,7 @@ def main() -> None:
 
     from dynamicrad_compile.kernels.compensation import Means, kept_bits
     from dynamicrad_compile.kernels.pooling import valid_counts
+    from dynamicrad_compile.kernels.tiles import choose_tile
     from dynamicrad_compile.kernels.triton_forward import INTERPRETED, launch_forward
     from dynamicrad_compile.kernels.triton_pooling import launch_pooling
 
@@ -188,6 +204,17 @@ def main() -> None:
         assert out.is_contiguous()
         assert out.dtype == case.dtype
         results[f"{case.name}.out"], results[f"{case.name}.lse"] = out.float().numpy(), lse.numpy()
+        for variant in VARIANTS:
+            if case.name in VARIANTS[variant]:
+                tile = choose_tile((9, 0), case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
+                out, lse = launch_forward(
+                    *args[:10],
+                    means,
+                    tile=replace(tile, tma=variant == "tma", block_n=16),
+                    splits=3 if variant == "splits" else 1,
+                )
+                results[f"{case.name}.{variant}.out"] = out.float().numpy()
+                results[f"{case.name}.{variant}.lse"] = lse.numpy()
     np.savez(sys.argv[1], **results)
 
 

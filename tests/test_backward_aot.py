@@ -11,11 +11,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from test_triton_aot import measure  # noqa: E402
-
+from dynamicrad_compile.kernels import ahead_of_time  # noqa: E402
 from dynamicrad_compile.kernels import triton_backward_kernels as kernels  # noqa: E402
-from dynamicrad_compile.kernels.backward_tiles import choose_backward_tiles  # noqa: E402
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile  # noqa: E402
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_backward_tiles  # noqa: E402
 
 KERNELS = {"dq": kernels._dq, "dk_dv": kernels._dk_dv, "dmeans": kernels._dmeans}
 POINTERS = dict.fromkeys(("counts", "indices", "n_valid", "kept"), "*i32") | dict.fromkeys(
@@ -24,7 +22,7 @@ POINTERS = dict.fromkeys(("counts", "indices", "n_valid", "kept"), "*i32") | dic
 OPERANDS = ("q", "k", "v", "grad_out", "mean_k", "mean_v", "dq", "dk", "dv")
 
 
-def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) -> dict[str, int]:
+def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) -> ahead_of_time.Build:
     """Compile with 128 x 128 blocks; `full` adds ragged tails, a key mask, compensation and shared key heads."""
     function = KERNELS[kernel]
     names = function.arg_names
@@ -46,14 +44,10 @@ def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) 
     }
     constants = {name: value for name, value in constants.items() if name in names}
     pointers = POINTERS | {"key_mask": "*i1"} | dict.fromkeys(OPERANDS, f"*{dtype}")
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "fp32" if name == "scale" else "i32")
-        for name in names
-    }
+    signature = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in names}
     # As at run time: pointers and the strides of q, k, v, grad_out divide by 16, or loads would be scalar.
     aligned = [n for n in names if n in pointers or re.match("stride_[qkvg]", n)]
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return measure(function, signature, constants, aligned, arch, options)
+    return ahead_of_time.build(function, signature, constants, aligned, arch, tile)
 
 
 CASES = [
@@ -82,8 +76,8 @@ def test_tile_compiles_without_spills(arch: int, kernel: str, dtype: str, dim: i
     tile = getattr(choose_backward_tiles(divmod(arch, 10), dtype != "fp32", dim, 128, 128), kernel)
     built = build(kernel, arch, dtype, dim, tile, full)
     print(f"\nsm_{arch} {kernel} {dtype} head_dim {dim} {'full' if full else 'plain'} {tile} {built}")
-    assert built["spilled"] == 0
+    assert built.spilled == 0
     # sm_86, sm_89 and sm_120 share the entries of sm_80 and have the least.
-    assert built["shared"] <= SHARED_MEMORY[86 if arch == 80 else arch]
+    assert built.shared <= SHARED_MEMORY[86 if arch == 80 else arch]
     if arch == 90 and dtype != "fp32":
-        assert built["wgmma"] > 0
+        assert built.wgmma > 0

@@ -15,8 +15,7 @@ from attention_cases import CASES, Case, build
 from backward_cases import INTERPRETED_CASES, build_backward, check_gradients
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels.backward_tiles import BACKWARD_TILES, choose_backward_tiles
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, choose_backward_tiles
 
 pytest.importorskip("triton")
 
@@ -114,7 +113,7 @@ def test_compiled_graph_holds_the_kernels(compensate: bool, monkeypatch: pytest.
         assert names in written
 
 
-@pytest.mark.parametrize("arch", sorted(BACKWARD_TILES))
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
 @pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 80, 128, 256])
 def test_tiles_divide_the_blocks(arch: int, half: bool, block: int):

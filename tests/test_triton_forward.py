@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from attention_cases import CASES, Case, build, check
+from attention_cases import CASES, VARIANTS, Case, build, check
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, TILES, Tile, architecture, choose_tile
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile, read_table, table
 
 pytest.importorskip("triton")
 
@@ -34,6 +35,15 @@ def interpreted(tmp_path_factory):
 def test_interpreter_matches_reference(case: Case, interpreted):
     out = torch.from_numpy(interpreted[f"{case.name}.out"])
     lse = torch.from_numpy(interpreted[f"{case.name}.lse"])
+    check(out, lse, build(case), case.dtype)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [(variant, name) for variant, names in VARIANTS.items() for name in names]
+)
+def test_interpreter_matches_reference_however_launched(variant: str, name: str, interpreted):
+    case = next(case for case in CASES if case.name == name)
+    out, lse = (torch.from_numpy(interpreted[f"{name}.{variant}.{part}"]) for part in ("out", "lse"))
     check(out, lse, build(case), case.dtype)
 
 
@@ -61,6 +71,28 @@ def test_cuda_matches_reference(case: Case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["splits", "tma"])
+@pytest.mark.parametrize("case", GPU_ONLY, ids=str)
+def test_cuda_matches_reference_however_launched(case: Case, variant: str):
+    from dynamicrad_compile.kernels.compensation import means_of
+    from dynamicrad_compile.kernels.triton_forward import launch_forward
+
+    args = build(case)
+    q, k, v, counts, indices, _, block_q, block_kv, mask, start, weight = (
+        x.cuda() if isinstance(x, torch.Tensor) else x for x in args
+    )
+    capability = torch.cuda.get_device_capability()
+    if variant == "tma" and capability < (9, 0):
+        pytest.skip("the copy engine needs sm_90")
+    means = None if weight is None else means_of(k, v, counts, indices, block_kv, mask, weight)
+    tile = choose_tile(capability, case.dtype != torch.float32, case.dim, block_q, block_kv)
+    tile = dataclasses.replace(tile, tma=variant == "tma")
+    plan = (counts, indices, case.dim**-0.5, block_q, block_kv)
+    out, lse = launch_forward(q, k, v, *plan, mask, start, means, tile, splits=3 if variant == "splits" else 1)
+    check(out.cpu(), lse.cpu(), args, case.dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16", "mean_ragged", "mean_mask_padding"])
 def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
     args = build(next(case for case in CASES if case.name == name))
@@ -82,6 +114,8 @@ def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.M
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
     monkeypatch.setattr(type(driver), "active", property(lambda self: target))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
 
     class Attention(torch.nn.Module):
         def forward(self, *args):
@@ -94,14 +128,15 @@ def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.M
         weight = [torch.empty(2, device="cuda")] if compensate else []
         graph, _ = aot_export_module(Attention(), (q, k, v, counts, indices, *weight), trace_joint=False)
     kernels = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
-    *pooling, kernel = kernels
+    *pooling, order, kernel = kernels
     assert [n.kwargs["tensors_to_clone"] for n in pooling] == [["mean"]] * 2 * compensate
-    assert kernel.kwargs["grid"] == [(4, 8, 1)]
+    assert order.kwargs["tensors_to_clone"] == ["order"]
+    assert kernel.kwargs["grid"] == [(32, 1, 1)]
     assert kernel.kwargs["tensors_to_clone"] == ["out", "lse"]
     assert "local_scalar_dense" not in str(graph.graph)
 
 
-@pytest.mark.parametrize("arch", sorted(TILES))
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
 @pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 80, 128, 256])
 def test_tile_divides_the_blocks(arch: int, half: bool, block: int):
@@ -112,7 +147,7 @@ def test_tile_divides_the_blocks(arch: int, half: bool, block: int):
 
 
 @pytest.mark.parametrize(
-    ("capability", "arch"), [((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)]
+    ("capability", "arch"), [((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 86)]
 )
 def test_architecture_falls_back_to_an_older_entry(capability, arch):
     assert architecture(capability) == arch
@@ -135,3 +170,44 @@ def test_architecture_falls_back_to_an_older_entry(capability, arch):
 def test_tile_errors(call, message):
     with pytest.raises(PlanError, match=message):
         call()
+
+
+def test_every_entry_of_the_table_says_where_it_is_from():
+    for arch, dtypes in table().items():
+        assert arch in SHARED_MEMORY
+        for dims in dtypes.values():
+            for tiles in dims.values():
+                assert all(tile.source for tile in tiles.values())
+                assert all(not tile.tma or arch >= 90 for tile in tiles.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[sm_90.half.x]", r"bad.toml: \[sm_90.half.x\] is not \[sm_ARCH.half or float.HEAD_DIM\]"),
+        ("[sm_90.double.64]", r"\[sm_90.double.64\] is not"),
+        ("[sm_90.half.64]\nforwards = {tile = [64, 64, 4, 2]}", "forwards: the kernels are forward, dq, dk_dv, dmeans"),
+        (
+            "[sm_90.half.64]\nforward = {tile = [64, 64, 4]}",
+            r"forward needs tile = \[block_m, block_n, warps, stages\]",
+        ),
+        ("[sm_90.half.64]\nforward = {tile = [60, 64, 4, 2]}", "forward: block_m must be a power of two .*, got 60"),
+        ("[sm_90.half.64]\nforward = {tile = [64, 64, 4, 2], tna = true}", "unknown tna; known are tile, tma"),
+        ("sm_90 = 3", "bad.toml: "),
+        ("= 3", "bad.toml: "),
+    ],
+)
+def test_errors_of_the_table(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("programs", "width", "splits"), [(1000, 50, 1), (66, 50, 2), (10, 50, 8), (10, 9, 2), (10, 3, 1), (0, 9, 2)]
+)
+def test_splits(programs: int, width: int, splits: int):
+    from dynamicrad_compile.kernels.triton_splits import choose_splits
+
+    assert choose_splits(programs, width, 132) == splits

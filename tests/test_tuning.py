@@ -11,10 +11,11 @@ import torch
 import dynamicrad_compile as drad
 from dynamicrad_compile import cli
 from dynamicrad_compile.errors import DynamicRadError, OptionsError
+from dynamicrad_compile.plan import CRITERIA
 from dynamicrad_compile.planners import make_candidates, make_plan
 from dynamicrad_compile.profiles import REGIMES, load_profile
 from dynamicrad_compile.tuning import choosing, search
-from dynamicrad_compile.tuning.choosing import CRITERIA, Choice, fit_thresholds
+from dynamicrad_compile.tuning.choosing import Choice, fit_thresholds
 from dynamicrad_compile.tuning.journal import Journal
 from dynamicrad_compile.tuning.objective import Objective
 from dynamicrad_compile.tuning.optimizer import Optimizer
