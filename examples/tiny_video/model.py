@@ -37,6 +37,7 @@ TRANSFORMER = {
 }
 TEXT_TOKENS = 20
 SHIFT = 4.0  # of the noise levels, in training and sampling
+STEPS, GUIDANCE = 20, 3.0  # of sampling
 PAD, UNKNOWN = 0, 1  # ids in front of the vocabulary
 
 
@@ -50,11 +51,16 @@ class TextEncoder(nn.Module):
         self.following = nn.Embedding(len(self.ids) + 2, dim)
         self.place = nn.Embedding(TEXT_TOKENS, dim)
 
+    @staticmethod
+    def words(caption: str) -> list[str]:
+        """Words of a caption as the vocabulary has them."""
+        return re.findall(r"[^\W_]+", caption.lower())
+
     def tokens(self, captions: Sequence[str]) -> torch.Tensor:
         """Word ids [batch, TEXT_TOKENS]; words outside the vocabulary share one id. ValueError if a caption is long."""
         rows = []
         for caption in captions:
-            ids = [self.ids.get(word, UNKNOWN) for word in re.findall(r"[^\W_]+", caption.lower())]
+            ids = [self.ids.get(word, UNKNOWN) for word in self.words(caption)]
             if len(ids) > TEXT_TOKENS:
                 raise ValueError(f"a caption may have {TEXT_TOKENS} words, got {len(ids)}: {caption!r}.")
             rows.append(ids + [PAD] * (TEXT_TOKENS - len(ids)))
@@ -140,8 +146,8 @@ def sample(
     captions: Sequence[str],
     seed: int = 0,
     frames: int = data.FRAMES,
-    steps: int = 20,
-    guidance_scale: float = 3.0,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE,
     size: tuple[int, int] = (data.SIZE, data.SIZE),
     progress: Callable[..., Any] | None = None,
 ) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Muon (Jordan 2024), with the orthogonalisation in float32 and batched over matrices of one shape.
 
-torch.optim.Muon does it in bfloat16, one matrix after the other, which on a CPU without bfloat16 units takes longer than
-the forward and the backward of the tiny model together.
+torch.optim.Muon does it in bfloat16, one matrix after the other, which on a CPU without bfloat16 units takes longer
+than the forward and the backward of the tiny model together.
 """
 
 from __future__ import annotations

@@ -45,6 +45,39 @@ def animation(columns: Sequence[Sequence[Any]], path: str | os.PathLike[str], sc
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
 
 
+def comparison(
+    columns: dict[str, torch.Tensor],
+    captions: Sequence[str],
+    path: str | os.PathLike[str],
+    scale: int = 5,
+    fps: int = 8,
+) -> None:
+    """Animation (.gif or .webp): a named column for each set of videos, a row for each caption, all in step.
+
+    columns: name to videos [batch, 3, frames, height, width] in -1..1, all of one shape.
+    """
+    from PIL import Image, ImageDraw
+
+    gap, text = 4, 16
+    clips = {name: [to_uint8(video) for video in videos] for name, videos in columns.items()}
+    frames, height, width = next(iter(clips.values()))[0].shape[:3]
+    height, width = height * scale, width * scale
+    size = (max(len(clips) * (width + gap), 6 * max(map(len, captions)) + gap), text + len(captions) * (height + text))
+    pictures = []
+    for i in range(frames):
+        picture = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(picture)
+        for x, (name, videos) in enumerate(clips.items()):
+            draw.text((x * (width + gap) + 2, 2), name, fill="black")
+            for y, video in enumerate(videos):
+                frame = Image.fromarray(video[i]).resize((width, height), Image.Resampling.NEAREST)
+                picture.paste(frame, (x * (width + gap), text + y * (height + text) + text))
+        for y, caption in enumerate(captions):
+            draw.text((2, text + y * (height + text) + 2), caption, fill="black")
+        pictures.append(picture)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+
+
 def loss_curve(rows: Sequence[dict[str, float]], path: str | os.PathLike[str]) -> None:
     """PNG of the training loss (smoothed) and the validation loss over the steps, from the rows of log.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

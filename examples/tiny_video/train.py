@@ -2,24 +2,24 @@
 
     python -m examples.tiny_video.train --output runs/tiny --minutes 80      # start, or go on where it stopped
     python -m examples.tiny_video.train --output runs/tiny --minutes 120     # the same run with a longer schedule
+    python -m examples.tiny_video.train --output runs/tiny --steps 4000      # the schedule by steps, whatever the clock
 
     x_s = (1 - s) x + s e,    loss = mean |v(x_s, 1000 s, caption) - (e - x)|^2        e normal, s shifted uniform
 
 (rectified flow, Liu et al. 2022; the shift of SD3, Esser et al. 2024). Hidden matrices are trained by Muon, the rest by
-AdamW. The learning rate rises for a hundred steps, stays, and falls to zero over the last `--decay` of the minutes. The
-first `--short-share` of them sees half the frames, at less than half the cost.
-Clips, noise and noise levels of a step depend only on seed and step, so a run that was stopped and goes on is the run
-that was not stopped, as long as its learning rate is: that one follows the clock.
+AdamW. The learning rate rises for a hundred steps, stays, and falls to zero over the last `--decay` of the run. The
+first `--short-share` of it sees half the frames, at less than half the cost.
+Clips, noise and noise levels of a step depend only on seed and step. With `--steps` the schedule does too, and a run
+that was stopped and goes on is the run that was not stopped; with `--minutes` it follows the clock.
 
 Writes to --output: ema_latest.safetensors (what `model.load` takes) with config.json, training.safetensors (to go on),
-log.jsonl, loss.png, samples_STEP.png and samples.gif. Ctrl-C or SIGTERM saves and ends.
+log.jsonl, loss.png, samples_STEP.png and samples.gif. Ctrl-C or SIGTERM ends it after the step, saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import signal
 import time
 from pathlib import Path
@@ -38,10 +38,9 @@ HELD_OUT = 24  # clips of the held-out loss
 LOG_STEPS = 20
 
 
-def learning_rate(elapsed: float, total: float, step: int, decay: float, warmup: int = 100) -> float:
-    """Factor on the learning rate: 0 to 1, by the share of the time that has gone and by the step."""
-    left = 1 - elapsed / total
-    return min(1.0, (step + 1) / warmup) * min(1.0, max(left, 0.0) / decay)
+def learning_rate(done: float, step: int, decay: float, warmup: int = 100) -> float:
+    """Factor on the learning rate, 0 to 1, when this share of the run is done."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(1 - done, 0.0) / decay)
 
 
 def example(step: int, batch_size: int, frames: int, drop: float) -> tuple[torch.Tensor, ...]:
@@ -79,9 +78,9 @@ def held_out_loss(transformer: Any, text: Any, frames: int = data.FRAMES, clips:
 class Run:
     """Everything of a training run that goes into its checkpoint."""
 
-    def __init__(self, folder: Path, lr: float) -> None:
+    def __init__(self, folder: Path, lr: float, batch_size: int = 6) -> None:
         torch.manual_seed(SEED)
-        self.folder = folder
+        self.folder, self.batch_size = folder, batch_size
         self.transformer, self.text = model.create()
         named = model.parameters(self.transformer, self.text)
         matrices = [p for name, p in named.items() if ".blocks." in name and p.ndim == 2 and min(p.shape) > 1]
@@ -101,6 +100,7 @@ class Run:
             "transformer": model.TRANSFORMER,
             "vocabulary": data.vocabulary(),
             "step": self.step,
+            "batch_size": self.batch_size,
             "hours": round(self.seconds / 3600, 3),
         }
 
@@ -118,12 +118,17 @@ class Run:
         model.save(self.folder / "ema_latest.safetensors", self.ema, self.config())
 
     def resume(self) -> None:
-        """Take up the checkpoint of the folder."""
+        """Take up the checkpoint of the folder; the log is cut back to its step. ValueError if it is another file."""
         path = self.folder / "training.safetensors"
         with safe_open(path, "pt") as file:
-            numbers = file.metadata()
+            numbers = file.metadata() or {}
+        if not {"step", "seconds"} <= set(numbers):
+            raise ValueError(f"{path} says nothing of step and seconds; it was not written by tiny_video.train.")
         tensors = load_file(path)
         self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+        log = self.folder / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        model.write_text(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
         for part, module in (("transformer", self.transformer), ("text", self.text)):
             prefix = f"model.{part}."
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -179,18 +184,70 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; one with a checkpoint goes on")
     parser.add_argument("--minutes", type=float, default=80, help="training time in all, earlier parts included (80)")
-    parser.add_argument("--steps", type=int, help="end after this many steps, whatever the clock says")
+    parser.add_argument("--steps", type=int, help="so many steps in all instead, whatever the clock says")
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--frames", type=int, default=data.FRAMES)
-    parser.add_argument("--short-share", type=float, default=0.5, help="share of the time at half the frames (0.5)")
+    parser.add_argument("--short-share", type=float, default=0.5, help="share of the run at half the frames (0.5)")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls (0.4)")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the run in which the rate falls (0.4)")
     parser.add_argument("--drop", type=float, default=0.1, help="share of captions left out, for guidance (0.1)")
+    parser.add_argument("--stop-after", type=int, help="end after this many steps of the run; a later call goes on")
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--show-minutes", type=float, default=12)
     parser.add_argument("--threads", type=int, help="of PyTorch")
     parser.add_argument("--compile", action="store_true", help="compile the training step with Inductor")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("minutes", "steps", "batch_size", "lr", "decay", "threads"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if args.frames < 2:
+        parser.error(f"--frames must be at least 2, got {args.frames}")
+    return args
+
+
+def train(run: Run, args: argparse.Namespace, stop: list[int]) -> None:
+    """Steps until the schedule has ended, or something is in `stop`; saves and shows now and then."""
+    compiled = torch.compile(run.transformer) if args.compile else run.transformer
+    saved = shown = offset = run.seconds
+    begin = time.perf_counter()
+    losses: list[float] = []
+
+    def share() -> float:
+        return run.step / args.steps if args.steps else run.seconds / (args.minutes * 60)
+
+    def percent() -> float:
+        return min(100.0, round(100 * share(), 1))
+
+    layout = "{desc} {percentage:5.1f} %|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=100, initial=percent(), bar_format=layout) as bar, (run.folder / "log.jsonl").open("a") as log:
+
+        def note(**row: Any) -> None:
+            log.write(json.dumps({"step": run.step, **row}) + "\n")
+            log.flush()
+
+        while (done := share()) < 1 and not stop and run.step != args.stop_after:
+            frames = args.frames // 2 if done < args.short_share else args.frames
+            batch = example(run.step, args.batch_size, frames, args.drop)
+            losses.append(run.train_step(batch, learning_rate(done, run.step, args.decay), compiled))
+            run.seconds = offset + time.perf_counter() - begin
+            if run.step % LOG_STEPS == 0:
+                loss = sum(losses) / len(losses)
+                note(seconds=round(run.seconds), frames=frames, loss=loss)
+                bar.set_description(f"step {run.step}, loss {loss:.4f}")
+                bar.update(percent() - bar.n)
+                losses = []
+            if run.seconds - saved > args.save_minutes * 60:
+                saved = run.seconds
+                run.save()
+                averaged = run.averaged()
+                held_out = held_out_loss(*averaged).mean().item()
+                note(held_out=held_out)
+                bar.write(f"step {run.step}: held-out loss {held_out:.4f}")
+                if run.seconds - shown > args.show_minutes * 60:
+                    shown = run.seconds
+                    show(run, *averaged)
+        run.save()
+        note(held_out=held_out_loss(*run.averaged()).mean().item())
 
 
 def main(argv: list[str] | None = None) -> Run:
@@ -199,51 +256,18 @@ def main(argv: list[str] | None = None) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    run = Run(args.output, args.lr)
+    run = Run(args.output, args.lr, args.batch_size)
     if (args.output / "training.safetensors").is_file():
         run.resume()
     stop: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-    compiled = torch.compile(run.transformer) if args.compile else run.transformer
-    total, last = args.minutes * 60, args.steps or math.inf
-    saved = shown = run.seconds
-    losses: list[float] = []
-    begin, offset = time.perf_counter(), run.seconds
-    bar = tqdm(total=round(total), initial=round(run.seconds), unit="s", desc=f"step {run.step}")
-    with (args.output / "log.jsonl").open("a") as log:
-        try:
-            while run.seconds < total and run.step < last and not stop:
-                factor = learning_rate(run.seconds, total, run.step, args.decay)
-                frames = args.frames // 2 if run.seconds < args.short_share * total else args.frames
-                losses.append(run.train_step(example(run.step, args.batch_size, frames, args.drop), factor, compiled))
-                run.seconds = offset + time.perf_counter() - begin
-                if run.step % LOG_STEPS == 0:
-                    row = {"step": run.step, "seconds": round(run.seconds), "frames": frames}
-                    row["loss"] = sum(losses) / len(losses)
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
-                    bar.set_description(f"step {run.step}, loss {row['loss']:.4f}")
-                    bar.update(min(round(run.seconds), round(total)) - bar.n)
-                    losses = []
-                if run.seconds - saved > args.save_minutes * 60:
-                    saved = run.seconds
-                    run.save()
-                    transformer, text = run.averaged()
-                    held_out = held_out_loss(transformer, text).mean().item()
-                    log.write(json.dumps({"step": run.step, "held_out": held_out}) + "\n")
-                    log.flush()
-                    bar.write(f"step {run.step}: held-out loss {held_out:.4f}")
-                    if run.seconds - shown > args.show_minutes * 60:
-                        shown = run.seconds
-                        show(run, transformer, text)
-        except KeyboardInterrupt:
-            bar.write("interrupted; saving")
-        run.save()
-        transformer, text = run.averaged()
-        log.write(json.dumps({"step": run.step, "held_out": held_out_loss(transformer, text).mean().item()}) + "\n")
-    show(run, transformer, text)
-    bar.close()
-    signal.signal(signal.SIGTERM, before)
+    signals = (signal.SIGTERM, signal.SIGINT)  # a step is never cut in two
+    before = [signal.signal(number, lambda number, frame: stop.append(number)) for number in signals]
+    try:
+        train(run, args, stop)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    show(run, *run.averaged())
     return run
 
 
