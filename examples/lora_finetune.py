@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_video import data, model, pictures
 
-TRAIN_SEED = 2  # other clips than those the model was trained on
+TRAIN_SEED, TRAIN_CLIPS = 2, 4096  # other clips than those the model was trained on
 PROFILE = Path(__file__).parent / "lora_profile.toml"
 STAGES = ("train", "measure", "time", "show")
 KINDS = ("sparse", "dense")
@@ -116,7 +116,7 @@ def train(args: argparse.Namespace) -> None:
     for kind in args.kinds:
         wanted = settings(args, kind)
         transformer, text = model.load(args.checkpoint)
-        clips = TinyClips(text, TRAIN_SEED, args.steps * args.batch_size, args.frames, drop=10)
+        clips = TinyClips(text, TRAIN_SEED, TRAIN_CLIPS, args.frames, drop=10)
         held_out = TinyClips(text, data.HELD_OUT_SEED, args.clips, args.frames)
         resume = (args.output / kind / "resume.safetensors").exists()
         print(f"\n{kind} LoRA" + (", resumed" if resume else ""))

@@ -167,13 +167,13 @@ class _Training:
                 loss, parts = self._loss(batch, generator)
                 accelerator.backward(loss / train.accumulate)
             sums += parts / train.accumulate
-        accelerator.clip_grad_norm_(list(student.weights.values()), train.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         flow, distill = accelerator.reduce(sums, "mean").tolist()
         weights = self.settings.loss
         if not math.isfinite(flow + distill):
             raise LoraError(f"the loss is not finite at step {step + 1}: lower train.learning_rate.")
+        accelerator.clip_grad_norm_(list(student.weights.values()), train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return {
             "loss": weights.flow * flow + weights.distill * distill,
             "flow": flow,
@@ -240,9 +240,9 @@ class _Training:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _identity(self) -> str:
-        """The settings that a resumed training must share, and the number of processes."""
+        """What a resumed training must share; more steps are allowed, the learning rate then falls later."""
         values = self.settings.model_dump(mode="json", include={"adapter", "regimes", "loss", "train"})
-        for name in ("save_every", "eval_every", "eval_clips"):
+        for name in ("steps", "save_every", "eval_every", "eval_clips"):
             values["train"].pop(name)
         sparse = {
             name: str(value) for name, value in self.settings.sparse.items() if name not in ("inner", "inner_options")
