@@ -111,7 +111,7 @@ class SmallModel:
         for prompt, value in zip(self.prompts, 10 * torch.log10(4 / error), strict=True):
             print(f"  {value:5.1f} dB  {prompt}")
         print(
-            f"\nExpect no gain in time from this run: with {self.tokens:,} tokens attention is a small part of a step,\n"
+            f"\nExpect no gain in time here: with {self.tokens:,} tokens attention is a small part of a step,\n"
             "and sparse attention on a CPU is about as fast as dense. It shows what happens to the video. For times:\n"
             "--random (8,000 tokens), or `make bench`."
         )
