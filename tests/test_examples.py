@@ -36,7 +36,7 @@ def test_quickstart_with_the_small_model(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mask.png").is_file()
     assert "blocks.0.attn1" in (tmp_path / "report.html").read_text()
 
-    with pytest.raises(SystemExit, match="does not know cat, surfs; its words are a, an, as"):
+    with pytest.raises(SystemExit, match="does not know cat, surfs; its words are a, an, and, as"):
         quickstart.main(["--prompt", "A cat surfs.", "--device", "cpu"])
 
 
