@@ -43,7 +43,7 @@ def facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ship(run: Path, output: Path, machine: str, judgement: str = "") -> dict[str, Any]:
+def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
     """Write everything to `output`; returns what config.json says. ValueError if the weights are too large."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     weights = {key: value.half() for key, value in load_file(run / "ema_latest.safetensors").items()}
@@ -86,7 +86,6 @@ def ship(run: Path, output: Path, machine: str, judgement: str = "") -> dict[str
         guidance=model.GUIDANCE,
         samples=len(captions),
         words=len(config["vocabulary"]),
-        judgement=f"\n{judgement.strip()}\n" if judgement.strip() else "",
     )
     model.write_text(output / "README.md", card)
     return config
@@ -98,11 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="--output of the training")
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
     parser.add_argument("--machine", default="an AMD EPYC (AVX2)", help="what it was trained on, for the card")
-    parser.add_argument("--judgement", type=Path, help="text file about the samples, for the card")
     args = parser.parse_args(argv)
     torch.set_grad_enabled(False)
-    judgement = args.judgement.read_text(encoding="utf-8") if args.judgement else ""
-    config = ship(args.run, args.output, args.machine, judgement)
+    config = ship(args.run, args.output, args.machine)
     print(f"step {config['step']}, held-out loss {config['held_out']['loss']}: written to {args.output}")
 
 
