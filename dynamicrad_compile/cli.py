@@ -1,4 +1,4 @@
-"""The command `dynamicrad`: doctor, explain, plot, route, tune.
+"""The command `dynamicrad`: doctor, explain, plot, route, tune, eval.
 
 Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from . import __version__
 from .errors import DynamicRadError
+from .quality.command import add_eval
 from .tuning.command import add_tune
 
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(commands)
     _add_route(commands)
     add_tune(commands)
+    add_eval(commands)
     return parser
 
 

@@ -39,7 +39,7 @@ def block_mass(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> 
 
 
 def block_budget(blocks: int, sparsity: float, block: int, compensate: float) -> int:
-    """Blocks of a head [blocks, blocks] that may be read if the share `sparsity` is to be skipped, mean keys counted."""
+    """Blocks of a head [blocks, blocks] that may be read to skip the share `sparsity`, mean keys counted."""
     cost = blocks * blocks / block if compensate and sparsity > 0 else 0.0
     return min(blocks * blocks, max(blocks, math.floor((1.0 - sparsity) * blocks * blocks - cost + 0.5)))
 

@@ -37,7 +37,7 @@ MIN_FRAMES = 8
 
 @dataclass(frozen=True)
 class LoopScore:
-    """The parts, each 0 (good) to 1, and the score, 0 to 100 (good); fp64 [N]. lag: of the strongest repetition, int64."""
+    """The parts, each 0 (good) to 1, and the score, 0 to 100 (good); fp64 [N]. lag int64: of the strongest return."""
 
     repetition: Tensor
     duplicates: Tensor

@@ -73,7 +73,7 @@ def steps(clips: Tensor) -> Tensor:
 
 
 def motion(clips: Tensor) -> Tensor:
-    """Energy of the frame differences: mean over steps of the mean squared change, as its root. 0 is a still picture."""
+    """Energy of the frame differences: root of the mean squared change over all steps. 0 is a still picture."""
     return steps(clips).square().mean(1).sqrt()
 
 
