@@ -10,7 +10,7 @@ Metrics take clips, float [N, F, C, H, W] in 0..1, and give one number a clip.
 from __future__ import annotations
 
 from .features import feature_distance, frechet_distance
-from .harness import Results, Row, evaluate
+from .harness import Results, Row, evaluate, make_clips
 from .hook import Place, attention_hook
 from .loops import LoopScore, loop_score
 from .methods import METHODS, Compiled, Dense, Hooked, method
@@ -35,6 +35,7 @@ __all__ = [
     "frechet_distance",
     "from_pipeline",
     "loop_score",
+    "make_clips",
     "method",
     "motion",
     "motion_ratio",

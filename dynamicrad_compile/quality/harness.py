@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def evaluate(
     with tqdm(total=len(everything) * len(cases), disable=not progress, unit="clip", dynamic_ncols=True) as bar:
         for item in everything:
             bar.set_postfix_str(f"{item.name} {item.wanted:g}")
-            clips, sparsity, seconds = _clips(subject, item, cases, numbers, batch, folder / "clips", bar)
+            clips, sparsity, seconds = make_clips(subject, item, cases, numbers, folder / "clips", batch, bar.update)
             dense = results.clips.setdefault("dense", clips)
             results.clips[_label(item)] = clips
             results.rows.append(_row(item.name, item.wanted, sparsity, clips, dense, held_out, seconds))
@@ -127,18 +128,28 @@ def _label(item: Method) -> str:
     return "dense" if isinstance(item, Dense) else f"{item.name} {item.wanted:.0%}"
 
 
-def _clips(
-    subject: Subject, item: Method, prompts: list[str], seeds: list[int], batch: int, folder: Path, bar: Any
+def make_clips(
+    subject: Subject,
+    item: Method,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    batch: int = 2,
+    tick: Callable[[int], Any] = lambda count: None,
 ) -> tuple[Tensor, float, float]:
-    """Clips [N, F, C, H, W], sparsity and seconds a clip; from the folder if they are there."""
+    """Clips [N, F, C, H, W] of one method, the sparsity of the run, and seconds a clip; kept in the folder.
+
+    They are read from there if the same subject, prompts, seeds and method have made them before. `tick` is told how
+    many clips have come.
+    """
     from safetensors.torch import load_file, save_file
 
-    identity = {"subject": subject.name, "prompts": prompts, "seeds": seeds, **item.describe()}
+    identity = {"subject": subject.name, "prompts": [*prompts], "seeds": [*seeds], **item.describe()}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    file = folder / f"{item.name}-{digest}.safetensors"
+    file = folder / f"{re.sub(r'[^A-Za-z0-9_]+', '-', item.name)}-{digest}.safetensors"
     if file.is_file():
         found = load_file(file)
-        bar.update(len(prompts))
+        tick(len(prompts))
         return found["clips"].float(), float(found["sparsity"]), float(found["seconds"])
     made: list[Tensor] = []
     start = time.perf_counter()
@@ -148,7 +159,7 @@ def _clips(
             clips = subject.generate(run.model, prompts[part], seeds[part])
             check_clips(clips, f"the clips of {item.name}")
             made.append(clips.float().cpu())
-            bar.update(len(clips))
+            tick(len(clips))
         sparsity = run.sparsity()
     seconds = (time.perf_counter() - start) / len(prompts)
     clips = torch.cat(made).clamp(0.0, 1.0)
