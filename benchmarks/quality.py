@@ -27,6 +27,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import quality_bench as sizes  # noqa: E402
+import quality_proxy  # noqa: E402
 import quality_stages as stages  # noqa: E402
 
 from dynamicrad_compile.quality.harness import write_json  # noqa: E402
@@ -34,9 +36,9 @@ from dynamicrad_compile.quality.harness import write_json  # noqa: E402
 RESULTS = HERE / "results"
 IMAGES = HERE.parent / "docs" / "images"
 STAGES = {
-    "tune": stages.tune,
+    "tune": sizes.tune,
     "methods": stages.methods,
-    "proxy": stages.proxy,
+    "proxy": quality_proxy.proxy,
     "routing": stages.routing,
     "dense": stages.dense,
     "heads": stages.heads,
@@ -53,9 +55,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="very few clips and settings, to try the script")
     args = parser.parse_args(argv)
     if args.quick:
-        for name, small in stages.QUICK.items():
-            setattr(stages, name, small)
-    bench = stages.Bench(args.checkpoint, args.output, args.steps)
+        for name, small in sizes.QUICK.items():
+            setattr(sizes, name, small)
+    bench = sizes.Bench(args.checkpoint, args.output, args.steps)
     file = RESULTS / "quality.json" if not args.quick else args.output / "quality.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     found["subject"] = bench.about()

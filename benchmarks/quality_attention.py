@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,7 @@ from dynamicrad_compile.quality.blocks import block_budget, block_mass, oracle_m
 from dynamicrad_compile.tuning.choosing import Choice
 from dynamicrad_compile.tuning.sums import BlockSums, sample_rows
 
-ROWS = 256  # sampled query rows of a head
+ROWS = 128  # sampled query rows of a head
 
 
 @dataclass
@@ -75,6 +76,16 @@ def errors(sites: Sequence[Site], choose: Chooser, compensate: float, block: int
         rows.append(difference.flatten(1).norm(dim=1) / site.sums.dense.flatten(1).norm(dim=1))
         shares.append(skipped(mask, block, compensate))
     return torch.stack(rows), sum(shares) / len(shares)
+
+
+def over_run(sites: Sequence[Site], error: torch.Tensor, steps: int, first: int = 0) -> float:
+    """Mean of errors [sites, heads] over a run of `steps`, the `first` ones dense; interpolated where not captured."""
+    where = np.array([site.step for site in sites])
+    captured = np.unique(where)
+    mean = error.mean(1).numpy()
+    by_step = np.interp(np.arange(steps), captured, [mean[where == step].mean() for step in captured])
+    by_step[:first] = 0.0
+    return float(by_step.mean())
 
 
 def static(profile: Profile, regime: str, sparsity: float, subject: Subject, compensate: float | None) -> Chooser:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,7 +71,11 @@ class Compiled:
 
     def describe(self) -> dict[str, Any]:
         """What decides its clips."""
-        return {"method": "compiled", "options": {key: _plain(value) for key, value in self.options.items()}}
+        found = {"method": "compiled", "options": {key: _plain(value) for key, value in self.options.items()}}
+        profile = Path(str(self.options.get("profile", "")))
+        if profile.suffix == ".toml" and profile.is_file():
+            found["profile"] = hashlib.sha256(profile.read_bytes()).hexdigest()
+        return found
 
     @contextmanager
     def run(self, subject: Subject) -> Iterator[Run]:
