@@ -11,7 +11,7 @@ Stages (--stage, all by default), each resumable: what is in --output is not mad
     dense     (d) first steps and layers that stay dense
     heads     (e) what compensation does, by regime and kind of head
 
-Results: benchmarks/results/quality.json, pictures in docs/images/quality_*.
+Results: benchmarks/results/quality.json and .md, pictures in docs/images/quality_*.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import quality_bench as sizes  # noqa: E402
 import quality_proxy  # noqa: E402
 import quality_stages as stages  # noqa: E402
+from quality_page import page  # noqa: E402
 
 from dynamicrad_compile.quality.harness import write_json  # noqa: E402
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--checkpoint", type=Path, default=HERE.parent / "examples" / "tiny_video" / "checkpoint")
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"), help="what can be made again")
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps of a clip (12)")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps of a clip (10)")
     parser.add_argument("--quick", action="store_true", help="very few clips and settings, to try the script")
     args = parser.parse_args(argv)
     if args.quick:
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> dict:
     for name in tqdm(args.stage, desc="stages", unit="stage"):
         found[name] = STAGES[name](bench, images)
         write_json(file, found)
-        tqdm.write(f"== {name}\n{bench.shown(found[name])}")
+        file.with_suffix(".md").write_text(page(found), encoding="utf-8")
+    print(page(found))
     return found
 
 

@@ -15,22 +15,23 @@ from dynamicrad_compile.profiles import Profile
 from dynamicrad_compile.quality import make_clips
 
 BLOCK = 16
-# Where Radial can be on this grid: a mask of its own, then the published one (0.8789) after 2, 1, 0 dense steps of 12.
-POINTS = (0.5117, 0.7324, 0.8057, 0.8789)
-CAPTURED_STEPS = (0, 2, 5, 8, 11)
-CLIPS = 6  # per method in (a), regimes in turn
-ROUTED_CLIPS = 9
+# Where Radial can be on this grid: a mask of its own, then the published one (0.8789) after 2, 1, 0 dense steps of 10.
+POINTS = (0.5117, 0.7031, 0.791, 0.8789)
+CAPTURED_STEPS = (0, 2, 4, 7, 9)
+CAPTURED = 6  # prompts, regimes in turn
+CLIPS = 3  # per method in (a), regimes in turn
+ROUTED_CLIPS = 6
 SETTINGS = 64  # of (b), half of them with compensation
 PROXY_CLIPS = 3
-PROXY_STEPS = 6  # of a clip in (b)
+PROXY_STEPS = 5  # of a clip in (b)
 DENSE_CLIPS = 3
 BUDGET = 30
 SEEDS = (1, 2, 3)
 RESAMPLES = 2000
 ROWS = 256  # query rows of the proxies' draws
 QUICK = {
-    "POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CLIPS": 3, "ROUTED_CLIPS": 3, "SETTINGS": 6, "BUDGET": 10,
-    "SEEDS": (1,), "PROXY_CLIPS": 3, "DENSE_CLIPS": 3, "RESAMPLES": 50,
+    "POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CAPTURED": 3, "CLIPS": 3, "ROUTED_CLIPS": 3, "SETTINGS": 6,
+    "BUDGET": 10, "SEEDS": (1,), "PROXY_CLIPS": 3, "DENSE_CLIPS": 3, "RESAMPLES": 50,
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class Bench:
         self.shorter = subject(checkpoint, steps=min(steps, PROXY_STEPS))
         self.text = model.load(checkpoint)[1]
         self.folder, self.steps = folder, steps
-        self.prompts = prompts(max(CLIPS, ROUTED_CLIPS))
+        self.prompts = prompts(max(CAPTURED, CLIPS, ROUTED_CLIPS))
         config = checkpoint / "config.json" if checkpoint.is_dir() else checkpoint.parent / "config.json"
         self.training = {k: v for k, v in json.loads(config.read_text()).items() if isinstance(v, (int, float, str))}
         self.data = data
@@ -56,7 +57,7 @@ class Bench:
         """Captured attentions, made at the first use."""
         if self._sites is None:
             steps = [step for step in CAPTURED_STEPS if step < self.steps]
-            prompts = self.prompts[:CLIPS]
+            prompts = self.prompts[:CAPTURED]
             self._sites = attention.capture(self.subject, prompts, steps, BLOCK, self.folder / "captures")
         return self._sites
 
@@ -76,11 +77,6 @@ class Bench:
         tick = bar.update if bar is not None else lambda n: None
         made, sparsity, _ = make_clips(subject, method, prompts, seeds, self.folder / "clips", 3, tick)
         return made, sparsity
-
-    @staticmethod
-    def shown(value: Any) -> str:
-        """A result for the terminal."""
-        return json.dumps(value, indent=1, default=str)[:6000]
 
 
 def tune(bench: Bench, images: Path) -> dict[str, Any]:

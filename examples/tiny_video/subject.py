@@ -18,7 +18,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 GRID = (data.FRAMES, data.SIZE // 4, data.SIZE // 4)
 
 
-def subject(checkpoint: str | Path = CHECKPOINT, steps: int = 12, guidance_scale: float = 3.0) -> Subject:
+def subject(checkpoint: str | Path = CHECKPOINT, steps: int = 10, guidance_scale: float = 3.0) -> Subject:
     """The trained model of a checkpoint, sampled in `steps` steps; prompts are held-out captions, regimes in turn."""
     transformer, text = load(checkpoint)
     path = Path(checkpoint)
