@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from dynamicrad_compile import make_plan
+from dynamicrad_compile.plan import Candidates
 from dynamicrad_compile.plan_table import ratios_for
 from dynamicrad_compile.planners import make_candidates
 from dynamicrad_compile.planning import CANDIDATE_FACTOR
@@ -96,15 +98,15 @@ def static(profile: Profile, regime: str, sparsity: float, subject: Subject, com
     return lambda site: mask
 
 
-def dynamic(
+def choice(
     profile: Profile,
     regime: str,
     sparsity: float,
     subject: Subject,
     compensate: float | None,
     factor: float = CANDIDATE_FACTOR,
-) -> Chooser:
-    """Our dynamic_threshold, as the backend does it with the option sparsity: by ratio among candidates."""
+) -> tuple[Candidates, float, float]:
+    """Candidates, near and far of our dynamic_threshold, as the backend sets them for the option sparsity: by ratio."""
     found = profile.regime(regime)
     table = (found.dynamic_threshold or found.static_ratio).model_dump()
     wide = max(0.0, 1.0 - factor * (1.0 - sparsity))
@@ -113,7 +115,12 @@ def dynamic(
     for name in ("criterion", "near", "far"):
         table.pop(name, None)
     candidates = make_candidates(subject.grid, profile.block_size, **table)
-    near, far = ratios_for(candidates, sparsity)
+    return candidates, *ratios_for(candidates, sparsity)
+
+
+def dynamic(*given: Any, **more: Any) -> Chooser:
+    """Our dynamic_threshold; arguments as for `choice`."""
+    candidates, near, far = choice(*given, **more)
     return lambda site: Choice(site.sums, candidates, "ratio").mask(near, far)
 
 

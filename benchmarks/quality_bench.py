@@ -23,10 +23,10 @@ CLIPS = 3  # per method in (a), regimes in turn
 ROUTED_CLIPS = 6
 SETTINGS = 64  # of (b), half of them with compensation
 PROXY_CLIPS = 3
-PROXY_STEPS = 5  # of a clip in (b)
+PROXY_STEPS = 4  # of a clip in (b)
 DENSE_CLIPS = 3
 BUDGET = 30
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 RESAMPLES = 2000
 ROWS = 256  # query rows of the proxies' draws
 QUICK = {
@@ -43,7 +43,8 @@ class Bench:
         from examples.tiny_video.subject import prompts, subject
 
         self.subject = subject(checkpoint, steps=steps)
-        self.shorter = subject(checkpoint, steps=min(steps, PROXY_STEPS))
+        self.unguided = subject(checkpoint, steps=steps, guidance_scale=1.0)
+        self.shorter = subject(checkpoint, steps=min(steps, PROXY_STEPS), guidance_scale=1.0)
         self.text = model.load(checkpoint)[1]
         self.folder, self.steps = folder, steps
         self.prompts = prompts(max(CAPTURED, CLIPS, ROUTED_CLIPS))
@@ -58,7 +59,7 @@ class Bench:
         if self._sites is None:
             steps = [step for step in CAPTURED_STEPS if step < self.steps]
             prompts = self.prompts[:CAPTURED]
-            self._sites = attention.capture(self.subject, prompts, steps, BLOCK, self.folder / "captures")
+            self._sites = attention.capture(self.unguided, prompts, steps, BLOCK, self.folder / "captures")
         return self._sites
 
     def about(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def tune(bench: Bench, images: Path) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             drad.tune(
                 bench.subject.grid, path, block_size=BLOCK, heads=4, head_dim=32, sparsity=0.8, budget=BUDGET,
-                seeds=SEEDS, fixed=given, header={"min_tokens": 0}, pictures=False,
+                seeds=SEEDS, rows=ROWS, fixed=given, header={"min_tokens": 0}, pictures=False,
                 resume=path.with_suffix(".jsonl").is_file(),
             )  # fmt: skip
         profile = bench.profile(name)

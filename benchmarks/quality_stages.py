@@ -16,23 +16,27 @@ from tqdm import tqdm
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.profiles import REGIMES
-from dynamicrad_compile.quality import Compiled, Dense, Hooked, evaluate, rmse, save_gif
+from dynamicrad_compile.quality import Dense, Hooked, evaluate, make_clips, rmse, save_gif
 from dynamicrad_compile.quality import method as by_name
-from dynamicrad_compile.quality.methods import dense_at_first, fixed, radial_near
+from dynamicrad_compile.quality.methods import dense_at_first, fixed, radial_near, selected
 
 
 def methods(bench: Bench, images: Path) -> dict[str, Any]:
     """(a): attention error on what was captured, and clips by the harness, at equal sparsity of the whole run."""
     rows = _attention_rows(bench)
-    subject = bench.subject
+    subject = bench.unguided
     chosen: list[Any] = []
     for point in sizes.POINTS:
         chosen += [by_name(name, subject, point, BLOCK) for name in ("random", "oracle")]
-        for mode in ("static_ratio", "dynamic_threshold"):
-            for label, profile, weight in (("", "plain", 0.0), (" + compensation", "tuned", 1.0)):
-                options = {"profile": str(bench.folder / f"{profile}.toml"), "mode": mode, "sparsity": point}
-                options |= {"block_size": BLOCK, "regime": "mid", "compensate": weight}
-                chosen.append(Compiled(mode + label, point, options))
+        for label, profile, weight in (("", "plain", 0.0), (" + compensation", "tuned", 1.0)):
+            table = bench.profile(profile).regime("mid").static_ratio.model_dump()
+            params = {**table, "sparsity": point, "compensate": weight}
+            blocks = drad.make_plan("dynamicrad", subject.grid, BLOCK, **params).block_mask()
+            chosen.append(Hooked("static_ratio" + label, point, fixed(blocks), BLOCK, weight, key=params))
+            chosen_from = attention.choice(bench.profile(profile), "mid", point, subject, weight)
+            key = {"thresholds": chosen_from[1:], "candidates": int(chosen_from[0].plan.kv_indices.sum())}
+            choose = selected(*chosen_from)
+            chosen.append(Hooked("dynamic_threshold" + label, point, choose, BLOCK, weight, key=key))
         for label, mask, first in _radials(bench, point):
             choose = dense_at_first(fixed(mask), steps=first)
             key = {"first": first, "blocks": int(mask.sum())}
@@ -94,38 +98,37 @@ def routing(bench: Bench, images: Path) -> dict[str, Any]:
     test = [bench.data.clip(bench.data.HELD_OUT_SEED, index) for index in range(300)]
     called = router.predict(bench.text.encode([item.caption for item in test]).detach())
     right = float((called == torch.tensor([REGIMES.index(item.regime) for item in test])).double().mean())
-    dense, _ = bench.clips(Dense(), sizes.ROUTED_CLIPS)
-    path = bench.folder / "plain.toml"
-    base = {"profile": str(path), "mode": "static_ratio", "block_size": BLOCK}
+    prompts = bench.prompts[: sizes.ROUTED_CLIPS]
+    routed = router.predict(bench.text.encode(prompts).detach()).tolist()
+    dense, _ = bench.clips(Dense(), sizes.ROUTED_CLIPS, subject=bench.unguided)
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, options: dict[str, Any]) -> float:
-        made, sparsity = bench.clips(Compiled(name, 0.8, base | options), sizes.ROUTED_CLIPS, bar)
-        error = rmse(made, dense)
+    def add(name: str, tables: Sequence[int], sparsity: Sequence[float]) -> float:
+        made, shares = [], []
+        for number, prompt in enumerate(prompts):
+            table = bench.profile("plain").regime(REGIMES[tables[number]]).static_ratio.model_dump()
+            params = {**table, "sparsity": sparsity[tables[number]]}
+            mask = drad.make_plan("dynamicrad", bench.subject.grid, BLOCK, **params).block_mask()
+            method = Hooked("fixed plan", 0.8, fixed(mask), BLOCK, key=params)
+            clip, share, _ = make_clips(
+                bench.unguided, method, [prompt], [number], bench.folder / "clips", 1, bar.update
+            )
+            made.append(clip)
+            shares.append(share)
+        error = rmse(torch.cat(made), dense)
         by_regime = {regime: float(error[r::3].mean()) for r, regime in enumerate(REGIMES)}
-        rows.append({"name": name, "sparsity": sparsity, "rmse": float(error.mean()), **by_regime})
-        return sparsity
+        rows.append({"name": name, "sparsity": float(np.mean(shares)), "rmse": float(error.mean()), **by_regime})
+        return rows[-1]["sparsity"]
 
-    with tqdm(total=6 * sizes.ROUTED_CLIPS, desc="routing", unit="clip") as bar:
-        for regime in REGIMES:
-            add(f"fixed {regime}", {"sparsity": 0.8, "regime": regime})
-        add("routed", {"sparsity": 0.8, "router": router})
-        same = add("routed, graded", {"profile": str(_graded(path)), "router": router})
-        add("fixed mid, same mean", {"sparsity": round(same, 4), "regime": "mid"})
+    with tqdm(total=6 * len(prompts), desc="routing", unit="clip") as bar:
+        for r, regime in enumerate(REGIMES):
+            add(f"fixed {regime}", [r] * len(prompts), [0.8] * 3)
+        add("routed", routed, [0.8] * 3)
+        same = add("routed, graded", routed, [0.85, 0.80, 0.75])
+        add("fixed mid, same mean", [1] * len(prompts), [round(same, 4)] * 3)
     figures.routing(rows, images / "quality_routing.png")
     captured = _routed_attention(bench)
     return {"router_accuracy": right, "cross_validated": router.accuracy, "video": rows, "attention": captured}
-
-
-def _graded(path: Path) -> Path:
-    """The same profile with sparsity 0.85, 0.80 and 0.75 for low, mid and high motion."""
-    text, target = path.read_text(), path.with_name(path.stem + "_graded.toml")
-    for regime, sparsity in zip(REGIMES, (0.85, 0.80, 0.75), strict=True):
-        head, mark, rest = text.partition(f"[regimes.{regime}.static_ratio]")
-        before, found, after = rest.partition("sparsity = ")
-        text = head + mark + before + found + f"{sparsity}" + after[after.index("\n") :]
-    target.write_text(text)
-    return target
 
 
 def _routed_attention(bench: Bench) -> list[dict[str, Any]]:
@@ -149,14 +152,14 @@ def dense(bench: Bench, images: Path) -> dict[str, Any]:
     """(d): first steps and layers dense at equal sparsity of the whole run; and one layer or group of steps sparse."""
     subject, profile = bench.subject, bench.profile("plain")
     layers = len(subject.model.blocks)
-    reference, _ = bench.clips(Dense(), sizes.DENSE_CLIPS)
+    reference, _ = bench.clips(Dense(), sizes.DENSE_CLIPS, subject=bench.unguided)
     table = profile.regime("mid").static_ratio.model_dump()
     todo: list[tuple[str, int, int, float, Any]] = []
     for weight in (0.0, 1.0):
         params = {**table, "compensate": weight}
         for steps, first in [(n, 0) for n in (0, 1, 2, 3, 4)] + [(0, n) for n in (1, 2)]:
             share = (1 - steps / bench.steps) * (1 - first / layers)
-            if 0.6 / share >= 0.95:
+            if share <= 0.6 / 0.95:
                 continue
             plan = drad.make_plan("dynamicrad", subject.grid, BLOCK, **{**params, "sparsity": 0.6 / share})
             todo.append(("equal", steps, first, weight, dense_at_first(fixed(plan.block_mask()), steps, first)))

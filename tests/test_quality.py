@@ -14,6 +14,8 @@ import dynamicrad_compile as drad
 from dynamicrad_compile import quality
 from dynamicrad_compile.errors import DynamicRadError
 from dynamicrad_compile.kernels.reference import block_sparse_attention_reference
+from dynamicrad_compile.plan_table import ratios_for
+from dynamicrad_compile.planners import make_candidates
 from dynamicrad_compile.quality import blocks, features, methods, metrics
 from dynamicrad_compile.quality.command import TINY
 from dynamicrad_compile.quality.pictures import read_clip
@@ -181,6 +183,18 @@ def test_hook_equals_the_compiled_model():
         compiled, reported = run(subject, quality.method("static_ratio", subject, 0.5, 16, compensate=weight))
         torch.testing.assert_close(hooked, compiled, atol=1e-5, rtol=0)
         assert skipped == pytest.approx(reported) == pytest.approx(plan.sparsity)
+
+
+def test_hook_equals_the_compiled_model_where_it_chooses_blocks():
+    subject = tiny()
+    options = {"profile": "default", "regime": "mid", "compensate": 1.0}
+    compiled, reported = run(subject, quality.method("dynamic_threshold", subject, 0.5, 16, **options))
+    candidates = make_candidates(GRID, 16, sparsity=0.0, compensate=1.0)
+    near, far = ratios_for(candidates, 0.5)
+    method = methods.Hooked("x", 0.5, methods.selected(candidates, near, far), 16, 1.0)
+    hooked, skipped = run(subject, method)
+    torch.testing.assert_close(hooked, compiled, atol=1e-5, rtol=0)
+    assert skipped == pytest.approx(reported)
 
 
 def test_hook_counts_sites_and_steps_and_keeping_all_changes_nothing():

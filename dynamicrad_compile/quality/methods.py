@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError, nearest
+from ..plan import Candidates
 from ..planners import make_plan
 from .blocks import block_budget, block_mass, masked_attention, oracle_mask, random_mask, skipped
 from .hook import Place, attention_hook
@@ -147,6 +148,16 @@ def dense_at_first(choose: Choose, steps: int = 0, layers: int = 0) -> Choose:
 def fixed(mask: Tensor) -> Choose:
     """The same blocks everywhere."""
     return lambda place, q, k, scale: mask
+
+
+def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio") -> Choose:
+    """The blocks that `select_blocks` keeps of candidates (P = 1): what mode dynamic_threshold runs compiled."""
+    from ..kernels.select_blocks import select_blocks
+
+    def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+        return select_blocks(q, k, candidates, (near, far), criterion, scale).block_mask()
+
+    return choose
 
 
 def oracle(sparsity: float, block: int, compensate: float = 0.0) -> Choose:

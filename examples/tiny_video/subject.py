@@ -36,7 +36,8 @@ def subject(checkpoint: str | Path = CHECKPOINT, steps: int = 10, guidance_scale
         videos, _ = data.batch(data.HELD_OUT_SEED, range(count))
         return (videos.transpose(1, 2) + 1) / 2
 
-    return Subject(f"tiny video {digest}, {steps} steps", transformer, generate, GRID, prompts(30), real)
+    name = f"tiny video {digest}, {steps} steps, guidance {guidance_scale:g}"
+    return Subject(name, transformer, generate, GRID, prompts(30), real)
 
 
 def prompts(count: int) -> list[str]:
