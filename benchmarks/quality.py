@@ -5,11 +5,12 @@
 Stages (--stage, all by default), each resumable: what is in --output is not made again.
 
     tune      profiles for this grid by `drad.tune`, with and without compensation
-    methods   (a) all methods at equal sparsity of the whole run: attention error and video error
-    proxy     (b) rank correlation of the proxies' error with attention error and video error
+    captured  (a), (c), (d) attention error on captured queries, keys and values
+    heads     (e) what compensation does, by regime and kind of head
+    methods   (a) clips of all methods at equal sparsity of the whole run
+    proxy     (b) rank correlation of the proxies' error with attention error; proxy_clips also with video error
     routing   (c) routed regimes against one fixed regime
     dense     (d) first steps and layers that stay dense
-    heads     (e) what compensation does, by regime and kind of head
 
 Results: benchmarks/results/quality.json and .md, pictures in docs/images/quality_*.
 """
@@ -38,11 +39,13 @@ RESULTS = HERE / "results"
 IMAGES = HERE.parent / "docs" / "images"
 STAGES = {
     "tune": sizes.tune,
-    "methods": stages.methods,
+    "captured": stages.captured,
+    "heads": stages.heads,
     "proxy": quality_proxy.proxy,
+    "methods": stages.methods,
+    "proxy_clips": quality_proxy.proxy_clips,
     "routing": stages.routing,
     "dense": stages.dense,
-    "heads": stages.heads,
 }
 
 

@@ -30,7 +30,7 @@ SEEDS = (1, 2)
 RESAMPLES = 2000
 ROWS = 256  # query rows of the proxies' draws
 QUICK = {
-    "POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CAPTURED": 3, "CLIPS": 3, "ROUTED_CLIPS": 3, "SETTINGS": 6,
+    "POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CAPTURED": 6, "CLIPS": 3, "ROUTED_CLIPS": 3, "SETTINGS": 6,
     "BUDGET": 10, "SEEDS": (1,), "PROXY_CLIPS": 3, "DENSE_CLIPS": 3, "RESAMPLES": 50,
 }  # fmt: skip
 

@@ -31,18 +31,27 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], column: str) -> None:
     axis.legend(fontsize=7)
 
 
-def methods(attention: list[dict[str, Any]], video: list[dict[str, Any]], path: Path) -> None:
-    """(a): attention error, video error, and distance to real clips against sparsity."""
-    made, axes = figure(3, "Equal sparsity: attention and video error of a trained model", height=5.0)
-    _lines(axes[0], attention, "error")
-    _lines(axes[1], video, "rmse")
-    _lines(axes[2], video, "frechet_real")
-    dense = next(row for row in video if row["method"] == "dense")
-    axes[2].axhline(dense["frechet_real"], color="#444444", linestyle=":")
-    for axis, label in zip(
-        axes, ("relative L2 error of attention", "RMSE to the dense clip", "Frechet distance to real"), strict=True
-    ):
+def attention(rows: list[dict[str, Any]], path: Path) -> None:
+    """(a): attention error against sparsity, without compensation and with it."""
+    made, axes = figure(2, "Attention error of a trained model at equal sparsity", height=4.6)
+    for axis, with_it, title in zip(axes, (False, True), ("without compensation", "with compensation"), strict=True):
+        _lines(axis, [row for row in rows if ("+" in row["method"]) == with_it], "error")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("relative L2 error, mean over the run")
+    top = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, top)
+    made.savefig(path, dpi=DPI)
+
+
+def methods(video: list[dict[str, Any]], path: Path) -> None:
+    """(a): error of clips against sparsity."""
+    made, axes = figure(2, "Clips of a trained model at equal sparsity", height=4.6)
+    _lines(axes[0], video, "rmse")
+    _lines(axes[1], video, "feature")
+    for axis, label in zip(axes, ("RMSE to the dense clip", "feature distance to the dense clip"), strict=True):
         axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
     made.savefig(path, dpi=DPI)
 
 
@@ -58,17 +67,19 @@ def spearman(x: np.ndarray, y: np.ndarray, resamples: int) -> dict[str, float]:
     return {"rho": float(spearmanr(x, y).statistic), "low": float(low), "high": float(high), "n": len(x)}
 
 
-def proxy(means: dict[str, np.ndarray], weights: np.ndarray, table: list[dict[str, Any]], path: Path) -> None:
-    """(b): every setting as a dot; proxies against attention and video error."""
-    pairs = [(name, against) for against in ("attention", "clip") for name in ("published", "video")]
-    pairs.append(("attention", "clip"))
-    labels = {
-        "published": "published proxy",
-        "video": "video proxy",
-        "attention": "attention error",
-        "clip": "video error",
-    }
-    made, axes = figure(len(pairs), "Do the proxies predict the real thing? One dot a setting, sparsity 0.8")
+def proxy(
+    means: dict[str, np.ndarray],
+    weights: np.ndarray,
+    table: list[dict[str, Any]],
+    pairs: list[tuple[str, str]],
+    path: Path,
+) -> None:
+    """(b): every setting as a dot; what might predict against what should be predicted."""
+    labels = {"published": "published proxy", "video": "video proxy", "captured": "attention error, 3 prompts"}
+    labels |= {"attention": "attention error, 3 other prompts", "clip": "video error"}
+    rows = len({against for _, against in pairs})
+    pairs = sorted(pairs, key=lambda pair: pair[1])[: len(pairs) - len(pairs) % rows]
+    made, axes = figure(len(pairs) // rows, "Does it predict the real thing? One dot a setting, sparsity 0.8", rows)
     for axis, (name, against) in zip(axes, pairs, strict=True):
         for group, color in ((weights == 0, "#d9822b"), (weights > 0, "#2a78b5")):
             label = "with compensation" if color == "#2a78b5" else "without"
@@ -105,6 +116,8 @@ def dense(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, own, other in ((axes[0], "steps", "first"), (axes[1], "first", "steps")):
             found = sorted((row[own], row["rmse"]) for row in equal if row[other] == 0)
             axis.plot(*zip(*found, strict=True), "o-", color=color, label=label)
+        if weight:
+            continue
         parts = [row for row in mine if row["kind"] == "steps"]
         axes[2].plot([row["steps"] for row in parts], [row["rmse"] for row in parts], "o-", color=color, label=label)
         parts = [row for row in mine if row["kind"] == "layer"]

@@ -11,8 +11,10 @@ def page(found: dict[str, Any]) -> str:
     about = found["subject"]
     parts = [f"# Quality on {about['name']}\n\nblocks of {about['block']}; training: {about['training']}"]
     for name, write in (
+        ("captured", _captured),
         ("methods", _methods),
         ("proxy", _proxy),
+        ("proxy_clips", _proxy),
         ("routing", _routing),
         ("dense", _dense),
         ("heads", _heads),
@@ -42,10 +44,19 @@ def _by_point(rows: list[dict[str, Any]], column: str) -> str:
     return table(["method", *(f"{point:.2f}" for point in points)], shown)
 
 
+def _captured(found: dict[str, Any]) -> list[str]:
+    parts = ["Attention error (relative L2, mean over the run):", _by_point(found["methods"], "error")]
+    parts += ["Sparsity of the run:", _by_point(found["methods"], "sparsity")]
+    columns = ("profile", "table", "low", "mid", "high")
+    parts.append(table(columns, ([row[c] for c in columns] for row in found["routing"])))
+    for name, values in found["places"].items():
+        parts.append(table([name, *values], [["error", *values.values()]]))
+    return parts
+
+
 def _methods(found: dict[str, Any]) -> list[str]:
     video = [row for row in found["video"] if row["method"] not in ("dense", "real")]
-    parts = ["Attention error (relative L2, mean over the run):", _by_point(found["attention"], "error")]
-    parts += ["Sparsity of the run:", _by_point(found["attention"], "sparsity")]
+    parts = []
     for column in ("rmse", "psnr", "ssim", "feature", "sparsity"):
         parts += [f"Video, {column}:", _by_point(video, column)]
     columns = ("motion", "flicker", "loop", "frechet_real")
@@ -68,14 +79,12 @@ def _routing(found: dict[str, Any]) -> list[str]:
     columns = ("name", "sparsity", "rmse", "low", "mid", "high")
     router = f"router: {found['router_accuracy']:.3f} of 300 held-out captions right"
     video = table(columns, ([row[c] for c in columns] for row in found["video"]))
-    columns = ("profile", "table", "low", "mid", "high")
-    return [router, video, table(columns, ([row[c] for c in columns] for row in found["attention"]))]
+    return [router, video]
 
 
 def _dense(found: dict[str, Any]) -> list[str]:
     columns = ("kind", "steps", "first", "compensate", "sparsity", "rmse")
-    places = (f"attention error by {name}: {values}" for name, values in found["attention"].items())
-    return [table(columns, ([row[c] for c in columns] for row in found["rows"])), *places]
+    return [table(columns, ([row[c] for c in columns] for row in found["rows"]))]
 
 
 def _heads(found: dict[str, Any]) -> list[str]:

@@ -22,8 +22,7 @@ from dynamicrad_compile.quality.methods import dense_at_first, fixed, radial_nea
 
 
 def methods(bench: Bench, images: Path) -> dict[str, Any]:
-    """(a): attention error on what was captured, and clips by the harness, at equal sparsity of the whole run."""
-    rows = _attention_rows(bench)
+    """(a): clips of every method by the harness, at equal sparsity of the whole run."""
     subject = bench.unguided
     chosen: list[Any] = []
     for point in sizes.POINTS:
@@ -46,8 +45,8 @@ def methods(bench: Bench, images: Path) -> dict[str, Any]:
     picked = {name.replace(" + compensation", "+"): results.clips[name][:3] for name in shown}
     save_gif(picked, images / "quality_methods.gif", titles=bench.prompts[:3], scale=3)
     video = results.to_json()["rows"]
-    figures.methods(rows, video, images / "quality_methods.png")
-    return {"attention": rows, "video": video}
+    figures.methods(video, images / "quality_methods.png")
+    return {"video": video}
 
 
 def _radials(bench: Bench, point: float) -> list[tuple[str, torch.Tensor, int]]:
@@ -63,6 +62,13 @@ def _radials(bench: Bench, point: float) -> list[tuple[str, torch.Tensor, int]]:
     alone = abs(1.0 - nearest.double().mean().item() - point)
     found = [("radial, dense first steps", published, first)] if first and after < 0.01 else []
     return [*found, ("radial", nearest, 0)] if alone < 0.01 or not found else found
+
+
+def captured(bench: Bench, images: Path) -> dict[str, Any]:
+    """(a), (c), (d) on captured attention: no clip is made."""
+    rows = _attention_rows(bench)
+    figures.attention(rows, images / "quality_attention.png")
+    return {"methods": rows, "routing": _routed_attention(bench), "places": _error_by_place(bench)}
 
 
 def _attention_rows(bench: Bench) -> list[dict[str, Any]]:
@@ -127,8 +133,7 @@ def routing(bench: Bench, images: Path) -> dict[str, Any]:
         same = add("routed, graded", routed, [0.85, 0.80, 0.75])
         add("fixed mid, same mean", [1] * len(prompts), [round(same, 4)] * 3)
     figures.routing(rows, images / "quality_routing.png")
-    captured = _routed_attention(bench)
-    return {"router_accuracy": right, "cross_validated": router.accuracy, "video": rows, "attention": captured}
+    return {"router_accuracy": right, "cross_validated": router.accuracy, "video": rows}
 
 
 def _routed_attention(bench: Bench) -> list[dict[str, Any]]:
@@ -156,21 +161,19 @@ def dense(bench: Bench, images: Path) -> dict[str, Any]:
     table = profile.regime("mid").static_ratio.model_dump()
     todo: list[tuple[str, int, int, float, Any]] = []
     for weight in (0.0, 1.0):
-        params = {**table, "compensate": weight}
-        for steps, first in [(n, 0) for n in (0, 1, 2, 3, 4)] + [(0, n) for n in (1, 2)]:
+        for steps, first in [(n, 0) for n in (0, 1, 2, 3)] + [(0, 1), (0, 2)]:
             share = (1 - steps / bench.steps) * (1 - first / layers)
             if share <= 0.6 / 0.95:
                 continue
-            plan = drad.make_plan("dynamicrad", subject.grid, BLOCK, **{**params, "sparsity": 0.6 / share})
+            params = {**table, "compensate": weight, "sparsity": 0.6 / share}
+            plan = drad.make_plan("dynamicrad", subject.grid, BLOCK, **params)
             todo.append(("equal", steps, first, weight, dense_at_first(fixed(plan.block_mask()), steps, first)))
-        mask = drad.make_plan("dynamicrad", subject.grid, BLOCK, **{**params, "sparsity": 0.8}).block_mask()
-        if weight:
-            continue
-        every = range(bench.steps)
-        for layer in range(layers):
-            todo.append(("layer", 0, layer, weight, _only(mask, every, [layer])))
-        for group in np.array_split(np.arange(bench.steps), min(4, bench.steps)):
-            todo.append(("steps", int(group[0]), len(group), weight, _only(mask, group.tolist(), range(layers))))
+    params = {**table, "compensate": 0.0, "sparsity": 0.8}
+    mask = drad.make_plan("dynamicrad", subject.grid, BLOCK, **params).block_mask()
+    for layer in range(layers):
+        todo.append(("layer", 0, layer, 0.0, _only(mask, range(bench.steps), [layer])))
+    for group in np.array_split(np.arange(bench.steps), min(4, bench.steps)):
+        todo.append(("steps", int(group[0]), len(group), 0.0, _only(mask, group.tolist(), range(layers))))
     rows = []
     with tqdm(total=len(todo) * sizes.DENSE_CLIPS, desc="dense steps and layers", unit="clip") as bar:
         for kind, steps, first, weight, choose in todo:
@@ -182,7 +185,7 @@ def dense(bench: Bench, images: Path) -> dict[str, Any]:
                 {**key, "compensate": weight, "sparsity": sparsity, "rmse": float(rmse(made, reference).mean())}
             )
     figures.dense(rows, images / "quality_dense.png")
-    return {"rows": rows, "attention": _error_by_place(bench)}
+    return {"rows": rows}
 
 
 def _only(mask: torch.Tensor, steps: Sequence[int], layers: Sequence[int]) -> Any:
