@@ -1,4 +1,4 @@
-"""The command `dynamicrad`: doctor, explain, plot, route, tune, lora, export.
+"""The command `dynamicrad`: doctor, explain, plot, route, tune, lora, export, eval.
 
 Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
 """
@@ -16,6 +16,7 @@ from . import __version__
 from .errors import DynamicRadError
 from .export.command import add_export
 from .lora.command import add_lora
+from .quality.command import add_eval
 from .tuning.command import add_tune
 
 
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tune(commands)
     add_export(commands, _key_value)
     add_lora(commands)
+    add_eval(commands)
     return parser
 
 
