@@ -1,4 +1,4 @@
-"""The command `dynamicrad`: doctor, explain, plot, route, tune, export.
+"""The command `dynamicrad`: doctor, explain, plot, route, tune, lora, export, eval.
 
 Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
 """
@@ -15,6 +15,8 @@ from typing import Any
 from . import __version__
 from .errors import DynamicRadError
 from .export.command import add_export
+from .lora.command import add_lora
+from .quality.command import add_eval
 from .tuning.command import add_tune
 
 
@@ -44,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_route(commands)
     add_tune(commands)
     add_export(commands, _key_value)
+    add_lora(commands)
+    add_eval(commands)
     return parser
 
 

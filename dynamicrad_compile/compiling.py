@@ -41,8 +41,8 @@ def compile(
         options["inner_options"] = {**torch._inductor.list_mode_options(mode), **parsed.inner_options}
         mode = None
     stateful = bool(parsed.router or parsed.dense_steps or parsed.dense_timestep is not None or parsed.refresh_steps)
-    state = None
-    if stateful:
+    state = parsed.state
+    if stateful and state is None:
         state = RunState(Router.load(parsed.router) if isinstance(parsed.router, str) else parsed.router)
         options["state"] = state
     compiled = torch.compile(

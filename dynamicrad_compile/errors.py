@@ -38,6 +38,10 @@ class ExportError(DynamicRadError, RuntimeError):
     """A model can't be exported: the format, a mode or a setting is not possible, or a package is missing."""
 
 
+class LoraError(DynamicRadError, ValueError):
+    """Settings, clips, a model or a checkpoint that a LoRA can't be trained with."""
+
+
 class StrictError(DynamicRadError, RuntimeError):
     """`strict=True` and a video self-attention had to stay dense."""
 

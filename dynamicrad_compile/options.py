@@ -103,7 +103,7 @@ class Options(BaseModel):
         return grid
 
     state: Any = Field(default=None, repr=False, exclude=True)
-    """Set by drad.compile: the clock and the regimes that it keeps outside the graphs."""
+    """The clock and the regimes that drad.compile keeps outside the graphs; a `PinnedState` in training."""
 
     @field_validator("router", mode="before")
     @classmethod

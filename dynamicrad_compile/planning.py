@@ -100,8 +100,7 @@ class SitePlanner:
             self._unmet(f"{asked} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
             steps, refresh, timestep = 0, 0, None
         tensors, masked = None, False
-        if self.routed:
-            assert self.router is not None
+        if self.routed and self.router is not None:
             tensors, masked = self.router.tensors(), self.router.masked
         return Control(tensors, masked, steps, timestep, refresh, kept.clock, kept.regimes)
 
@@ -146,10 +145,10 @@ class SitePlanner:
         if self.options.regime != "auto":
             return (self.options.regime,)
         why = ""
-        if self.router is None:
-            why = "no motion router is given (option router; see fit_router)"
-        elif (self.options.state or RunState()).regimes is not None:
+        if (self.options.state or RunState()).regimes is not None:
             why = ""
+        elif self.router is None:
+            why = "no motion router is given (option router; see fit_router)"
         elif conditions.prompt is None:
             why = "no prompt embedding was found among the inputs of this graph"
         else:
@@ -161,7 +160,8 @@ class SitePlanner:
             (self._note if self.router is None else self._unmet)(message)
             return (SAFE_REGIME,)
         self.routed = True
-        self._note("the regime (low, mid or high motion) is chosen by the router from the prompt, each row its own")
+        chosen = "is pinned by the caller" if self.router is None else "is chosen by the router from the prompt"
+        self._note(f"the regime (low, mid or high motion) {chosen}, each row its own")
         return REGIMES
 
     def _static(self, profile: Profile, name: str) -> RegimeSpec:

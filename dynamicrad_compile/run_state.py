@@ -70,6 +70,36 @@ class RunState:
             self.regimes[len(regimes) :] = regimes.amax()
 
 
+class PinnedState(RunState):
+    """Regimes and timestep that the caller sets before each call, as training does, where calls are no generation.
+
+    Dense steps follow from the timestep alone (option dense_timestep); which steps the first n are is not known here.
+    """
+
+    clock: Tensor
+    regimes: Tensor
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.clock, self.regimes = new_clock(device), new_regimes(device)
+
+    def pin(self, regimes: Tensor, timestep: Tensor, rising: bool = False) -> None:
+        """Regimes int64 [B] of the rows of the next call, and its timestep of any shape, of which the largest counts.
+
+        rising: the model's timesteps grow while it denoises. The compiled graph reads what is written here.
+        """
+        if regimes.dim() != 1 or not 0 < len(regimes) <= MAX_BATCH:
+            raise ValueError(f"regimes must be [B] with B in 1..{MAX_BATCH}, got {list(regimes.shape)}")
+        way = 1.0 if rising else -1.0
+        self.regimes[: len(regimes)] = regimes
+        self.regimes[len(regimes) :] = regimes.amax()
+        self.clock.copy_(torch.tensor([0.0, way, 1.0, way, 1.0]))
+        self.clock[LAST] = timestep.detach().to(torch.float32).amax()
+
+    def note_call(self, timestep: Tensor | None, prompt: Tensor | None, mask: Tensor | None) -> None:
+        """Nothing: what is pinned stays."""
+
+
 @has_side_effect
 def advance(timestep: Tensor, clock: Tensor) -> Tensor:
     """Note a call's timestep in the clock; returns the clock's new values, fp32 [5].

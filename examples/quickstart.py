@@ -1,11 +1,12 @@
-"""Text-to-video with diffusers' WanPipeline, dense and block-sparse, side by side.
+"""Text-to-video, dense and block-sparse, side by side.
 
-    python examples/quickstart.py                                  # random weights, CPU or GPU, about 8,000 tokens
+    python examples/quickstart.py                 # the small model that was trained in examples/tiny_video
+    python examples/quickstart.py --frames 32 --prompt "A red circle bounces quickly on a gray background."
+    python examples/quickstart.py --random        # times at 8,000 tokens: the widths of Wan2.1-1.3B, random weights
     python examples/quickstart.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A cat on a surfboard"
 
-Nothing in the pipeline is changed: the transformer goes through torch.compile, once with its default backend and
-once with backend="dynamicrad". Without --model the transformer has the widths of Wan2.1-1.3B but two layers and
-random weights, so times mean something and pictures do not.
+Nothing in the model is changed: its transformer goes through torch.compile, once with the default backend and once
+with backend="dynamicrad".
 
 Writes to outputs/: comparison.webp (dense left, sparse right), mask.png (which blocks are read), report.html.
 """
@@ -14,168 +15,168 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.plot import frame_boundaries, plot_mask
 
-WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}  # Wan2.1-1.3B
-TEXT_TOKENS = 512
+CHECKPOINT = Path(__file__).parent / "tiny_video" / "checkpoint"
+PROMPTS = [
+    "A striped yellow square stands still on a blue background.",
+    "A red square slides right on a gray background.",
+    "A green triangle stands as the camera pans left on a black background.",
+    "A purple circle bounces quickly on a black background.",
+]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; sizes left out depend on whether a checkpoint is given."""
+    """Arguments; what is left out depends on the model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or hub name of a Wan text-to-video pipeline")
-    parser.add_argument("--prompt", default="A cat surfs a wave at sunset", help="used with --model")
-    parser.add_argument("--sparsity", type=float, default=0.8, help="share of blocks to skip (0.8)")
-    parser.add_argument("--frames", type=int, help="4 n + 1 (49; 81 with --model)")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (320; 480 with --model)")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (512; 832 with --model)")
-    parser.add_argument("--steps", type=int, help="denoising steps, at least 2 (4; 30 with --model)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="folder or hub name of a Wan text-to-video pipeline")
+    which.add_argument("--random", action="store_true", help="random weights at the widths of Wan2.1-1.3B")
+    parser.add_argument("--prompt", nargs="+", help="one or more, not with --random")
+    parser.add_argument("--sparsity", type=float, help="share of blocks to skip (0.7; 0.8 with --model or --random)")
+    parser.add_argument("--frames", type=int, help="of the video (16; 81 with --model, 49 with --random: 4 n + 1)")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (480 with --model, 320 with --random)")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (832 with --model, 512 with --random)")
+    parser.add_argument("--steps", type=int, help="denoising steps, at least 2 (20; 30 with --model, 4 with --random)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the random transformer (2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     args = parser.parse_args(argv)
-    sizes = {"frames": (49, 81), "height": (320, 480), "width": (512, 832), "steps": (4, 30)}
-    for name, defaults in sizes.items():
+    small = not (args.model or args.random)
+    if small and (args.height or args.width):
+        parser.error("--height and --width need --model or --random: the small model draws 32x32 pixels")
+    if args.random and args.prompt:
+        parser.error("--prompt cannot go with --random, which has no text encoder")
+    if args.model and args.prompt and len(args.prompt) > 1:
+        parser.error("--model takes one prompt; quote it")
+    sizes = {"frames": (16, 49, 81), "height": (32, 320, 480), "width": (32, 512, 832), "steps": (20, 4, 30)}
+    for name, defaults in {**sizes, "sparsity": (0.7, 0.8, 0.8)}.items():
         if getattr(args, name) is None:
-            setattr(args, name, defaults[bool(args.model)])
-    if args.frames % 4 != 1 or args.height % 16 or args.width % 16:
+            setattr(args, name, defaults[0 if small else 2 if args.model else 1])
+    if not small and (args.frames % 4 != 1 or args.height % 16 or args.width % 16):
         parser.error("--frames must be 4 n + 1, --height and --width multiples of 16")
+    if args.frames < 1:
+        parser.error(f"--frames must be at least 1, got {args.frames}")
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first one compiles")
     return args
 
 
-def random_pipeline(layers: int, device: str, seed: int) -> WanPipeline:
-    """WanPipeline at the widths of Wan2.1-1.3B with few layers and a narrow VAE, all weights random."""
-    torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(**WIDTHS, num_layers=layers)
-    vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=transformer.eval(),
-    )
-    pipe.to(device)
-    return pipe.to(torch.bfloat16) if device.startswith("cuda") else pipe
+class SmallModel:
+    """The model trained in examples/tiny_video: 16 frames of 32x32 pixels are 1,024 tokens."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from tiny_video import model
+
+        self.args, self.prompts = args, args.prompt or PROMPTS
+        self.transformer, self.text = model.load(CHECKPOINT, args.device)
+        words = {word for prompt in self.prompts for word in self.text.words(prompt)}
+        if unknown := sorted(words - set(self.text.ids)):
+            known = ", ".join(self.text.ids)
+            raise SystemExit(f"the small model does not know {', '.join(unknown)}; its words are {known}.")
+        self.tokens = args.frames * (args.height // 4) * (args.width // 4)
+        # As small as blocks can be: with 1,024 tokens there are only 32 of this size.
+        self.dense_steps = args.steps // 5
+        self.options = {"min_tokens": 0, "block_size": 32, "compensate": 1.0, "dense_steps": self.dense_steps}
+
+    def generate(self, compiled: Any) -> tuple[torch.Tensor, list[float]]:
+        """Videos [prompts, 3, frames, height, width] in -1..1 and the seconds of each step."""
+        from tiny_video import model
+
+        ends = [time.perf_counter()]
+
+        def timed(timesteps: Any) -> Iterator[Any]:
+            for timestep in timesteps:
+                yield timestep
+                synchronise(self.args.device)
+                ends.append(time.perf_counter())
+
+        sizes = {"frames": self.args.frames, "steps": self.args.steps, "seed": self.args.seed}
+        videos = model.sample(compiled, self.text, self.prompts, **sizes, progress=timed)
+        return videos, [end - begin for begin, end in pairwise(ends)]
+
+    def compare(self, results: dict[str, torch.Tensor]) -> None:
+        """Print how far apart the videos are, and what this run can't show."""
+        error = (results["sparse"] - results["dense"]).square().flatten(1).mean(1)
+        print("\nsparse against dense video, PSNR (higher is closer; 30 dB is hard to see):")
+        for prompt, value in zip(self.prompts, 10 * torch.log10(4 / error), strict=True):
+            print(f"  {value:5.1f} dB  {prompt}")
+        print(
+            f"\nExpect no gain in time here: with {self.tokens:,} tokens attention is a small part of a step,\n"
+            "and sparse attention on a CPU is about as fast as dense. It shows what happens to the video. For times:\n"
+            "--random (8,000 tokens), or `make bench`."
+        )
+
+    def write(self, results: dict[str, torch.Tensor], path: Path) -> None:
+        """Animated WebP: dense, sparse and their difference for each prompt."""
+        from tiny_video import pictures
+
+        difference = (results["sparse"] - results["dense"]).abs() - 1
+        pictures.comparison({**results, "difference": difference}, self.prompts, path)
 
 
-def call_arguments(pipe: WanPipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline call that both runs share."""
-    shared: dict[str, Any] = {
-        "height": args.height,
-        "width": args.width,
-        "num_frames": args.frames,
-        "num_inference_steps": args.steps,
-        "output_type": "latent",
-    }
-    if args.model:
-        return {**shared, "prompt": args.prompt}
-    prompt = torch.randn(1, TEXT_TOKENS, WIDTHS["text_dim"], generator=torch.Generator().manual_seed(args.seed))
-    embeds = prompt.to(pipe.device, pipe.transformer.dtype)
-    return {**shared, "prompt_embeds": embeds, "guidance_scale": 1.0}
+def synchronise(device: str) -> None:
+    """Wait for the GPU, if there is one, so that a clock can be read."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
-def generate(pipe: WanPipeline, arguments: dict[str, Any], seed: int) -> tuple[torch.Tensor, list[float]]:
-    """Latents [1, channels, frames, height, width] of one run and the seconds of each step."""
-    ends = []
-
-    def note_time(pipe: WanPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if pipe.device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-        return tensors
-
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every machine
-    start = time.perf_counter()
-    latents = pipe(**arguments, generator=generator, callback_on_step_end=note_time).frames
-    return latents, [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
-
-
-@torch.no_grad()
-def decode(pipe: WanPipeline, latents: torch.Tensor) -> list[list[Any]]:
-    """Pictures of each video, as the pipeline itself decodes them."""
-    config = pipe.vae.config
-    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1).to(latents)
-    std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1).to(latents)
-    video = pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)[0]
-    return pipe.video_processor.postprocess_video(video, output_type="pil")
-
-
-def save_side_by_side(left: list[Any], right: list[Any], path: Path) -> None:
-    """Animated WebP at 16 frames a second; pillow writes it without a video encoder."""
-    from PIL import Image
-
-    frames = []
-    for a, b in zip(left, right, strict=True):
-        frame = Image.new("RGB", (a.width + b.width, a.height))
-        frame.paste(a, (0, 0))
-        frame.paste(b, (a.width, 0))
-        frames.append(frame)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // 16, loop=0, quality=70)
+def write_mask(report: drad.Report, path: Path) -> None:
+    """Picture of the plan of the first attention that was replaced."""
+    site = report.replaced[0]
+    assert site.plan is not None
+    assert site.grid is not None
+    plot_mask(site.plan, path, title=site.path, boundaries=frame_boundaries(site.grid, site.text_tokens.before or 0))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run both variants, print report and times, write the files."""
     args = parse(argv)
-    if args.model:
-        pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(args.device)
-    else:
-        pipe = random_pipeline(args.layers, args.device, args.seed)
-    transformer = pipe.transformer
-    arguments = call_arguments(pipe, args)
-    tokens = ((args.frames - 1) // 4 + 1) * (args.height // 16) * (args.width // 16)
-    print(f"{args.frames} frames of {args.width}x{args.height}: {tokens:,} video tokens, on {args.device}\n")
+    demo: Any
+    if args.model or args.random:
+        from wan_pipeline import WanModel
 
-    variants = {
-        "dense": torch.compile(transformer),
-        "sparse": torch.compile(transformer, backend="dynamicrad", options={"sparsity": args.sparsity}),
+        demo = WanModel(args)
+    else:
+        demo = SmallModel(args)
+    print(f"{args.frames} frames of {args.width}x{args.height}: {demo.tokens:,} video tokens, on {args.device}\n")
+
+    options = {"sparsity": args.sparsity, **demo.options}
+    variants: dict[str, Callable[..., Any]] = {
+        "dense": torch.compile(demo.transformer),
+        "sparse": torch.compile(demo.transformer, backend="dynamicrad", options=options),
     }
-    latents, seconds = {}, {}
+    print("options:", ", ".join(f"{name}={value}" for name, value in options.items()))
+    results, seconds = {}, {}
     for name, compiled in variants.items():
         print(f"{name}: {args.steps} steps, the first one compiles")
-        pipe.transformer = compiled
-        latents[name], seconds[name] = generate(pipe, arguments, args.seed)
+        results[name], seconds[name] = demo.generate(compiled)
     report = drad.report(variants["sparse"])
 
     print(f"\n{report}\n")
-    warm = {name: min(times[1:]) for name, times in seconds.items()}
+    warm = {name: min(times[max(1, demo.dense_steps) :]) for name, times in seconds.items()}
     for name, times in seconds.items():
-        print(f"{name:7s} first step {times[0]:6.1f} s (with compilation)   then {warm[name]:7.2f} s (the fastest)")
-    print(f"        {warm['dense'] / warm['sparse']:.2f}x faster a step")
-    error = (latents["sparse"] - latents["dense"]).float().norm() / latents["dense"].float().norm()
-    print(f"\nrelative difference of the latents: {error:.4f}")
-    if not args.model:
-        print("With random weights this figure says nothing about quality; use --model to judge that.")
+        print(f"{name:7s} first step {times[0]:6.1f} s (with compilation)   then {warm[name]:7.3f} s (the fastest)")
+    print(f"        {warm['dense'] / warm['sparse']:.2f}x the speed of dense, a step")
+    demo.compare(results)
 
-    print("\ndecoding ...")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    videos = decode(pipe, torch.cat([latents["dense"], latents["sparse"]]))
-    save_side_by_side(*videos, args.output_dir / "comparison.webp")
-    report.to_html(args.output_dir / "report.html")
     written = ["comparison.webp", "report.html"]
+    demo.write(results, args.output_dir / "comparison.webp")
+    report.to_html(args.output_dir / "report.html")
     if report.replaced:
-        site = report.replaced[0]
-        assert site.plan is not None
-        assert site.grid is not None
-        boundaries = frame_boundaries(site.grid, site.text_tokens.before)
-        plot_mask(site.plan, args.output_dir / "mask.png", title=site.path, boundaries=boundaries)
+        write_mask(report, args.output_dir / "mask.png")
         written.append("mask.png")
-    print("wrote", ", ".join(str(args.output_dir / name) for name in written))
+    print("\nwrote", ", ".join(str(args.output_dir / name) for name in written))
 
 
 if __name__ == "__main__":

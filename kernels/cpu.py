@@ -253,7 +253,7 @@ def _heads(
             valid = None if mask is None else usable
             means = BlockMeans(keys, values, valid, kv_heads, kv_len, compensate, k.dtype, shared)
             fill_means = means.fill()
-        longest = key_norms(*(x.view(kv_heads, -1, dim) for x in (keys, values)), norms)
+        longest = key_norms(keys.view(kv_heads, -1, dim), values.view(kv_heads, -1, dim), norms)
         workers.run(longest + fill_means, buffers)
     blocks_out, blocks_lse = rows_out.view(-1, block_q, dim), rows_lse.view(-1, block_q)
     work = _Work(queries, keys, values, blocks_out, blocks_lse, usable, norms, means, kv_len, scale)

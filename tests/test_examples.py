@@ -1,4 +1,4 @@
-"""The quickstart at a small size: it runs, replaces what it should, and writes its files."""
+"""The examples at a small size: they run, replace what they should, and write their files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,48 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import quickstart
+import wan_pipeline
+from tiny_video import model
 
 
-def test_quickstart(tmp_path, monkeypatch, capsys):
+def test_quickstart_with_the_small_model(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    monkeypatch.setitem(model.TRANSFORMER, "num_layers", 1)
+    transformer, text = model.create()
+    model.save(tmp_path / "model.safetensors", model.state(transformer, text), {
+        "transformer": model.TRANSFORMER, "vocabulary": list(text.ids),
+    })  # fmt: skip
+    monkeypatch.setattr(quickstart, "CHECKPOINT", tmp_path)
+    prompt = "A red circle bounces quickly on a gray background."
+    arguments = ["--frames", "8", "--steps", "3", "--device", "cpu", "--prompt", prompt]
+    quickstart.main([*arguments, "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "512 video tokens" in out
+    assert "1 of 1 video self-attentions replaced" in out
+    assert f"dB  {prompt}" in out
+    assert "Expect no gain in time" in out
+    with Image.open(tmp_path / "comparison.webp") as video:
+        assert video.width >= 3 * 160
+    assert (tmp_path / "mask.png").is_file()
+    assert "blocks.0.attn1" in (tmp_path / "report.html").read_text()
+
+    with pytest.raises(SystemExit, match="does not know cat, surfs; its words are a, an, and, as"):
+        quickstart.main(["--prompt", "A cat surfs.", "--device", "cpu"])
+
+
+def test_quickstart_with_random_weights(tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     widths = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 32}
-    monkeypatch.setattr(quickstart, "WIDTHS", widths)
+    monkeypatch.setattr(wan_pipeline, "WIDTHS", widths)
     size = ["--frames", "29", "--height", "256", "--width", "256", "--steps", "2", "--layers", "1", "--device", "cpu"]
-    quickstart.main([*size, "--output-dir", str(tmp_path)])
+    quickstart.main(["--random", *size, "--output-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert "2,048 video tokens" in out
     assert "1 of 1 video self-attentions replaced" in out
@@ -32,9 +61,52 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert "blocks.0.attn1" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("argv", [["--frames", "50"], ["--width", "500"], ["--steps", "1"]], ids=" ".join)
-def test_quickstart_refuses_sizes_that_do_not_divide(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--random", "--frames", "50"], "must be 4 n + 1"),
+        (["--model", "x", "--width", "500"], "multiples of 16"),
+        (["--steps", "1"], "must be at least 2"),
+        (["--frames", "0"], "must be at least 1"),
+        (["--height", "64"], "need --model or --random"),
+        (["--random", "--prompt", "a"], "no text encoder"),
+        (["--model", "x", "--prompt", "a", "cat"], "takes one prompt"),
+        (["--model", "x", "--random"], "not allowed with"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_quickstart_refuses(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         quickstart.parse(argv)
     assert stop.value.code == 2
-    assert "must be" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_lora_finetune(tmp_path, capsys):
+    """All stages on a model of one layer without training: files, table, and an adapter that is resumed."""
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    import lora_finetune
+    from PIL import Image
+
+    model, data = lora_finetune.model, lora_finetune.data
+    config = {**model.TRANSFORMER, "num_layers": 1}
+    transformer, text = model.create(config)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    written = {"transformer": config, "vocabulary": data.vocabulary()}
+    model.save(tmp_path / "model.safetensors", model.state(transformer, text), written)
+    size = ["--frames", "8", "--steps", "2", "--clips", "2", "--levels", "1", "--rounds", "1", "--sample-steps", "1"]
+    command = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--inner", "eager", *size]
+    lora_finetune.main([*command, "--stages", "train", "--kinds", "sparse"])
+    lora_finetune.main(command)
+    out = capsys.readouterr().out
+    assert "sparse LoRA, resumed" in out
+    assert "sparsity that ran: 7" in out
+    assert "The LoRA closes" in out
+    assert "| dense + dense LoRA |" in out
+    assert "| gain | " in out
+    with Image.open(tmp_path / "out" / "comparison.gif") as video:
+        assert video.size == (3 * 32 * 4, 3 * 32 * 4)
+        assert video.n_frames > 1
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files >= {"sparse", "dense", "results.json", "time.json", "table.md", "curves.png", "comparison.png"}

@@ -183,3 +183,13 @@ def test_the_accounts_of_the_report_are_left_out():
     gm = torch.fx.GraphModule(root, graph)
     assert lower(gm) == 0
     assert not [node for node in gm.graph.nodes if node.target is record]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the check runs here")
+def test_the_check_says_why_it_can_not_run(capsys):
+    path = Path(__file__).parent.parent / "examples" / "tensorrt_check.py"
+    spec = importlib.util.spec_from_file_location("tensorrt_check", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out

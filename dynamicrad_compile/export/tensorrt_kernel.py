@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from dynamicrad_compile.errors import ExportError
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_tile
 from dynamicrad_compile.kernels.triton_forward import MEANS_TILE, _block_sparse_forward
 
 from .tensorrt_names import input_names
@@ -93,12 +93,19 @@ def _plugin_forward(
         count_batch = tl.where(masks > 1, blocks, 0)
     if COMPENSATE:
         weight_batch = tl.where(weights > 1, 1, 0)
+    first_partial = kv_len // BLOCK_KV
+    if HAS_MASK:
+        first_partial = tl.minimum(first_partial, MASK_START // BLOCK_KV)
     _block_sparse_forward(
         q,
         k,
         v,
+        lse,  # q_scale, k_scale, mean_scale, order: not read without QK8 and ORDERED
+        lse,
+        lse,
         kv_counts,
         kv_indices,
+        kv_counts,
         kv_mask,
         mean_k,
         mean_v,
@@ -108,10 +115,13 @@ def _plugin_forward(
         out,
         lse,
         SCALE,
+        1,  # B * H, which only ORDERED and SPLITS need
         H,
         KV_GROUP,
         q_len,
         kv_len,
+        rows,
+        first_partial,
         MASK_START,
         H * stride_qh,
         stride_qh,
@@ -134,18 +144,22 @@ def _plugin_forward(
         plan_rows * words,
         plan_row * words,
         words,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        BLOCK_KV,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_J,
-        RAGGED,
-        HAS_MASK,
-        COMPENSATE,
-        False,
-        PRECISION,
+        D=D,
+        BLOCK_D=BLOCK_D,
+        BLOCK_Q=BLOCK_Q,
+        BLOCK_KV=BLOCK_KV,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_J=BLOCK_J,
+        RAGGED=RAGGED,
+        HAS_MASK=HAS_MASK,
+        COMPENSATE=COMPENSATE,
+        ORDERED=False,
+        SPLITS=1,
+        TMA=False,
+        QK8=False,
+        WIDEN=False,
+        PRECISION=PRECISION,
     )
 
 
@@ -184,7 +198,7 @@ class KernelConfig:
 class KernelImage:
     """A kernel ready to be embedded: PTX whose parameters are inputs, sizes and outputs (out, lse), in this order.
 
-    The grid is (ceil(q_len / block_m), B * H), a block has `threads` threads and `shared` bytes of dynamic memory.
+    The grid is Mq * (block_q / block_m) * B * H, a block has `threads` threads and `shared` bytes of dynamic memory.
     """
 
     name: str
@@ -207,7 +221,7 @@ def tiles_of(capability: tuple[int, int], config: KernelConfig) -> tuple[Tile, T
     small = replace(
         best, block_m=min(best.block_m, rows), block_n=min(best.block_n, 32), num_warps=min(best.num_warps, 4)
     )
-    return best, replace(small, num_stages=2 if config.head_dim <= 64 and config.dtype != "fp32" else 1)
+    return best, replace(small, num_stages=1)
 
 
 def _number(capability: tuple[int, int]) -> int:
@@ -244,7 +258,7 @@ def build_kernel(config: KernelConfig, capability: tuple[int, int], tile: Tile |
         # As TensorRT allocates them; without the hint loads would be scalar.
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in given if name in typed},
     )
-    version = PTX_VERSION[architecture(capability)]
+    version = PTX_VERSION[max(n for n in PTX_VERSION if n <= number)]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "ptx_version": version}
     options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)

@@ -103,8 +103,8 @@ def _kernel(tensors: dict[str, Any], attributes: dict[str, Any], outputs: Any, t
     image = image_of(tensors, attributes, tactic)
     q, k, indices = tensors["q"].shape_expr, tensors["k"].shape_expr, tensors["kv_indices"].shape_expr
     launch = trtp.KernelLaunchParams()
-    launch.grid_x = trtp.cdiv(q[2], image.block_m)
-    launch.grid_y = q[0] * q[1]
+    tiles = int(attributes["block_q"][0]) // image.block_m  # of a row of the plan
+    launch.grid_x = indices[2] * tiles * q[0] * q[1]
     launch.block_x = image.threads
     launch.shared_mem = image.shared
     sizes = [q[2], k[2], indices[0], indices[1], indices[3]]

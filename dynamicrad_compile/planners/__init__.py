@@ -15,7 +15,7 @@ from ..plan import BlockPlan, Candidates
 from ._layout import Layout
 from .candidates import candidates
 from .prior import Prior
-from .radial import radial_mask
+from .radial import THINNING_THRESHOLD, radial_mask
 from .static_ratio import static_ratio_mask
 
 __all__ = ["PATTERNS", "Layout", "Prior", "make_candidates", "make_plan", "radial_mask", "static_ratio_mask"]
@@ -54,6 +54,7 @@ def make_plan(
     Parameters of "radial" (see `planners.radial`):
         decay_factor=1.0   scales the windows, 0.001..1000
         sink_frames=1      leading frames that all tokens read (published: 1 for Wan, 0 for HunyuanVideo)
+        thinning_tokens=128  bands narrower than this skip frames; 128 as published, smaller for small frames
     Parameters of "dynamicrad" (see `planners.prior`), each None by default:
         sparsity           share of dense attention to skip, 0..1, compensation counted
         decay_factor       core of the prior, 0.001..1000
@@ -111,10 +112,12 @@ def _check_names(pattern: str, params: dict[str, Any], known: dict[str, Any]) ->
         )
 
 
-def _radial(layout: Layout, *, decay_factor: float, sink_frames: int) -> BlockPlan:
+def _radial(layout: Layout, *, decay_factor: float, sink_frames: int, thinning_tokens: int) -> BlockPlan:
     decay_factor = _number("decay_factor", decay_factor, *DECAY_RANGE)
     sink_frames = _integer("sink_frames", sink_frames, 0)
-    return _plan_of_mask(radial_mask(layout, decay_factor=decay_factor, sink_frames=sink_frames), layout)
+    thinning_tokens = _integer("thinning_tokens", thinning_tokens, 1)
+    mask = radial_mask(layout, decay_factor=decay_factor, sink_frames=sink_frames, thinning_tokens=thinning_tokens)
+    return _plan_of_mask(mask, layout)
 
 
 def _dynamicrad(layout: Layout, **params: Any) -> BlockPlan:
@@ -145,7 +148,7 @@ def _dense(layout: Layout) -> BlockPlan:
 
 # Pattern -> builder of its plan and the default of each parameter.
 PATTERNS: dict[str, tuple[Callable[..., BlockPlan], dict[str, Any]]] = {
-    "radial": (_radial, {"decay_factor": 1.0, "sink_frames": 1}),
+    "radial": (_radial, {"decay_factor": 1.0, "sink_frames": 1, "thinning_tokens": THINNING_THRESHOLD}),
     "dynamicrad": (
         _dynamicrad,
         dict.fromkeys(("sparsity", *NUMBERS, "sink_frames", "regime", "profile")),

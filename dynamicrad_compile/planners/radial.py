@@ -5,7 +5,8 @@ T tokens in a frame, P the power of two above T, d the distance of two frames an
 
     window      token a of frame i reads token b of frame j iff |a - b| <= w; w = T for d <= 1,
                 else w = max(P / 2^g * decay_factor, block_size)
-    thinning    if l = P / 2^g < 128, a pair of frames is kept only if d is a multiple of floor(128 / l)
+    thinning    if l = P / 2^g < 128, a pair of frames is kept only if d is a multiple of floor(128 / l); with
+                another `thinning_tokens` than 128, of that number instead (DynamicRad's code takes the block size)
     sink        every token reads all tokens of the first `sink_frames` frames (published: 1 for Wan, else 0)
     shrinking   a tile of tokens is kept iff more than 60 % of its key columns that are read at all
                 are read by more than a third of the tile's query rows
@@ -28,7 +29,9 @@ THINNING_THRESHOLD = 128
 CHUNK_ELEMENTS = 1 << 15
 
 
-def frame_distance_tables(layout: Layout, decay_factor: float) -> tuple[np.ndarray, np.ndarray]:
+def frame_distance_tables(
+    layout: Layout, decay_factor: float, thinning_tokens: int = THINNING_THRESHOLD
+) -> tuple[np.ndarray, np.ndarray]:
     """Window (int32 [F], in tokens) and whether the pair of frames is kept (bool [F]), by frame distance."""
     tokens = layout.tokens_per_frame
     power = 1 << tokens.bit_length()
@@ -37,18 +40,21 @@ def frame_distance_tables(layout: Layout, decay_factor: float) -> tuple[np.ndarr
     # The published code compares integer distances with a float32 window.
     width = np.float32(np.maximum(power / 2.0**octave * decay_factor, layout.block_size))
     window = np.where(distance <= 1, tokens, np.floor(np.minimum(width, tokens)))
-    step = np.maximum(1, (THINNING_THRESHOLD << octave) // power)
+    step = np.maximum(1, (thinning_tokens << octave) // power)
     return window.astype(np.int32), distance % step == 0
 
 
-def radial_mask(layout: Layout, *, decay_factor: float = 1.0, sink_frames: int = 1) -> np.ndarray:
+def radial_mask(
+    layout: Layout, *, decay_factor: float = 1.0, sink_frames: int = 1, thinning_tokens: int = THINNING_THRESHOLD
+) -> np.ndarray:
     """Block mask of Radial Attention, bool [n, n] with n = layout.num_blocks.
 
-    decay_factor scales the window (> 0); sink_frames is the number of leading frames that all tokens read.
+    decay_factor scales the window (> 0); sink_frames is the number of leading frames that all tokens read; bands
+    narrower than thinning_tokens skip frames.
     Time O(S^2) for S segments in numpy; memory one byte per block pair plus a constant.
     """
     n = layout.num_blocks
-    window, kept_distance = frame_distance_tables(layout, decay_factor)
+    window, kept_distance = frame_distance_tables(layout, decay_factor, thinning_tokens)
     seg = layout.segments()
     mask = np.zeros((n, n), dtype=bool)
     blocks, first_segment = np.unique(seg.block, return_index=True)

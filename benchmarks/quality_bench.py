@@ -1,0 +1,97 @@
+"""What all stages of benchmarks/quality.py share: sizes, the subject, its captured attention, tuned profiles."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import quality_attention as attention
+import torch
+
+import dynamicrad_compile as drad
+from dynamicrad_compile.profiles import Profile
+from dynamicrad_compile.quality import make_clips
+
+BLOCK = 16
+# Where Radial can be on this grid: a mask of its own, then the published one (0.8789) after 2, 1, 0 dense steps of 10.
+POINTS = (0.5117, 0.7031, 0.791, 0.8789)
+CAPTURED_STEPS = (0, 2, 4, 7, 9)
+CAPTURED = 6  # prompts, regimes in turn
+CLIPS = 3  # per method in (a), regimes in turn
+ROUTED_CLIPS = 6
+SETTINGS = 64  # of (b), half of them with compensation
+PROXY_CLIPS = 3
+PROXY_STEPS = 4  # of a clip in (b)
+DENSE_CLIPS = 3
+BUDGET = 30
+SEEDS = (1, 2)
+RESAMPLES = 2000
+ROWS = 256  # query rows of the proxies' draws
+QUICK = {
+    "POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CAPTURED": 6, "CLIPS": 3, "ROUTED_CLIPS": 3, "SETTINGS": 6,
+    "BUDGET": 10, "SEEDS": (1,), "PROXY_CLIPS": 3, "DENSE_CLIPS": 3, "RESAMPLES": 50,
+}  # fmt: skip
+
+
+class Bench:
+    """The subject, what was captured of it, and the folder of what can be made again."""
+
+    def __init__(self, checkpoint: Path, folder: Path, steps: int) -> None:
+        from examples.tiny_video import data, model
+        from examples.tiny_video.subject import prompts, subject
+
+        self.subject = subject(checkpoint, steps=steps)
+        self.unguided = subject(checkpoint, steps=steps, guidance_scale=1.0)
+        self.shorter = subject(checkpoint, steps=min(steps, PROXY_STEPS), guidance_scale=1.0)
+        self.text = model.load(checkpoint)[1]
+        self.folder, self.steps = folder, steps
+        self.prompts = prompts(max(CAPTURED, CLIPS, ROUTED_CLIPS))
+        config = checkpoint / "config.json" if checkpoint.is_dir() else checkpoint.parent / "config.json"
+        self.training = {k: v for k, v in json.loads(config.read_text()).items() if isinstance(v, (int, float, str))}
+        self.data = data
+        self._sites: list[attention.Site] | None = None
+
+    @property
+    def sites(self) -> list[attention.Site]:
+        """Captured attentions, made at the first use."""
+        if self._sites is None:
+            steps = [step for step in CAPTURED_STEPS if step < self.steps]
+            prompts = self.prompts[:CAPTURED]
+            self._sites = attention.capture(self.unguided, prompts, steps, BLOCK, self.folder / "captures")
+        return self._sites
+
+    def about(self) -> dict[str, Any]:
+        """What the figures are of."""
+        machine = {"machine": platform.machine(), "torch": torch.__version__.split("+")[0]}
+        return {"name": self.subject.name, "training": self.training, "block": BLOCK, **machine}
+
+    def profile(self, name: str) -> Profile:
+        """A profile that the stage `tune` has made: "tuned" or "plain" (without compensation)."""
+        return drad.load_profile(self.folder / f"{name}.toml")
+
+    def clips(self, method: Any, count: int, bar: Any = None, subject: Any = None) -> tuple[torch.Tensor, float]:
+        """Clips of the first `count` prompts, and the sparsity of the run."""
+        subject = subject or self.subject
+        prompts, seeds = self.prompts[:count], range(count)
+        tick = bar.update if bar is not None else lambda n: None
+        made, sparsity, _ = make_clips(subject, method, prompts, seeds, self.folder / "clips", 3, tick)
+        return made, sparsity
+
+
+def tune(bench: Bench, images: Path) -> dict[str, Any]:
+    """Profiles of this grid, on the proxies, as anybody would tune them."""
+    losses = {}
+    for name, given in (("tuned", {}), ("plain", {"compensate": 0.0})):
+        path = bench.folder / f"{name}.toml"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drad.tune(
+                bench.subject.grid, path, block_size=BLOCK, heads=4, head_dim=32, sparsity=0.8, budget=BUDGET,
+                seeds=SEEDS, rows=ROWS, fixed=given, header={"min_tokens": 0}, pictures=False,
+                resume=path.with_suffix(".jsonl").is_file(),
+            )  # fmt: skip
+        profile = bench.profile(name)
+        losses[name] = {"mode": profile.mode, "loss": profile.provenance.loss}
+    return losses

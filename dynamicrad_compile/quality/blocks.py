@@ -1,0 +1,102 @@
+"""Attention under any block mask, slowly and exactly, and masks to compare with: the oracle's and random ones.
+
+For research: everything costs as much as dense attention. What runs in a compiled model is in `kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import PlanError
+from ..plan import cdiv
+
+
+def block_sums(x: Tensor, block: int, dim: int) -> Tensor:
+    """Sums of x over runs of `block` entries of a dimension; the last run may be shorter."""
+    length = x.shape[dim]
+    padded = F.pad(x.movedim(dim, -1), (0, cdiv(length, block) * block - length))
+    return padded.unflatten(-1, (-1, block)).sum(-1).movedim(-1, dim)
+
+
+def block_counts(length: int, block: int) -> Tensor:
+    """int64 [M]: tokens of each block."""
+    return torch.arange(length).div(block, rounding_mode="floor").bincount()
+
+
+def block_mass(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> Tensor:
+    """fp32 [B, H, Mq, Mk]: share of its attention that a block of queries pays to a block of keys; rows sum to 1.
+
+    q [B, H, Sq, D], k [B, H, Sk, D].
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    share = (q.float() @ k.float().transpose(-1, -2) * scale).softmax(-1)
+    by_query = block_sums(block_sums(share, block, -1), block, -2)
+    return by_query / block_counts(q.shape[-2], block).to(by_query.device)[:, None]
+
+
+def block_budget(blocks: int, sparsity: float, block: int, compensate: float) -> int:
+    """Blocks of a head [blocks, blocks] that may be read to skip the share `sparsity`, mean keys counted."""
+    cost = blocks * blocks / block if compensate and sparsity > 0 else 0.0
+    return min(blocks * blocks, max(blocks, math.floor((1.0 - sparsity) * blocks * blocks - cost + 0.5)))
+
+
+def oracle_mask(mass: Tensor, budget: int) -> Tensor:
+    """bool [B, H, Mq, Mk]: the `budget` blocks of each head with the most attention, at least one in each row.
+
+    No choice of as many blocks of a head keeps more attention mass, the best block of each row apart.
+    """
+    best = F.one_hot(mass.argmax(-1), mass.shape[-1])
+    ranked = (mass + 2.0 * best).flatten(-2)
+    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, ranked.topk(budget, dim=-1).indices, True)
+    return kept.view(mass.shape)
+
+
+def random_mask(shape: tuple[int, int, int, int], budget: int, seed: int) -> Tensor:
+    """bool [B, H, M, M]: the diagonal and, of the rest, as many random blocks as the budget of a head allows.
+
+    Spread evenly over the rows, which differ by at most one block.
+    """
+    batch, heads, rows, columns = shape
+    if rows != columns:
+        raise PlanError(f"random blocks need as many query as key blocks, got {rows} and {columns}.")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(shape, generator=generator)
+    drawn.diagonal(0, -2, -1).fill_(2.0)
+    share = torch.arange(rows + 1) * budget // rows
+    rank = drawn.argsort(-1, descending=True).argsort(-1)
+    return (rank < share.diff().clamp(min=1)[:, None]).view(batch, heads, rows, columns)
+
+
+def skipped(mask: Tensor, block: int, compensate: float) -> float:
+    """Share of dense attention that a mask [..., Mq, Mk] skips; a row that compensates pays for one key a block."""
+    kept = mask.sum(-1)
+    blocks = mask.shape[-1]
+    compensated = float((kept < blocks).double().mean()) / block if compensate else 0.0
+    return 1.0 - float(kept.double().mean()) / blocks - compensated
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, compensate: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax attention [B, H, Sq, D] over the blocks in `mask`, bool [B or 1, H or 1, Mq, Mk]; as the op computes it.
+
+    With `compensate` each dropped block adds its mean key, log(count * compensate) on its logit, and its mean value.
+    A row without a block gives zeros if nothing compensates.
+    """
+    length, keys = q.shape[-2], k.shape[-2]
+    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    bias = hidden.repeat_interleave(block, -2)[..., :length, :].repeat_interleave(block, -1)[..., :keys]
+    if not compensate:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return torch.where(mask.any(-1).repeat_interleave(block, -1)[..., :length, None], out, 0.0)
+    counts = block_counts(keys, block).to(q.device)
+    means = [block_sums(x, block, -2) / counts[:, None] for x in (k, v)]
+    weight = (counts * compensate).log().to(q.dtype)
+    extra = torch.where(mask, -math.inf, weight).repeat_interleave(block, -2)[..., :length, :]
+    bias = torch.cat([bias, extra.expand(*bias.shape[:-1], -1)], dim=-1)
+    k, v = torch.cat([k, means[0].to(k.dtype)], dim=-2), torch.cat([v, means[1].to(v.dtype)], dim=-2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

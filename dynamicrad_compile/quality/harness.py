@@ -1,0 +1,225 @@
+"""The harness: the same prompts and seeds by every method, and what changed against dense and against real clips."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DynamicRadError
+from .features import feature_distance, frechet_distance
+from .loops import MIN_FRAMES, loop_score
+from .methods import Dense, Method
+from .metrics import check_clips, flicker, motion, motion_ratio, psnr, rmse, ssim
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method gave; means over the clips, NaN where there is nothing to compare with.
+
+    wanted, sparsity  share of dense attention: asked for, and skipped over the whole run
+    rmse, psnr, ssim, feature   against the dense clip of the same prompt and seed
+    motion, flicker   of the clips; motion_ratio: energy of frame differences over the dense clip's (median)
+    loop              loop and freeze score, 100 is good
+    frechet_dense, frechet_real  distances of the whole set to the dense clips and to held-out real ones
+    clips, seconds    number of clips, and the time to make one on this machine, compilation included
+    """
+
+    method: str
+    wanted: float
+    sparsity: float
+    rmse: float
+    psnr: float
+    ssim: float
+    feature: float
+    motion: float
+    motion_ratio: float
+    flicker: float
+    loop: float
+    frechet_dense: float
+    frechet_real: float
+    clips: int
+    seconds: float
+
+
+COLUMNS = ("sparsity", "psnr", "ssim", "feature", "flicker", "motion_ratio", "loop", "frechet_dense", "frechet_real")
+
+
+@dataclass
+class Results:
+    """Rows in order, dense first, and a row "real" for the held-out clips; `clips` by label, for pictures."""
+
+    subject: str
+    prompts: list[str]
+    seeds: list[int]
+    rows: list[Row]
+    clips: dict[str, Tensor]
+
+    def table(self) -> str:
+        """The rows as text, aligned."""
+        lines = ["  ".join([f"{'method':20s}", *(f"{name:>13s}" for name in COLUMNS)])]
+        for row in self.rows:
+            numbers = [getattr(row, name) for name in COLUMNS]
+            lines.append("  ".join([f"{row.method:20s}", *(_shown(number) for number in numbers)]))
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN is null."""
+        rows = [{k: _rounded(v) for k, v in asdict(row).items()} for row in self.rows]
+        return {"subject": self.subject, "prompts": self.prompts, "seeds": self.seeds, "rows": rows}
+
+
+def evaluate(
+    subject: Subject,
+    methods: Sequence[Method],
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    batch: int = 2,
+    real: int = 64,
+    progress: bool = True,
+) -> Results:
+    """Make clips of all prompts by every method, dense first, measure them, write FOLDER/results.json.
+
+    seeds   clips of each prompt; clip i of all has seed first_seed + i
+    batch   clips that are made together
+    real    held-out real clips to compare with, if the subject has any
+
+    Clips are kept in FOLDER/clips, named by what decides them, so an interrupted evaluation goes on where it was and
+    another one with more methods makes only the new ones. Raises DynamicRadError for unusable clips.
+    """
+    from tqdm import tqdm
+
+    if not prompts or seeds < 1 or batch < 1:
+        raise DynamicRadError("an evaluation needs at least one prompt, one seed and a batch of 1.")
+    folder = Path(folder)
+    cases = [*prompts] * seeds
+    numbers = list(range(first_seed, first_seed + len(cases)))
+    everything: list[Method] = [Dense(), *(m for m in methods if not isinstance(m, Dense))]
+    held_out = subject.real(real) if subject.real is not None and real else None
+    results = Results(subject.name, list(prompts), numbers, [], {})
+    if held_out is not None:
+        results.rows.append(_row("real", 0.0, 0.0, held_out, None, held_out, 0.0))
+    with tqdm(total=len(everything) * len(cases), disable=not progress, unit="clip", dynamic_ncols=True) as bar:
+        for item in everything:
+            bar.set_postfix_str(f"{item.name} {item.wanted:g}")
+            clips, sparsity, seconds = make_clips(subject, item, cases, numbers, folder / "clips", batch, bar.update)
+            dense = results.clips.setdefault("dense", clips)
+            results.clips[_label(item)] = clips
+            results.rows.append(_row(item.name, item.wanted, sparsity, clips, dense, held_out, seconds))
+            write_json(folder / "results.json", results.to_json())
+    return results
+
+
+def _label(item: Method) -> str:
+    return "dense" if isinstance(item, Dense) else f"{item.name} {item.wanted:.0%}"
+
+
+def make_clips(
+    subject: Subject,
+    item: Method,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    batch: int = 2,
+    tick: Callable[[int], Any] = lambda count: None,
+) -> tuple[Tensor, float, float]:
+    """Clips [N, F, C, H, W] of one method, the sparsity of the run, and seconds a clip; kept in the folder.
+
+    They are read from there if the same subject, prompts, seeds and method have made them before. `tick` is told how
+    many clips have come.
+    """
+    from safetensors.torch import load_file, save_file
+
+    identity = {"subject": subject.name, "prompts": [*prompts], "seeds": [*seeds], **item.describe()}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    file = folder / f"{re.sub(r'[^A-Za-z0-9_]+', '-', item.name)}-{digest}.safetensors"
+    if file.is_file():
+        found = load_file(file)
+        tick(len(prompts))
+        return found["clips"].float(), float(found["sparsity"]), float(found["seconds"])
+    made: list[Tensor] = []
+    start = time.perf_counter()
+    with torch.no_grad(), item.run(subject) as run:
+        for low in range(0, len(prompts), batch):
+            part = slice(low, low + batch)
+            clips = subject.generate(run.model, prompts[part], seeds[part])
+            check_clips(clips, f"the clips of {item.name}")
+            made.append(clips.float().cpu())
+            tick(len(clips))
+        sparsity = run.sparsity()
+    seconds = (time.perf_counter() - start) / len(prompts)
+    clips = torch.cat(made).clamp(0.0, 1.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    numbers = {"sparsity": torch.tensor(sparsity, dtype=torch.float64), "seconds": torch.tensor(seconds)}
+    save_file({"clips": clips.half(), **numbers}, partial)
+    os.replace(partial, file)
+    return clips.half().float(), sparsity, seconds
+
+
+def _row(
+    name: str, wanted: float, sparsity: float, clips: Tensor, dense: Tensor | None, real: Tensor | None, seconds: float
+) -> Row:
+    nan = math.nan
+    pair = dict.fromkeys(("rmse", "psnr", "ssim", "feature", "motion_ratio", "frechet_dense"), nan)
+    if dense is not None:
+        ratio = motion_ratio(clips, dense)
+        pair = {
+            "rmse": float(rmse(clips, dense).mean()),
+            "psnr": float(psnr(clips, dense).mean()),
+            "ssim": float(ssim(clips, dense).mean()),
+            "feature": float(feature_distance(clips, dense).mean()),
+            "motion_ratio": float(ratio.nanmedian()),
+            "frechet_dense": frechet_distance(clips, dense),
+        }
+    if real is None:
+        frechet_real = nan
+    elif dense is None:  # real against real: two halves
+        half = len(real) // 2
+        frechet_real = frechet_distance(real[:half], real[half : 2 * half]) if half else nan
+    else:
+        frechet_real = frechet_distance(clips, real)
+    return Row(
+        method=name,
+        wanted=wanted,
+        sparsity=sparsity,
+        **pair,
+        motion=float(motion(clips).mean()),
+        flicker=float(flicker(clips).nanmean()) if clips.shape[1] > 2 else nan,
+        loop=float(loop_score(clips).score.mean()) if clips.shape[1] >= MIN_FRAMES else nan,
+        frechet_real=frechet_real,
+        clips=len(clips),
+        seconds=seconds,
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _shown(number: float) -> str:
+    return f"{'-':>13s}" if math.isnan(number) else f"{number:13.4g}"
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

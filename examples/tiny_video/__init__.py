@@ -1,0 +1,1 @@
+"""A small video diffusion transformer that is really trained: data, model, training."""

@@ -1,0 +1,107 @@
+"""Make the checkpoint that is kept in the repository from the folder of a training run.
+
+    python -m examples.tiny_video.ship --run runs/tiny
+
+Writes to examples/tiny_video/checkpoint/ (or --output): model.safetensors (averaged weights, float16), config.json
+(with steps, hours, held-out loss), README.md (the model card, from card.md), loss.png, samples.png and samples.gif. The
+samples are of held-out captions that nobody chose: the first ones of each regime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from . import data, model, pictures, train
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+LIMIT = 20e6  # bytes of the weights
+
+CARD = Path(__file__).with_name("card.md")
+
+
+def facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of the model card that are in the log of a run."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "loss" in row and row["step"] <= config["step"]]
+    if not rows:
+        raise ValueError(f"{run / 'log.jsonl'} has no training loss up to step {config['step']}.")
+    frames = [row["frames"] for row in rows]
+    return {
+        "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
+        "mean_of": len(rows[-10:]) * train.LOG_STEPS,
+        "short": min(frames),
+        "long": data.FRAMES,
+        "short_share": frames.count(min(frames)) / len(frames) if min(frames) < data.FRAMES else 0.0,
+        "rows": rows,
+    }
+
+
+def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
+    """Write everything to `output`; returns what config.json says. ValueError if the weights are too large."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    weights = {key: value.half() for key, value in load_file(run / "ema_latest.safetensors").items()}
+    size = sum(2 * value.numel() for value in weights.values())
+    if size > LIMIT:
+        raise ValueError(f"the weights have {size / 1e6:.1f} MB, the repository takes {LIMIT / 1e6:.0f}.")
+    config.setdefault("batch_size", train.parse(["--output", str(run)]).batch_size)
+    model.save(output / "model.safetensors", weights, config)
+    transformer, text = model.load(output)
+    config["held_out"] = {
+        "loss": round(train.held_out_loss(transformer, text).mean().item(), 6),
+        "clips": train.HELD_OUT,
+        "frames": data.FRAMES,
+        "seed": data.HELD_OUT_SEED,
+    }
+    config["machine"] = machine
+    model.write_text(output / "config.json", json.dumps(config, indent=1) + "\n")
+
+    captions = [caption for regime in data.REGIMES for caption in data.captions(3, regime=regime)]
+    videos = model.sample(transformer, text, captions, progress=tqdm)
+    pictures.contact_sheet(videos, captions, output / "samples.png")
+    pictures.comparison({"samples": videos}, captions, output / "samples.gif", scale=3)
+    numbers = facts(run, config)
+    log = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    pictures.loss_curve([json.loads(line) for line in log], output / "loss.png")
+    card = CARD.read_text(encoding="utf-8").format(
+        **numbers,
+        parameters=sum(value.numel() for value in weights.values()) / 1e6,
+        seed=train.SEED,
+        steps=config["step"],
+        batch_size=config["batch_size"],
+        clips=config["step"] * config["batch_size"],
+        hours=config["hours"],
+        machine=machine,
+        held_out=config["held_out"]["loss"],
+        held_out_clips=train.HELD_OUT,
+        held_out_seed=data.HELD_OUT_SEED,
+        shift=model.SHIFT,
+        sample_steps=model.STEPS,
+        guidance=model.GUIDANCE,
+        samples=len(captions),
+        words=len(config["vocabulary"]),
+    )
+    model.write_text(output / "README.md", card)
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="--output of the training")
+    parser.add_argument("--output", type=Path, default=CHECKPOINT)
+    parser.add_argument("--machine", default="an AMD EPYC (AVX2)", help="what it was trained on, for the card")
+    args = parser.parse_args(argv)
+    torch.set_grad_enabled(False)
+    config = ship(args.run, args.output, args.machine)
+    print(f"step {config['step']}, held-out loss {config['held_out']['loss']}: written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
