@@ -140,12 +140,20 @@ def random_blocks(sparsity: float, block: int) -> Chooser:
     return choose
 
 
-def head_kinds(sites: Sequence[Site], frames: int) -> torch.Tensor:
-    """Share of attention inside the own frame, fp64 [layers, heads], mean over the captures."""
+def head_kinds(sites: Sequence[Site], frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares of attention over those of uniform attention, fp64 [layers, heads] each, mean over the captures.
+
+    In the own frame, and at the own place (the same block) of the other frames. A frame must be whole blocks.
+    """
     layers = 1 + max(site.site for site in sites)
-    total = torch.zeros(layers, sites[0].mass.shape[0], dtype=torch.float64)
+    blocks = sites[0].mass.shape[-1]
+    number = torch.arange(blocks)
+    frame, place = number * frames // blocks, number % (blocks // frames)
+    own = frame[:, None] == frame[None]
+    same = (place[:, None] == place[None]) & ~own
+    found = torch.zeros(2, layers, sites[0].mass.shape[0], dtype=torch.float64)
     for site in sites:
-        blocks = site.mass.shape[-1]
-        own = torch.arange(blocks) * frames // blocks
-        total[site.site] += (site.mass * (own[:, None] == own[None])).sum(-1).mean(-1)
-    return total / (len(sites) / layers)
+        for kind, where in enumerate((own, same)):
+            found[kind, site.site] += (site.mass * where).sum(-1).mean(-1)
+    found *= layers / len(sites)
+    return found[0] / own.double().mean(), found[1] / same.double().mean()

@@ -17,21 +17,22 @@ from dynamicrad_compile.quality import make_clips
 BLOCK = 16
 # Where Radial can be on this grid: a mask of its own, then the published one (0.8789) after 2, 1, 0 dense steps of 10.
 POINTS = (0.5117, 0.7031, 0.791, 0.8789)
+CLIP_POINTS = (0.791, 0.7031, 0.8789, 0.5117)  # of clips, in this order
 CAPTURED_STEPS = (0, 2, 4, 7, 9)
 CAPTURED = 6  # prompts, regimes in turn
 CLIPS = 3  # per method in (a), regimes in turn
 ROUTED_CLIPS = 6
 SETTINGS = 64  # of (b), half of them with compensation
-PROXY_CLIPS = 3
+PROXY_CLIPS = 1  # from the second prompt on, of mid motion
 PROXY_STEPS = 4  # of a clip in (b)
-DENSE_CLIPS = 3
+DENSE_CLIPS = 1  # as well
 BUDGET = 30
 SEEDS = (1, 2)
 RESAMPLES = 2000
 ROWS = 256  # query rows of the proxies' draws
 QUICK = {
-    "POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CAPTURED": 6, "CLIPS": 3, "ROUTED_CLIPS": 3, "SETTINGS": 6,
-    "BUDGET": 10, "SEEDS": (1,), "PROXY_CLIPS": 3, "DENSE_CLIPS": 3, "RESAMPLES": 50,
+    "POINTS": (0.8,), "CLIP_POINTS": (0.8,), "CAPTURED_STEPS": (0, 1), "CAPTURED": 6, "CLIPS": 3, "ROUTED_CLIPS": 3,
+    "SETTINGS": 6, "BUDGET": 10, "SEEDS": (1,), "RESAMPLES": 50,
 }  # fmt: skip
 
 
@@ -65,16 +66,18 @@ class Bench:
     def about(self) -> dict[str, Any]:
         """What the figures are of."""
         machine = {"machine": platform.machine(), "torch": torch.__version__.split("+")[0]}
-        return {"name": self.subject.name, "training": self.training, "block": BLOCK, **machine}
+        return {"name": self.unguided.name, "training": self.training, "block": BLOCK, **machine}
 
     def profile(self, name: str) -> Profile:
         """A profile that the stage `tune` has made: "tuned" or "plain" (without compensation)."""
         return drad.load_profile(self.folder / f"{name}.toml")
 
-    def clips(self, method: Any, count: int, bar: Any = None, subject: Any = None) -> tuple[torch.Tensor, float]:
-        """Clips of the first `count` prompts, and the sparsity of the run."""
+    def clips(
+        self, method: Any, count: int, bar: Any = None, subject: Any = None, first: int = 0
+    ) -> tuple[torch.Tensor, float]:
+        """Clips of `count` prompts from the first on, seed = number of the prompt, and the sparsity of the run."""
         subject = subject or self.subject
-        prompts, seeds = self.prompts[:count], range(count)
+        prompts, seeds = self.prompts[first : first + count], range(first, first + count)
         tick = bar.update if bar is not None else lambda n: None
         made, sparsity, _ = make_clips(subject, method, prompts, seeds, self.folder / "clips", 3, tick)
         return made, sparsity

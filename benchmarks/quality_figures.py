@@ -57,14 +57,16 @@ def methods(video: list[dict[str, Any]], path: Path) -> None:
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int) -> dict[str, float]:
     """Rank correlation with a 95 % interval by bootstrap over the settings (percentiles)."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(x), size=(resamples, len(x)))
+    rows = np.random.default_rng(0).integers(len(x), size=(resamples, len(x)))
+    rows = np.concatenate([np.arange(len(x))[None], rows])
+    a, b = (rankdata(values[rows], axis=1) for values in (x, y))
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        found = [spearmanr(x[rows], y[rows]).statistic for rows in drawn if len(np.unique(x[rows])) > 1]
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return {"rho": float(spearmanr(x, y).statistic), "low": float(low), "high": float(high), "n": len(x)}
+        rho = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    low, high = np.nanpercentile(rho[1:], [2.5, 97.5])
+    return {"rho": float(rho[0]), "low": float(low), "high": float(high), "n": len(x)}
 
 
 def proxy(
@@ -137,22 +139,30 @@ def dense(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def heads(
-    own: torch.Tensor, points: dict[str, tuple[torch.Tensor, torch.Tensor]], layer: torch.Tensor, path: Path
+    own: torch.Tensor,
+    same: torch.Tensor,
+    points: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    layer: torch.Tensor,
+    path: Path,
 ) -> None:
     """(e): what heads look at, and their error without against with compensation."""
-    made, axes = figure(1 + len(points), "Compensation by head, sparsity 0.8")
-    image = axes[0].imshow(own.numpy(), vmin=0, vmax=1, cmap="viridis")
-    axes[0].grid(False)
-    axes[0].set_xlabel("head")
-    axes[0].set_ylabel("layer")
-    axes[0].set_title("share of attention inside the own frame", fontsize=10)
-    made.colorbar(image, ax=axes[0])
-    for axis, (mode, (without, with_it)) in zip(axes[1:], points.items(), strict=True):
-        dots = axis.scatter(without.flatten(), with_it.flatten(), c=own[layer].flatten(), s=8, vmin=0, vmax=1)
-        top = float(torch.maximum(without, with_it).max())
-        axis.plot([0, top], [0, top], color="grey", linewidth=0.8)
+    made, axes = figure(2 + len(points), "Compensation by head, sparsity 0.8")
+    top = float(torch.maximum(own, same).max())
+    for axis, share, title in zip(
+        axes, (own, same), ("in the own frame", "at the own place, other frames"), strict=False
+    ):
+        image = axis.imshow(share.numpy(), vmin=0, vmax=top, cmap="viridis")
+        axis.grid(False)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        axis.set_title(f"attention {title}\nover that of uniform attention", fontsize=10)
+        made.colorbar(image, ax=axis)
+    for axis, (mode, (without, with_it)) in zip(axes[2:], points.items(), strict=True):
+        dots = axis.scatter(without.flatten(), with_it.flatten(), c=own[layer].flatten(), s=8, vmin=0, vmax=top)
+        end = float(torch.maximum(without, with_it).max())
+        axis.plot([0, end], [0, end], color="grey", linewidth=0.8)
         axis.set_title(f"{mode}, one dot a captured head", fontsize=10)
         axis.set_xlabel("relative error without compensation")
         axis.set_ylabel("with")
-    made.colorbar(dots, ax=axes[-1], label="share inside the own frame")
+    made.colorbar(dots, ax=axes[-1], label="own frame over uniform")
     made.savefig(path, dpi=DPI)

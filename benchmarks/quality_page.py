@@ -24,9 +24,9 @@ def page(found: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; numbers with three digits."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "-|" * len(head)]
+    lines = ["| " + " | ".join(map(str, head)) + " |", "|" + "-|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
 
 
@@ -89,5 +89,8 @@ def _dense(found: dict[str, Any]) -> list[str]:
 
 def _heads(found: dict[str, Any]) -> list[str]:
     columns = ("mode", "regime", "heads", "without", "with", "helped")
-    own = table(["layer", "0", "1", "2", "3"], ([n, *row] for n, row in enumerate(found["own_frame_share"])))
-    return [table(columns, ([row[c] for c in columns] for row in found["rows"])), own]
+    shares = []
+    for name in ("own_frame", "same_place"):
+        rows = ([n, *row] for n, row in enumerate(found[name]))
+        shares.append(table([f"{name}, layer", *range(len(found[name][0]))], rows))
+    return [table(columns, ([row[c] for c in columns] for row in found["rows"])), *shares]

@@ -25,7 +25,7 @@ def methods(bench: Bench, images: Path) -> dict[str, Any]:
     """(a): clips of every method by the harness, at equal sparsity of the whole run."""
     subject = bench.unguided
     chosen: list[Any] = []
-    for point in sizes.POINTS:
+    for point in sizes.CLIP_POINTS:
         chosen += [by_name(name, subject, point, BLOCK) for name in ("random", "oracle")]
         for label, profile, weight in (("", "plain", 0.0), (" + compensation", "tuned", 1.0)):
             table = bench.profile(profile).regime("mid").static_ratio.model_dump()
@@ -41,7 +41,7 @@ def methods(bench: Bench, images: Path) -> dict[str, Any]:
             key = {"first": first, "blocks": int(mask.sum())}
             chosen.append(Hooked(label, point, choose, BLOCK, key=key))
     results = evaluate(subject, chosen, bench.prompts[: sizes.CLIPS], bench.folder, batch=3)
-    shown = ("dense", *(n for n in results.clips if n.endswith(f"{sizes.POINTS[len(sizes.POINTS) // 2]:.0%}")))
+    shown = ("dense", *(n for n in results.clips if n.endswith(f"{sizes.CLIP_POINTS[0]:.0%}")))
     picked = {name.replace(" + compensation", "+"): results.clips[name][:3] for name in shown}
     save_gif(picked, images / "quality_methods.gif", titles=bench.prompts[:3], scale=3)
     video = results.to_json()["rows"]
@@ -157,7 +157,7 @@ def dense(bench: Bench, images: Path) -> dict[str, Any]:
     """(d): first steps and layers dense at equal sparsity of the whole run; and one layer or group of steps sparse."""
     subject, profile = bench.subject, bench.profile("plain")
     layers = len(subject.model.blocks)
-    reference, _ = bench.clips(Dense(), sizes.DENSE_CLIPS, subject=bench.unguided)
+    reference, _ = bench.clips(Dense(), sizes.DENSE_CLIPS, subject=bench.unguided, first=1)
     table = profile.regime("mid").static_ratio.model_dump()
     todo: list[tuple[str, int, int, float, Any]] = []
     for weight in (0.0, 1.0):
@@ -206,11 +206,11 @@ def _error_by_place(bench: Bench) -> dict[str, Any]:
 
 def heads(bench: Bench, images: Path) -> dict[str, Any]:
     """(e): attention error with and without compensation at 0.8, by regime and by what heads look at."""
-    own = attention.head_kinds(bench.sites, bench.subject.grid[0])
+    own, same = attention.head_kinds(bench.sites, bench.subject.grid[0])
     layer = torch.tensor([site.site for site in bench.sites])
     regime = torch.tensor([site.regime for site in bench.sites])
-    spatial = (own > 0.5)[layer]
-    kinds = {"spatial": spatial, "temporal": ~spatial}
+    spatial, temporal = (own > 1.5) & (own >= same), (same > 1.5) & (same > own)
+    kinds = {"spatial": spatial[layer], "temporal": temporal[layer], "diffuse": ~(spatial | temporal)[layer]}
     choosers = {
         "static_ratio": attention.static(bench.profile("plain"), "mid", 0.8, bench.subject, 0.0),
         "dynamic_threshold": attention.dynamic(bench.profile("plain"), "mid", 0.8, bench.subject, 0.0),
@@ -241,5 +241,5 @@ def heads(bench: Bench, images: Path) -> dict[str, Any]:
                         "helped": float(better),
                     }
                 )
-    figures.heads(own, points, layer, images / "quality_heads.png")
-    return {"own_frame_share": [[round(x, 4) for x in row] for row in own.tolist()], "rows": rows}
+    figures.heads(own, same, points, layer, images / "quality_heads.png")
+    return {"own_frame": own.tolist(), "same_place": same.tolist(), "rows": rows}
