@@ -15,15 +15,20 @@ import wan_pipeline
 from tiny_video import model
 
 
-def test_quickstart_with_the_small_model(tmp_path, monkeypatch, capsys):
-    from PIL import Image
-
+@pytest.fixture
+def one_layer(tmp_path, monkeypatch):
+    """A checkpoint of one layer with random weights in place of the shipped one."""
     monkeypatch.setitem(model.TRANSFORMER, "num_layers", 1)
     transformer, text = model.create()
     model.save(tmp_path / "model.safetensors", model.state(transformer, text), {
         "transformer": model.TRANSFORMER, "vocabulary": list(text.ids),
     })  # fmt: skip
     monkeypatch.setattr(quickstart, "CHECKPOINT", tmp_path)
+
+
+def test_quickstart_with_the_small_model(tmp_path, one_layer, capsys):
+    from PIL import Image
+
     prompt = "A red circle bounces quickly on a gray background."
     arguments = ["--frames", "8", "--steps", "3", "--device", "cpu", "--prompt", prompt]
     quickstart.main([*arguments, "--output-dir", str(tmp_path)])
@@ -37,6 +42,8 @@ def test_quickstart_with_the_small_model(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mask.png").is_file()
     assert "blocks.0.attn1" in (tmp_path / "report.html").read_text()
 
+
+def test_quickstart_names_the_words_it_does_not_know(one_layer):
     with pytest.raises(SystemExit, match="does not know cat, surfs; its words are a, an, and, as"):
         quickstart.main(["--prompt", "A cat surfs.", "--device", "cpu"])
 
