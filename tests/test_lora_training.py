@@ -1,4 +1,4 @@
-"""Mask-aware LoRA: the gradients are those of the masked model, a regime compiles nothing, what is written loads again."""
+"""Mask-aware LoRA: gradients are those of the masked model, a regime compiles nothing, what is written loads again."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def test_mistakes_in_clips_and_models(workshop, tmp_path, capsys):
         ClipFolder(workshop / "clips")[0]
     with pytest.raises(LoraError, match="must have the same shapes"):
         collate([Clip(torch.zeros(4, 5, 2, 2), {}), Clip(torch.zeros(4, 6, 2, 2), {})])
-    with pytest.raises(LoraError, match="adapter.targets"):
+    with pytest.raises(LoraError, match=r"adapter\.targets"):
         Student(make("wan_t2v")[0], settings(tmp_path, adapter={"targets": ["to_nothing"]}), CPU)
     clip = Clips()[0]
     save_file({"latents": clip.latents, **clip.conditions}, workshop / "clips" / "0.safetensors")
