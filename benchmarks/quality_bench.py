@@ -9,9 +9,10 @@ from typing import Any
 
 import quality_attention as attention
 import torch
+from tqdm import tqdm
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.profiles import Profile
+from dynamicrad_compile.profiles import REGIMES, Profile
 from dynamicrad_compile.quality import make_clips
 
 BLOCK = 16
@@ -26,6 +27,8 @@ SETTINGS = 64  # of (b), half of them with compensation
 PROXY_CLIPS = 1  # from the second prompt on, of mid motion
 PROXY_STEPS = 4  # of a clip in (b)
 DENSE_CLIPS = 1  # as well
+RECORDED = 6  # further prompts, on whose attention the profiles are tuned: two a regime, one of them held out
+RECORDED_HEADS = 24  # of each
 BUDGET = 30
 SEEDS = (1, 2)
 RESAMPLES = 2000
@@ -48,7 +51,8 @@ class Bench:
         self.shorter = subject(checkpoint, steps=min(steps, PROXY_STEPS), guidance_scale=1.0)
         self.text = model.load(checkpoint)[1]
         self.folder, self.steps = folder, steps
-        self.prompts = prompts(max(CAPTURED, CLIPS, ROUTED_CLIPS))
+        judged = max(CAPTURED, CLIPS, ROUTED_CLIPS)
+        self.prompts, self.further = prompts(judged), prompts(judged + RECORDED)[judged:]
         config = checkpoint / "config.json" if checkpoint.is_dir() else checkpoint.parent / "config.json"
         self.training = {k: v for k, v in json.loads(config.read_text()).items() if isinstance(v, (int, float, str))}
         self.data = data
@@ -69,8 +73,21 @@ class Bench:
         return {"name": self.unguided.name, "training": self.training, "block": BLOCK, **machine}
 
     def profile(self, name: str) -> Profile:
-        """A profile that the stage `tune` has made: "tuned" or "plain" (without compensation)."""
+        """A profile that the stage `tune` has made: "tuned" or "plain" (without compensation), or on proxies."""
         return drad.load_profile(self.folder / f"{name}.toml")
+
+    def recorded(self) -> list[Path]:
+        """Attention of further prompts and seeds, as anybody would record it."""
+        files = []
+        for number, prompt in enumerate(tqdm(self.further, desc="recording", unit="clip")):
+            regime = REGIMES[number % 3]
+            files.append(self.folder / f"recorded-{number}-{regime}.safetensors")
+            if not files[-1].is_file():
+                grid = self.subject.grid
+                model = self.unguided.model
+                with drad.record_attention(model, files[-1], grid, regime=regime, heads=RECORDED_HEADS, seed=number):
+                    self.unguided.generate(model, [prompt], [100 + number])
+        return files
 
     def clips(
         self, method: Any, count: int, bar: Any = None, subject: Any = None, first: int = 0
@@ -84,15 +101,21 @@ class Bench:
 
 
 def tune(bench: Bench, images: Path) -> dict[str, Any]:
-    """Profiles of this grid, on the proxies, as anybody would tune them."""
+    """Profiles of this grid, on recorded attention and on the proxies, with and without compensation."""
     losses = {}
-    for name, given in (("tuned", {}), ("plain", {"compensate": 0.0})):
+    captures = bench.recorded()
+    for name, files, given in (
+        ("tuned", captures, {}),
+        ("plain", captures, {"compensate": 0.0}),
+        ("tuned_on_proxies", [], {}),
+        ("plain_on_proxies", [], {"compensate": 0.0}),
+    ):
         path = bench.folder / f"{name}.toml"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             drad.tune(
                 bench.subject.grid, path, block_size=BLOCK, heads=4, head_dim=32, sparsity=0.8, budget=BUDGET,
-                seeds=SEEDS, rows=ROWS, fixed=given, header={"min_tokens": 0}, pictures=False,
+                seeds=SEEDS, rows=ROWS, fixed=given, header={"min_tokens": 0}, pictures=False, captures=files,
                 resume=path.with_suffix(".jsonl").is_file(),
             )  # fmt: skip
         profile = bench.profile(name)

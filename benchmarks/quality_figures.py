@@ -17,7 +17,7 @@ DPI = 110
 def _style(name: str) -> dict[str, Any]:
     base = name.split(" + ")[0].split(",")[0]
     style: dict[str, Any] = {"color": COLORS.get(base, "#444444"), "label": name, "marker": "o", "markersize": 4}
-    style["linestyle"] = "--" if "+" in name else ":" if "," in name else "-"
+    style["linestyle"] = ":" if "," in name else "--" if "+" in name else "-"
     return style
 
 
@@ -99,11 +99,15 @@ def proxy(
 def routing(rows: list[dict[str, Any]], path: Path) -> None:
     """(c): video error by regime of the prompt, one group of bars a configuration."""
     made, (axis,) = figure(1, "Routed regimes against one fixed regime", height=4.5)
-    made.set_size_inches(10, 4.5)
+    made.set_size_inches(16, 4.5)
     for place, column in enumerate(("low", "mid", "high", "rmse")):
         x = np.arange(len(rows)) + 0.2 * (place - 1.5)
         axis.bar(x, [row[column] for row in rows], 0.18, label="all" if column == "rmse" else f"{column} motion")
-    axis.set_xticks(range(len(rows)), [f"{row['name']}\n{row['sparsity']:.3f} skipped" for row in rows], fontsize=8)
+    axis.set_xticks(
+        range(len(rows)),
+        [f"{row['profile']}, {row['name']}\n{row['sparsity']:.3f} skipped" for row in rows],
+        fontsize=7,
+    )
     axis.set_ylabel("RMSE to the dense clip")
     axis.legend(fontsize=8)
     made.savefig(path, dpi=DPI)

@@ -76,7 +76,7 @@ def _proxy(found: dict[str, Any]) -> list[str]:
 
 
 def _routing(found: dict[str, Any]) -> list[str]:
-    columns = ("name", "sparsity", "rmse", "low", "mid", "high")
+    columns = ("profile", "name", "sparsity", "rmse", "low", "mid", "high")
     router = f"router: {found['router_accuracy']:.3f} of 300 held-out captions right"
     video = table(columns, ([row[c] for c in columns] for row in found["video"]))
     return [router, video]

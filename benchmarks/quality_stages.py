@@ -74,7 +74,6 @@ def captured(bench: Bench, images: Path) -> dict[str, Any]:
 def _attention_rows(bench: Bench) -> list[dict[str, Any]]:
     """Attention error of every method at every point, mean over the run."""
     subject, sites = bench.subject, bench.sites
-    plain, tuned = bench.profile("plain"), bench.profile("tuned")
     todo: list[tuple[str, float, attention.Chooser, float, int]] = []
     for point in sizes.POINTS:
         for label, found, first in _radials(bench, point):
@@ -83,10 +82,12 @@ def _attention_rows(bench: Bench) -> list[dict[str, Any]]:
         todo.append(("random", point, attention.random_blocks(point, BLOCK), 0.0, 0))
         todo.append(("oracle", point, attention.oracle(point, BLOCK), 0.0, 0))
         todo.append(("oracle + compensation", point, attention.oracle(point, BLOCK, 1.0), 1.0, 0))
-        for end, profile, weight in (("", plain, 0.0), (" + compensation", tuned, 1.0)):
-            given = (profile, "mid", point, subject, weight)
-            todo.append(("static_ratio" + end, point, attention.static(*given), weight, 0))
-            todo.append(("dynamic_threshold" + end, point, attention.dynamic(*given), weight, 0))
+        for kind, end, weight in (("plain", "", 0.0), ("tuned", " + compensation", 1.0)):
+            for source in ("", "_on_proxies"):
+                given = (bench.profile(kind + source), "mid", point, subject, weight)
+                name = end + source.replace("_", ", ", 1).replace("_", " ")
+                todo.append(("static_ratio" + name, point, attention.static(*given), weight, 0))
+                todo.append(("dynamic_threshold" + name, point, attention.dynamic(*given), weight, 0))
     rows = []
     for name, point, choose, weight, first in tqdm(todo, desc="attention errors", unit="point"):
         error, share = attention.errors(sites, choose, weight, BLOCK)
@@ -109,13 +110,13 @@ def routing(bench: Bench, images: Path) -> dict[str, Any]:
     dense, _ = bench.clips(Dense(), sizes.ROUTED_CLIPS, subject=bench.unguided)
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, tables: Sequence[int], sparsity: Sequence[float]) -> float:
+    def add(kind: str, name: str, tables: Sequence[int], sparsity: Sequence[float]) -> float:
         made, shares = [], []
         for number, prompt in enumerate(prompts):
-            table = bench.profile("plain").regime(REGIMES[tables[number]]).static_ratio.model_dump()
+            table = bench.profile(kind).regime(REGIMES[tables[number]]).static_ratio.model_dump()
             params = {**table, "sparsity": sparsity[tables[number]]}
             mask = drad.make_plan("dynamicrad", bench.subject.grid, BLOCK, **params).block_mask()
-            method = Hooked("fixed plan", 0.8, fixed(mask), BLOCK, key=params)
+            method = Hooked("fixed plan", 0.8, fixed(mask), BLOCK, params["compensate"], key=params)
             clip, share, _ = make_clips(
                 bench.unguided, method, [prompt], [number], bench.folder / "clips", 1, bar.update
             )
@@ -123,15 +124,24 @@ def routing(bench: Bench, images: Path) -> dict[str, Any]:
             shares.append(share)
         error = rmse(torch.cat(made), dense)
         by_regime = {regime: float(error[r::3].mean()) for r, regime in enumerate(REGIMES)}
-        rows.append({"name": name, "sparsity": float(np.mean(shares)), "rmse": float(error.mean()), **by_regime})
+        rows.append(
+            {
+                "profile": kind,
+                "name": name,
+                "sparsity": float(np.mean(shares)),
+                "rmse": float(error.mean()),
+                **by_regime,
+            }
+        )
         return rows[-1]["sparsity"]
 
-    with tqdm(total=6 * len(prompts), desc="routing", unit="clip") as bar:
-        for r, regime in enumerate(REGIMES):
-            add(f"fixed {regime}", [r] * len(prompts), [0.8] * 3)
-        add("routed", routed, [0.8] * 3)
-        same = add("routed, graded", routed, [0.85, 0.80, 0.75])
-        add("fixed mid, same mean", [1] * len(prompts), [round(same, 4)] * 3)
+    with tqdm(total=12 * len(prompts), desc="routing", unit="clip") as bar:
+        for kind in ("plain", "tuned"):
+            for r, regime in enumerate(REGIMES):
+                add(kind, f"fixed {regime}", [r] * len(prompts), [0.8] * 3)
+            add(kind, "routed", routed, [0.8] * 3)
+            same = add(kind, "routed, graded", routed, [0.85, 0.80, 0.75])
+            add(kind, "fixed mid, same mean", [1] * len(prompts), [round(same, 4)] * 3)
     figures.routing(rows, images / "quality_routing.png")
     return {"router_accuracy": right, "cross_validated": router.accuracy, "video": rows}
 

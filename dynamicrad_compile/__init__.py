@@ -32,7 +32,7 @@ from .profiles import list_profiles, load_profile
 from .reports import Report, SiteReport
 from .router import Router
 from .router_fit import fit_router
-from .tuning import tune
+from .tuning import record_attention, tune
 
 if TYPE_CHECKING:
     from .export.api import export
@@ -64,6 +64,7 @@ __all__ = [
     "load_profile",
     "make_plan",
     "merge_states",
+    "record_attention",
     "report",
     "rewrite",
     "tune",

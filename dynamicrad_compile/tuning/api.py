@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import DynamicRadError, OptionsError
 from ..profiles import REGIMES, Profile
 from ..profiles.loader import parse_profile
+from .captures import read_capture
 from .journal import Journal
 from .output import package_versions, profile_tables, to_toml
 from .pictures import plot_convergence, plot_pareto
@@ -25,13 +26,14 @@ def tune(
     text_before: int = 0,
     text_after: int = 0,
     heads: int = 4,
-    head_dim: int = 128,
+    head_dim: int | None = None,
     sparsity: float = 0.8,
     budget: int = 30,
     optimizer: str = DEFAULT_OPTIMIZER,
     seed: int = 0,
     workers: int = 1,
-    proxies: Sequence[str] = ("published", "video"),
+    proxies: Sequence[str] | None = None,
+    captures: Sequence[str | Path] = (),
     modes: Sequence[str] = MODES,
     seeds: Sequence[int] = (1, 2, 3),
     rows: int | None = None,
@@ -42,7 +44,7 @@ def tune(
     pictures: bool = True,
     progress: bool = True,
 ) -> Profile:
-    """Search the parameters of all regimes and modes on proxies of attention, write a profile, return it.
+    """Search the parameters of all regimes and modes on captured or proxy attention, write a profile, return it.
 
     grid        (frames, height, width) of the video in latent tokens
     output      the profile to write; beside it come NAME.jsonl (the journal), NAME_convergence.png, NAME_pareto.png
@@ -50,6 +52,9 @@ def tune(
     budget      evaluations for each of the three regimes and each mode
     optimizer   name in Nevergrad's registry
     workers     processes; the search asks for as many points at once, so its result depends on it
+    captures    files of `record_attention`: the search is on that attention, and on no proxies unless they are named.
+                A third of each regime's files is held out; a regime without files takes all. head_dim is theirs
+    proxies     without captures the default is "published" and "video", and head_dim 128
     header      keys for the [profile] table, such as description and dense_layers; the name is that of the file
     match       the [match] table: what the profile is for (heads, layers, ...); grid and head_dim are filled in
     resume      go on with the journal of an interrupted search
@@ -63,6 +68,12 @@ def tune(
     path = Path(output)
     if path.suffix != ".toml":
         raise OptionsError(f"output must be the path of a .toml file, got {str(output)!r}.")
+    read = tuple(read_capture(file) for file in captures)
+    if head_dim is None:
+        head_dim = read[0].head_dim if read else 128
+    if proxies is None:
+        proxies = () if read else ("published", "video")
+    named = tuple(proxies) if not read or "captured" in proxies else (*proxies, "captured")
     task = Task(
         grid=tuple(grid),  # type: ignore[arg-type]
         block_size=block_size,
@@ -70,7 +81,7 @@ def tune(
         text_after=text_after,
         heads=heads,
         head_dim=head_dim,
-        proxies=tuple(proxies),
+        proxies=named,
         modes=tuple(modes),
         sparsity=sparsity,
         seeds=tuple(seeds),
@@ -80,6 +91,7 @@ def tune(
         seed=seed,
         batch=workers,
         fixed=dict(fixed or {}),
+        captures=read,
     )
     if match is not None:
         match = {"grid": list(task.grid), "head_dim": head_dim, **match}
@@ -130,7 +142,12 @@ def _source(task: Task) -> str:
     sequence = f"{'x'.join(map(str, task.grid))} tokens"
     if task.text_before or task.text_after:
         sequence += f" with {task.text_before} text tokens before and {task.text_after} after"
-    return (
-        f"search on the {' and '.join(task.proxies)} proxy, {sequence}, {task.heads} heads of {task.head_dim}, "
-        f"seeds {list(task.seeds)}, target sparsity {task.sparsity:g}, {len(REGIMES)} regimes"
-    )
+    kinds = []
+    if task.captures:
+        heads = sum(capture.heads for capture in task.captures)
+        kinds.append(f"{heads} heads of {task.head_dim} captured in {len(task.captures)} runs of a model")
+    if drawn := [proxy for proxy in task.proxies if proxy != "captured"]:
+        kinds.append(
+            f"the {' and '.join(drawn)} proxy, {task.heads} heads of {task.head_dim}, seeds {list(task.seeds)}"
+        )
+    return f"search on {' and '.join(kinds)}, {sequence}, target sparsity {task.sparsity:g}, {len(REGIMES)} regimes"

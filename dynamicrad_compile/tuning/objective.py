@@ -11,10 +11,11 @@ import torch
 
 from ..errors import PlanError
 from ..planners import make_candidates, make_plan
+from .captures import load_capture
 from .choosing import Choice, fit_thresholds
 from .proxy import PROXIES
 from .sums import BlockSums, sample_rows
-from .task import Task
+from .task import HELD_OUT_SEEDS, Task
 
 ERROR_WEIGHT = 1000.0
 SPARSITY_WEIGHT = 10000.0
@@ -34,7 +35,7 @@ class Evaluation:
     error       mean squared error over the variance of dense attention; mean over the draws
     sparsity    share of dense attention that is skipped, compensation counted; mean over the draws
     loss        1000 * error + 10000 * max(0, target - sparsity), the published search's
-    draws       [proxy, seed, error, sparsity] each
+    draws       [proxy, seed, error, sparsity] each; of "captured" the number of the capture for a seed
     seconds     it took
     """
 
@@ -49,19 +50,28 @@ class Evaluation:
 
 
 class Objective:
-    """Evaluates parameters for one regime of motion. Building it computes the block sums of all draws."""
+    """Evaluates parameters for one regime of motion. Building it computes the block sums of all draws.
 
-    def __init__(self, task: Task, regime: str, seeds: tuple[int, ...] | None = None) -> None:
+    With `held_out` on the draws and captures that no search sees.
+    """
+
+    def __init__(self, task: Task, regime: str, held_out: bool = False) -> None:
         self.task = task
         self.regime = regime
-        self.names = [(proxy, seed) for proxy in task.proxies for seed in (seeds or task.seeds)]
+        seeds = HELD_OUT_SEEDS if held_out else task.seeds
+        drawn = {proxy: seeds for proxy in task.proxies if proxy != "captured"}
+        if "captured" in task.proxies:
+            drawn["captured"] = tuple(number for number, _ in task.captures_of(regime, held_out))
+        self.names = [(proxy, seed) for proxy, seeds in drawn.items() for seed in seeds]
         self.sums = [self._draw(proxy, seed) for proxy, seed in self.names]
 
     def _draw(self, proxy: str, seed: int) -> BlockSums:
         task = self.task
-        q, k, v = PROXIES[proxy](
-            task.grid, self.regime, task.proxy_heads(proxy), task.head_dim, seed, task.text_before, task.text_after
-        )
+        if proxy == "captured":
+            q, k, v = load_capture(task.captures[seed])
+        else:
+            text = (task.text_before, task.text_after)
+            q, k, v = PROXIES[proxy](task.grid, self.regime, task.proxy_heads(proxy), task.head_dim, seed, *text)
         return BlockSums(q, k, v, task.block_size, sample_rows(task.tokens, task.sampled_rows(proxy), seed))
 
     def evaluate(self, mode: str, parameters: Parameters, balance: float | None = None) -> Evaluation:

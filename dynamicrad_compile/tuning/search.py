@@ -19,7 +19,7 @@ from .journal import Journal
 from .objective import Evaluation, Objective, Parameters
 from .optimizer import Optimizer
 from .space import Space
-from .task import EXCHANGED, HELD_OUT_SEEDS, Task
+from .task import EXCHANGED, Task
 
 Tick = Callable[[str], None]
 # Sparsities at which the winners are looked at for the picture of error against sparsity.
@@ -41,7 +41,7 @@ class Job:
 
 @functools.lru_cache(maxsize=1)
 def _objective(task_key: str, regime: str, held_out: bool) -> Objective:
-    return Objective(_TASKS[task_key], regime, HELD_OUT_SEEDS if held_out else None)
+    return Objective(_TASKS[task_key], regime, held_out)
 
 
 _TASKS: dict[str, Task] = {}

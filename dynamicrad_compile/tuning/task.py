@@ -12,6 +12,7 @@ from ..errors import OptionsError, nearest
 from ..plan import cdiv
 from ..planners import NUMBERS
 from ..profiles import REGIMES
+from .captures import Capture
 from .proxy import PROXIES
 
 MODES = ("static_ratio", "dynamic_threshold")
@@ -34,7 +35,7 @@ class Task:
     block_size               tokens of a block
     text_before, text_after  text tokens around the video
     heads, head_dim          of the video proxy; the published one has two heads at most, since its heads are alike
-    proxies                  "published", "video" or both; the loss is the mean over them
+    proxies                  "published", "video", "captured"; the loss is the mean over the draws of all of them
     modes                    static_ratio alone, or with dynamic_threshold
     sparsity                 share of dense attention that must be skipped, compensation counted
     seeds                    of the draws of each proxy
@@ -43,6 +44,7 @@ class Task:
     optimizer, seed          name in Nevergrad's registry, seed of its random numbers
     batch                    points asked for at once; as many can be evaluated in parallel
     fixed                    planner parameters that are not searched, such as {"compensate": 0.0}
+    captures                 attention of a model for the proxy "captured", see `captures.record_attention`
 
     Raises OptionsError for a value out of its range.
     """
@@ -63,6 +65,7 @@ class Task:
     seed: int = 0
     batch: int = 1
     fixed: dict[str, float] = field(default_factory=dict)
+    captures: tuple[Capture, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("heads", 1), ("head_dim", 4), ("budget", MIN_BUDGET), ("batch", 1)):
@@ -77,7 +80,8 @@ class Task:
             self._check_integer("each size of the grid", size, 1)
         if isinstance(self.sparsity, bool) or not 0.0 < self.sparsity < 1.0:
             raise OptionsError(f"sparsity must lie between 0 and 1, got {self.sparsity!r}.")
-        self._check_names("proxies", self.proxies, tuple(PROXIES))
+        self._check_names("proxies", self.proxies, (*PROXIES, "captured"))
+        self._check_captures()
         self._check_names("modes", self.modes, MODES)
         if MODES[0] not in self.modes:
             raise OptionsError("modes must hold 'static_ratio': every profile has that table.")
@@ -87,6 +91,19 @@ class Task:
             if name not in NUMBERS and name != "sink_frames":
                 known = [*NUMBERS, "sink_frames"]
                 raise OptionsError(f"fixed: unknown parameter {name!r}; known are {known}.{nearest(name, known)}")
+
+    def _check_captures(self) -> None:
+        if ("captured" in self.proxies) != bool(self.captures):
+            raise OptionsError("the proxy 'captured' and captures (files of record_attention) belong together.")
+        for capture in self.captures:
+            if capture.tokens != self.tokens:
+                raise OptionsError(
+                    f"captures: {capture.path} is of {capture.tokens} tokens, but grid and text have {self.tokens}."
+                )
+            if capture.head_dim != self.head_dim:
+                raise OptionsError(
+                    f"captures: {capture.path} is of head_dim {capture.head_dim}, but head_dim is {self.head_dim}."
+                )
 
     @staticmethod
     def _check_integer(name: str, value: Any, least: int) -> None:
@@ -119,8 +136,22 @@ class Task:
         return cdiv(self.tokens, self.block_size)
 
     def proxy_heads(self, proxy: str) -> int:
-        """Heads of a proxy."""
+        """Heads of a draw of a proxy."""
+        if proxy == "captured":
+            return max(capture.heads for capture in self.captures)
         return min(self.heads, 2) if proxy == "published" else self.heads
+
+    def captures_of(self, regime: str, held_out: bool) -> list[tuple[int, Capture]]:
+        """(number, capture) of a regime, or all where it has none: those searched on, or those held out.
+
+        A third is held out, at least one; where there is a single one, that one.
+        """
+        numbered = list(enumerate(self.captures))
+        own = [entry for entry in numbered if entry[1].regime == regime] or numbered
+        if len(own) == 1:
+            return own
+        cut = len(own) - max(1, len(own) // 3)
+        return own[cut:] if held_out else own[:cut]
 
     def sampled_rows(self, proxy: str) -> int:
         """Query rows that a head of a proxy is judged by."""

@@ -32,14 +32,9 @@ def facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     rows = [row for row in rows if "loss" in row and row["step"] <= config["step"]]
     if not rows:
         raise ValueError(f"{run / 'log.jsonl'} has no training loss up to step {config['step']}.")
-    frames = [row["frames"] for row in rows]
     return {
         "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
         "mean_of": len(rows[-10:]) * train.LOG_STEPS,
-        "short": min(frames),
-        "long": data.FRAMES,
-        "short_share": frames.count(min(frames)) / len(frames) if min(frames) < data.FRAMES else 0.0,
-        "rows": rows,
     }
 
 
@@ -50,7 +45,6 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
     size = sum(2 * value.numel() for value in weights.values())
     if size > LIMIT:
         raise ValueError(f"the weights have {size / 1e6:.1f} MB, the repository takes {LIMIT / 1e6:.0f}.")
-    config.setdefault("batch_size", train.parse(["--output", str(run)]).batch_size)
     model.save(output / "model.safetensors", weights, config)
     transformer, text = model.load(output)
     config["held_out"] = {
@@ -74,11 +68,12 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
         parameters=sum(value.numel() for value in weights.values()) / 1e6,
         seed=train.SEED,
         steps=config["step"],
-        batch_size=config["batch_size"],
-        clips=config["step"] * config["batch_size"],
+        clips=config["clips"],
+        parts=", ".join(str(data.FRAMES // part) for part in sorted(set(train.TURNS), reverse=True)),
         hours=config["hours"],
         machine=machine,
         held_out=config["held_out"]["loss"],
+        long=data.FRAMES,
         held_out_clips=train.HELD_OUT,
         held_out_seed=data.HELD_OUT_SEED,
         shift=model.SHIFT,
@@ -96,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="--output of the training")
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    parser.add_argument("--machine", default="an AMD EPYC (AVX2)", help="what it was trained on, for the card")
+    parser.add_argument(
+        "--machine", default="one core of an AMD EPYC (AVX2)", help="what it was trained on, for the card"
+    )
     args = parser.parse_args(argv)
     torch.set_grad_enabled(False)
     config = ship(args.run, args.output, args.machine)

@@ -7,8 +7,9 @@
     x_s = (1 - s) x + s e,    loss = mean |v(x_s, 1000 s, caption) - (e - x)|^2        e normal, s shifted uniform
 
 (rectified flow, Liu et al. 2022; the shift of SD3, Esser et al. 2024). Hidden matrices are trained by Muon, the rest by
-AdamW. The learning rate rises for a hundred steps, stays, and falls to zero over the last `--decay` of the run. The
-first `--short-share` of it sees half the frames, at less than half the cost.
+AdamW. The learning rate rises for a hundred steps, stays, and falls to zero over the last `--decay` of the run. In the
+first `--short-share` of it steps take turns: many clips of a quarter of the frames, fewer of half, few of all. The
+short ones show more captions and shapes for less attention.
 Clips, noise and noise levels of a step depend only on seed and step. With `--steps` the schedule does too, and a run
 that was stopped and goes on is the run that was not stopped; with `--minutes` it follows the clock.
 
@@ -36,6 +37,8 @@ from .muon import Muon
 SEED = 1
 HELD_OUT = 24  # clips of the held-out loss
 LOG_STEPS = 20
+STRIDE = 1024  # between the first clips of two steps
+TURNS = (4, 2, 1, 1)  # parts of the frames, and times the clips, of steps in turn
 
 
 def learning_rate(done: float, step: int, decay: float, warmup: int = 100) -> float:
@@ -45,7 +48,7 @@ def learning_rate(done: float, step: int, decay: float, warmup: int = 100) -> fl
 
 def example(step: int, batch_size: int, frames: int, drop: float) -> tuple[torch.Tensor, ...]:
     """(noisy videos, noise levels in 0..1, velocities, captions) of a step."""
-    videos, captions = data.batch(SEED, range(step * batch_size, (step + 1) * batch_size), frames)
+    videos, captions = data.batch(SEED, range(step * STRIDE, step * STRIDE + batch_size), frames)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     captions = ["" if torch.rand((), generator=generator) < drop else caption for caption in captions]
     uniform = (torch.rand((), generator=generator) + torch.arange(batch_size) / batch_size) % 1  # stratified
@@ -78,9 +81,9 @@ def held_out_loss(transformer: Any, text: Any, frames: int = data.FRAMES, clips:
 class Run:
     """Everything of a training run that goes into its checkpoint."""
 
-    def __init__(self, folder: Path, lr: float, batch_size: int = 6) -> None:
+    def __init__(self, folder: Path, lr: float) -> None:
         torch.manual_seed(SEED)
-        self.folder, self.batch_size = folder, batch_size
+        self.folder = folder
         self.transformer, self.text = model.create()
         named = model.parameters(self.transformer, self.text)
         matrices = [p for name, p in named.items() if ".blocks." in name and p.ndim == 2 and min(p.shape) > 1]
@@ -90,7 +93,7 @@ class Run:
             Muon(matrices, lr=lr),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
         ]
-        self.lr, self.step, self.seconds = lr, 0, 0.0
+        self.lr, self.step, self.clips, self.seconds = lr, 0, 0, 0.0
         self.ema = {name: value.detach().clone() for name, value in model.state(self.transformer, self.text).items()}
         self.parameters = list(named.values())
 
@@ -100,7 +103,7 @@ class Run:
             "transformer": model.TRANSFORMER,
             "vocabulary": data.vocabulary(),
             "step": self.step,
-            "batch_size": self.batch_size,
+            "clips": self.clips,
             "hours": round(self.seconds / 3600, 3),
         }
 
@@ -112,7 +115,7 @@ class Run:
             for index, values in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{index}.{name}": torch.as_tensor(x) for name, x in values.items()}
         partial = self.folder / "training.partial"
-        numbers = {"step": str(self.step), "seconds": str(self.seconds)}
+        numbers = {"step": str(self.step), "clips": str(self.clips), "seconds": str(self.seconds)}
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, numbers)
         partial.replace(self.folder / "training.safetensors")
         model.save(self.folder / "ema_latest.safetensors", self.ema, self.config())
@@ -122,10 +125,10 @@ class Run:
         path = self.folder / "training.safetensors"
         with safe_open(path, "pt") as file:
             numbers = file.metadata() or {}
-        if not {"step", "seconds"} <= set(numbers):
-            raise ValueError(f"{path} says nothing of step and seconds; it was not written by tiny_video.train.")
+        if not {"step", "clips", "seconds"} <= set(numbers):
+            raise ValueError(f"{path} says nothing of steps and clips; it was not written by tiny_video.train.")
         tensors = load_file(path)
-        self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+        self.step, self.clips, self.seconds = int(numbers["step"]), int(numbers["clips"]), float(numbers["seconds"])
         log = self.folder / "log.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         model.write_text(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
@@ -153,6 +156,7 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.clips += len(batch[0])
         decay = min(0.998, (1 + self.step) / (20 + self.step))
         with torch.no_grad():
             for name, value in model.state(self.transformer, self.text).items():
@@ -185,9 +189,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; one with a checkpoint goes on")
     parser.add_argument("--minutes", type=float, default=80, help="training time in all, earlier parts included (80)")
     parser.add_argument("--steps", type=int, help="so many steps in all instead, whatever the clock says")
-    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=6, help="clips of all frames in a step (6)")
     parser.add_argument("--frames", type=int, default=data.FRAMES)
-    parser.add_argument("--short-share", type=float, default=0.5, help="share of the run at half the frames (0.5)")
+    parser.add_argument("--short-share", type=float, default=0.5, help="share of the run with shorter clips too (0.5)")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the run in which the rate falls (0.4)")
     parser.add_argument("--drop", type=float, default=0.1, help="share of captions left out, for guidance (0.1)")
@@ -200,8 +204,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("minutes", "steps", "batch_size", "lr", "decay", "threads"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if args.frames < 2:
-        parser.error(f"--frames must be at least 2, got {args.frames}")
+    if args.frames < max(TURNS):
+        parser.error(f"--frames must be at least {max(TURNS)}, got {args.frames}")
     return args
 
 
@@ -226,13 +230,13 @@ def train(run: Run, args: argparse.Namespace, stop: list[int]) -> None:
             log.flush()
 
         while (done := share()) < 1 and not stop and run.step != args.stop_after:
-            frames = args.frames // 2 if done < args.short_share else args.frames
-            batch = example(run.step, args.batch_size, frames, args.drop)
+            part = TURNS[run.step % len(TURNS)] if done < args.short_share else 1
+            batch = example(run.step, args.batch_size * part, args.frames // part, args.drop)
             losses.append(run.train_step(batch, learning_rate(done, run.step, args.decay), compiled))
             run.seconds = offset + time.perf_counter() - begin
             if run.step % LOG_STEPS == 0:
                 loss = sum(losses) / len(losses)
-                note(seconds=round(run.seconds), frames=frames, loss=loss)
+                note(seconds=round(run.seconds), loss=loss)
                 bar.set_description(f"step {run.step}, loss {loss:.4f}")
                 bar.update(percent() - bar.n)
                 losses = []
@@ -256,7 +260,7 @@ def main(argv: list[str] | None = None) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    run = Run(args.output, args.lr, args.batch_size)
+    run = Run(args.output, args.lr)
     if (args.output / "training.safetensors").is_file():
         run.resume()
     stop: list[int] = []

@@ -1,0 +1,127 @@
+"""Attention of a running model, kept for the tuner: queries, keys and values of a few heads.
+
+    with drad.record_attention(pipe.transformer, "mid.safetensors", (21, 30, 52), regime="mid"):
+        pipe("A dog runs along the beach")
+    drad.tune((21, 30, 52), "mine.toml", captures=["mid.safetensors"])
+
+The proxies guess how a model attends; this is how it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import DynamicRadError, OptionsError, nearest
+from ..profiles import REGIMES
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A file of `record_attention`: heads of `tokens` x `head_dim`, and the SHA-256 of its bytes."""
+
+    path: str
+    regime: str
+    heads: int
+    tokens: int
+    head_dim: int
+    sha256: str
+
+
+@contextmanager
+def record_attention(
+    model: torch.nn.Module,
+    output: str | Path,
+    grid: Sequence[int],
+    *,
+    regime: str,
+    text: tuple[int, int] = (0, 0),
+    heads: int = 16,
+    seed: int = 0,
+) -> Iterator[None]:
+    """While it is open, keep q, k and v of some heads of the video self-attention of `model`, then write them.
+
+    model   the transformer, not compiled; run it as always, on any device, by a pipeline or by hand
+    output  the .safetensors file; 6 bytes x heads x tokens x head_dim
+    grid    (frames, height, width) of the video in latent tokens, as `explain` reports it
+    regime  motion of what is generated: low, mid or high
+    text    text tokens before and after the video in the same attention
+    heads   so many are kept, drawn evenly from all steps, layers, rows of the batch and heads
+
+    Raises OptionsError for values out of range, and DynamicRadError if no attention of so many tokens was met or one
+    has a mask, dropout or causality; nothing is written then.
+    """
+    from ..quality.hook import Place, attention_hook
+
+    path = Path(output)
+    if path.suffix != ".safetensors":
+        raise OptionsError(f"output must be the path of a .safetensors file, got {str(output)!r}.")
+    if regime not in REGIMES:
+        raise OptionsError(f"regime must be among {list(REGIMES)}, got {regime!r}.{nearest(str(regime), REGIMES)}")
+    if heads < 1:
+        raise OptionsError(f"heads must be at least 1, got {heads!r}.")
+    tokens = math.prod(grid) + sum(text)
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[tuple[float, int, Tensor]] = []  # a heap: (rank, number, [q, k, v]); the highest ranks stay
+    met = 0
+
+    def keep(place: Place, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        nonlocal met
+        if not q.shape[1] == k.shape[1] == v.shape[1] or q.shape[-1] != v.shape[-1]:
+            raise DynamicRadError(f"site {place.site} has fewer key heads than query heads, or values of another size.")
+        stretch = 1.0 if scale is None else scale * math.sqrt(q.shape[-1])  # the tuner's scale is 1 / sqrt(head_dim)
+        for number, rank in enumerate(torch.rand(q.shape[0] * q.shape[1], generator=generator).tolist()):
+            met += 1
+            if len(kept) == heads and rank <= kept[0][0]:
+                continue
+            row, head = divmod(number, q.shape[1])
+            found = torch.stack([x[row, head].detach() for x in (q * stretch if stretch != 1.0 else q, k, v)])
+            entry = (rank, met, found.to("cpu", found.dtype if found.dtype == torch.bfloat16 else torch.float16))
+            (heapq.heappushpop if len(kept) == heads else heapq.heappush)(kept, entry)
+
+    with attention_hook(model, tokens, keep):
+        yield
+    q, k, v = torch.stack([entry[2] for entry in sorted(kept, key=lambda entry: entry[1])], dim=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"q": q.clone(), "k": k.clone(), "v": v.clone()}, partial, {"regime": regime})
+    partial.replace(path)
+
+
+def read_capture(path: str | Path) -> Capture:
+    """What a file of `record_attention` holds. Raises OptionsError for a file that is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            regime = (file.metadata() or {}).get("regime")
+            names = set(file.keys())
+            shapes = [tuple(file.get_slice(name).get_shape()) for name in "qkv"] if names == set("qkv") else [()]
+    except (OSError, SafetensorError) as error:
+        raise OptionsError(f"captures: {path} can't be read: {error}.") from None
+    if regime not in REGIMES or len(shapes[0]) != 3 or len(set(shapes)) > 1:
+        raise OptionsError(f"captures: {path} was not written by record_attention.")
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    heads, tokens, head_dim = shapes[0]
+    return Capture(str(path), regime, heads, tokens, head_dim, digest.hexdigest())
+
+
+def load_capture(capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, float32 [heads, tokens, head_dim] each. Raises OptionsError if they are not finite."""
+    found: dict[str, Any] = load_file(capture.path)
+    q, k, v = (found[name].float() for name in "qkv")
+    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
+        raise OptionsError(f"captures: {capture.path} has values that are not finite.")
+    return q, k, v

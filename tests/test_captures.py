@@ -1,0 +1,157 @@
+"""Attention recorded from a running model, and the search on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dynamicrad_compile as drad
+from dynamicrad_compile import cli
+from dynamicrad_compile.errors import DynamicRadError, OptionsError
+from dynamicrad_compile.tuning.captures import load_capture, read_capture
+from dynamicrad_compile.tuning.objective import Objective
+from dynamicrad_compile.tuning.task import Task
+
+GRID = (4, 4, 6)
+TOKENS = 4 * 4 * 6 + 8
+SMALL = dict(block_size=16, text_after=8, budget=10, rows=40)
+
+
+class Attention(nn.Module):
+    """Two heads of 16 in each of `layers` attentions; layer and step are written into the values."""
+
+    def __init__(self, layers: int = 3, scale: float | None = None) -> None:
+        super().__init__()
+        self.layers, self.scale = layers, scale
+
+    def forward(self, x, timestep):
+        for layer in range(self.layers):
+            q, k, v = (torch.randn(len(x), 2, x.shape[1], 16) for _ in range(3))
+            v[..., 0] = 10 * float(timestep) + layer
+            F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return x
+
+
+def run(model, steps=4, tokens=TOKENS):
+    for step in range(steps, 0, -1):
+        model(torch.zeros(2, tokens, 1), timestep=torch.tensor(float(step)))
+
+
+def record(path, regime="mid", model=None, **more):
+    model = model or Attention()
+    with drad.record_attention(model, path, GRID, regime=regime, text=(0, 8), **more):
+        run(model)
+    return path
+
+
+def test_heads_come_from_all_steps_and_layers(tmp_path):
+    every = load_file(record(tmp_path / "all.safetensors", heads=1000))
+    assert every["q"].shape == (4 * 3 * 2 * 2, TOKENS, 16)
+    places, counts = every["v"][:, 0, 0].unique(return_counts=True)
+    assert places.tolist() == sorted(10 * step + layer for step in (1, 2, 3, 4) for layer in range(3))
+    assert counts.tolist() == [4] * 12
+    few = load_file(record(tmp_path / "few.safetensors", heads=12))["v"][:, 0, 0]
+    assert len(few) == 12
+    assert len(few.unique()) > 5
+    same = load_file(record(tmp_path / "same.safetensors", heads=12))["v"][:, 0, 0]
+    other = load_file(record(tmp_path / "other.safetensors", heads=12, seed=1))["v"][:, 0, 0]
+    assert torch.equal(few, same)
+    assert not torch.equal(few, other)
+
+
+def test_a_scale_of_the_model_is_kept(tmp_path):
+    torch.manual_seed(0)
+    plain = load_capture(read_capture(record(tmp_path / "plain.safetensors", heads=4)))
+    torch.manual_seed(0)
+    model = Attention(scale=0.5)
+    scaled = load_capture(read_capture(record(tmp_path / "scaled.safetensors", heads=4, model=model)))
+    torch.testing.assert_close(scaled[0], plain[0] * 2.0, rtol=2e-3, atol=0)  # 0.5 is twice 1 / sqrt(16)
+    torch.testing.assert_close(scaled[1], plain[1])
+
+
+def test_nothing_is_written_where_something_is_wrong(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with (
+        pytest.raises(DynamicRadError, match="is the token grid right"),
+        drad.record_attention(model := Attention(), path, (4, 4, 7), regime="low"),
+    ):
+        run(model)
+    with pytest.raises(AttributeError), drad.record_attention(model, path, GRID, regime="low", text=(0, 8)):
+        run(model, steps=run(model, steps=1).nothing)
+    with pytest.raises(OptionsError, match="Did you mean 'high'"):
+        record(path, regime="hihg")
+    with pytest.raises(OptionsError, match=r"\.safetensors"):
+        record(tmp_path / "a.pt")
+    with pytest.raises(OptionsError, match="at least 1"):
+        record(path, heads=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_are_refused(tmp_path):
+    with pytest.raises(OptionsError, match="can't be read"):
+        read_capture(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello, this is no file of tensors")
+    with pytest.raises(OptionsError, match="can't be read"):
+        read_capture(tmp_path / "text.safetensors")
+    save_file({"q": torch.zeros(1, 2, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(OptionsError, match="not written by record_attention"):
+        read_capture(tmp_path / "other.safetensors")
+    x = torch.full((1, 2, 3), torch.inf)
+    save_file({"q": x, "k": x.clone(), "v": x.clone()}, tmp_path / "inf.safetensors", {"regime": "low"})
+    with pytest.raises(OptionsError, match="not finite"):
+        load_capture(read_capture(tmp_path / "inf.safetensors"))
+
+
+def test_captures_must_fit_the_task(tmp_path):
+    found = read_capture(record(tmp_path / "a.safetensors", heads=2))
+    given = dict(grid=GRID, head_dim=16, proxies=("captured",), captures=(found,), **SMALL)
+    assert Task(**given).captures == (found,)
+    with pytest.raises(OptionsError, match="of 104 tokens, but grid and text have 112"):
+        Task(**{**given, "text_after": 16})
+    with pytest.raises(OptionsError, match="head_dim 16, but head_dim is 32"):
+        Task(**{**given, "head_dim": 32})
+    with pytest.raises(OptionsError, match="belong together"):
+        Task(**{**given, "proxies": ("video",)})
+    with pytest.raises(OptionsError, match="belong together"):
+        Task(**{**given, "captures": ()})
+
+
+def test_a_third_of_a_regime_is_held_out(tmp_path):
+    files = {name: record(tmp_path / f"{name}.safetensors", name[:-1], heads=2) for name in ("low1", "mid1", "mid2")}
+    captures = tuple(read_capture(file) for file in files.values())
+    task = Task(grid=GRID, head_dim=16, proxies=("captured",), captures=captures, **SMALL)
+    numbers = {
+        (regime, held_out): [number for number, _ in task.captures_of(regime, held_out)]
+        for regime in ("low", "mid", "high")
+        for held_out in (False, True)
+    }
+    assert numbers[("low", False)] == numbers[("low", True)] == [0]
+    assert (numbers[("mid", False)], numbers[("mid", True)]) == ([1], [2])
+    assert (numbers[("high", False)], numbers[("high", True)]) == ([0, 1], [2])  # none of its own: all
+    assert Objective(task, "mid").names == [("captured", 1)]
+    assert Objective(task, "mid", held_out=True).names == [("captured", 2)]
+
+
+def test_search_on_captures(tmp_path):
+    files = [record(tmp_path / f"{regime}.safetensors", regime, heads=3) for regime in ("low", "high")]
+    match = {"heads": [2], "layers": 3}
+    profile = drad.tune(GRID, tmp_path / "a.toml", captures=files, progress=False, pictures=False, match=match, **SMALL)
+    assert "6 heads of 16 captured in 2 runs of a model" in profile.provenance.source
+    assert "proxy" not in profile.provenance.source
+    assert profile.match.head_dim == 16
+    record(files[0], "low", heads=3, seed=9)
+    with pytest.raises(OptionsError, match="another task: captures was"):
+        drad.tune(
+            GRID, tmp_path / "a.toml", captures=files, progress=False, pictures=False, match=match, resume=True, **SMALL
+        )
+
+
+def test_command(tmp_path, capsys):
+    file = record(tmp_path / "a.safetensors", heads=2)
+    argv = ["tune", "--grid", "4", "4", "6", "--text-after", "8", "--block-size", "16", "--budget", "10"]
+    argv += ["--captures", str(file), "--no-pictures", "-o", str(tmp_path / "b.toml")]
+    assert cli.main(argv) == 0
+    assert drad.load_profile(tmp_path / "b.toml").block_size == 16
