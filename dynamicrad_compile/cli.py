@@ -1,4 +1,4 @@
-"""The command `dynamicrad`: doctor, explain, plot, route, tune, lora, export, eval.
+"""The command `dynamicrad`: doctor, explain, plot, route, record, tune, lora, export, eval.
 
 Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
 """
@@ -18,6 +18,7 @@ from .export.command import add_export
 from .lora.command import add_lora
 from .quality.command import add_eval
 from .tuning.command import add_tune
+from .tuning.record_command import add_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_plot(commands)
     _add_route(commands)
+    add_record(commands)
     add_tune(commands)
     add_export(commands, _key_value)
     add_lora(commands)

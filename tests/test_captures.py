@@ -11,6 +11,7 @@ from torch import nn
 import dynamicrad_compile as drad
 from dynamicrad_compile import cli
 from dynamicrad_compile.errors import DynamicRadError, OptionsError
+from dynamicrad_compile.quality.subject import load_subject
 from dynamicrad_compile.tuning.captures import load_capture, read_capture
 from dynamicrad_compile.tuning.objective import Objective
 from dynamicrad_compile.tuning.task import Task
@@ -147,6 +148,79 @@ def test_search_on_captures(tmp_path):
         drad.tune(
             GRID, tmp_path / "a.toml", captures=files, progress=False, pictures=False, match=match, resume=True, **SMALL
         )
+
+
+class Pipe:
+    """A pipeline, as far as the commands know one."""
+
+    def __init__(self):
+        from diffusers import WanTransformer3DModel
+
+        torch.manual_seed(0)
+        self.transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
+        ).eval()  # fmt: skip
+        self.calls = []
+
+    def to(self, device):
+        assert device == "cpu"
+        return self
+
+    @torch.no_grad()
+    def __call__(self, prompt, generator, output_type, num_inference_steps=9, num_frames=8, height=8, width=12):
+        self.calls.append((prompt, num_inference_steps))
+        frames = torch.stack([torch.randn(4, num_frames, height, width, generator=g) for g in generator])
+        text = torch.zeros(len(prompt), 5, 8)
+        for step in range(num_inference_steps, 0, -1):
+            timestep = torch.full((len(prompt),), 100.0 * step)
+            frames = frames - self.transformer(frames, timestep, text, return_dict=False)[0] / num_inference_steps
+        return type("Output", (), {"frames": frames.transpose(1, 2)[:, :, :3].sigmoid()})
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    made = Pipe()
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda folder, torch_dtype: made)
+    return made
+
+
+PIPELINE = ["--pipeline", "here", "--frames", "4", "--steps", "3", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_record_from_a_pipeline(tmp_path, pipe, capsys):
+    file = tmp_path / "high.safetensors"
+    argv = ["record", *PIPELINE, "--prompt", "a", "--prompt", "b", "--regime", "high", "--heads", "5", "-o", str(file)]
+    assert cli.main(argv) == 0
+    assert pipe.calls == [(["a"], 1), (["a"], 3), (["b"], 3)]  # the first call traces the grid
+    found = read_capture(file)
+    assert (found.regime, found.heads, found.tokens, found.head_dim) == ("high", 5, 4 * 4 * 6, 16)
+    assert "dynamicrad tune --grid 4 4 6 --captures" in capsys.readouterr().out
+    assert cli.main(["record", *PIPELINE, "--regime", "high", "-o", str(file)]) == 2
+    assert "at least one --prompt, of high motion" in capsys.readouterr().err
+
+
+def test_eval_of_a_pipeline(tmp_path, pipe, capsys):
+    argv = ["eval", *PIPELINE, "--prompt", "a", "--methods", "static_ratio", "--sparsity", "0.5", "-o", str(tmp_path)]
+    code = cli.main([*argv, "--height", "16", "--width", "16", "--block-size", "16"])
+    assert code == 0, capsys.readouterr().err
+    assert "static_ratio" in capsys.readouterr().out
+    assert (tmp_path / "clips.gif").is_file()
+    assert pipe.transformer.training is False
+
+
+def test_arguments_of_a_subject(capsys, tmp_path):
+    assert cli.main(["eval", "--block-size", "8", "--methods", "static_ratio", "-o", str(tmp_path)]) == 2
+    assert "block_size = 8: Input should be 16, 32" in capsys.readouterr().err
+    assert cli.main(["eval", "--frames", "8", "-o", str(tmp_path)]) == 2
+    assert "only with --pipeline" in capsys.readouterr().err
+    with pytest.raises(DynamicRadError, match=r"can't be given checkpoint: .*checkpoint"):
+        load_subject("test_captures:no_arguments", checkpoint="x")
+
+
+def no_arguments():
+    raise AssertionError("never called")
 
 
 def test_command(tmp_path, capsys):

@@ -18,9 +18,9 @@ from dynamicrad_compile.kernels.reference import block_sparse_attention_referenc
 from dynamicrad_compile.plan_table import ratios_for
 from dynamicrad_compile.planners import make_candidates
 from dynamicrad_compile.quality import blocks, features, methods, metrics
-from dynamicrad_compile.quality.command import TINY
 from dynamicrad_compile.quality.pictures import read_clip
 from dynamicrad_compile.quality.subject import load_subject
+from dynamicrad_compile.quality.subject_arguments import TINY
 
 GRID = (6, 4, 4)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import METHODS
-
-TINY = "examples.tiny_video.subject:subject"
+from .subject_arguments import add_subject, chosen_subject
 
 
 def add_eval(commands: Any) -> None:
@@ -19,10 +18,7 @@ def add_eval(commands: Any) -> None:
         description="Make the same clips by several methods; write a table, results.json, pareto.png and clips.gif. "
         "An interrupted run goes on where it was.",
     )
-    parser.add_argument("--subject", default=TINY, metavar="MODULE:FUNCTION", help=f"what makes videos ({TINY})")
-    parser.add_argument("--checkpoint", type=Path, help="given to the subject's function")
-    parser.add_argument("--pipeline", metavar="FOLDER", help="a diffusers pipeline instead of a subject")
-    parser.add_argument("--prompt", action="append", default=[], help="may be repeated (the subject's own)")
+    add_subject(parser)
     parser.add_argument("--prompts", type=int, default=6, help="how many of the subject's own prompts (6)")
     parser.add_argument("--seeds", type=int, default=1, help="clips of each prompt (1)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"{', '.join(METHODS)} (all)")
@@ -45,7 +41,7 @@ def _eval(args: argparse.Namespace) -> int:
     from .methods import method
     from .pictures import save_gif, save_pareto
 
-    subject = _subject(args)
+    subject = chosen_subject(args)
     prompts = args.prompt or list(subject.prompts)[: args.prompts]
     methods = [
         method(name, subject, sparsity, args.block_size, args.profile, args.compensate, dense_steps=args.dense_steps)
@@ -65,19 +61,6 @@ def _eval(args: argparse.Namespace) -> int:
     save_gif(shown, args.output / "clips.gif", titles=prompts[:4])
     print(f"wrote {args.output}/results.json, pareto.png, clips.gif (at {strongest:.0%})")
     return 0
-
-
-def _subject(args: argparse.Namespace) -> Any:
-    from ..errors import DynamicRadError
-    from .subject import from_pipeline, load_subject
-
-    if not args.pipeline:
-        return load_subject(args.subject, **({"checkpoint": args.checkpoint} if args.checkpoint else {}))
-    if not args.prompt:
-        raise DynamicRadError("--pipeline needs at least one --prompt.")
-    from diffusers import DiffusionPipeline
-
-    return from_pipeline(DiffusionPipeline.from_pretrained(args.pipeline), args.prompt)
 
 
 def _loops(files: list[Path]) -> int:

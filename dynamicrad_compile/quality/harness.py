@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError
-from .features import feature_distance, frechet_distance
+from .features import WINDOW, feature_distance, frechet_distance
 from .loops import MIN_FRAMES, loop_score
 from .methods import Dense, Method
 from .metrics import check_clips, flicker, motion, motion_ratio, psnr, rmse, ssim
@@ -184,15 +184,15 @@ def _row(
             "ssim": float(ssim(clips, dense).mean()),
             "feature": float(feature_distance(clips, dense).mean()),
             "motion_ratio": float(ratio.nanmedian()),
-            "frechet_dense": frechet_distance(clips, dense),
+            "frechet_dense": _frechet(clips, dense),
         }
     if real is None:
         frechet_real = nan
     elif dense is None:  # real against real: two halves
         half = len(real) // 2
-        frechet_real = frechet_distance(real[:half], real[half : 2 * half]) if half else nan
+        frechet_real = _frechet(real[:half], real[half : 2 * half])
     else:
-        frechet_real = frechet_distance(clips, real)
+        frechet_real = _frechet(clips, real)
     return Row(
         method=name,
         wanted=wanted,
@@ -205,6 +205,12 @@ def _row(
         clips=len(clips),
         seconds=seconds,
     )
+
+
+def _frechet(clips: Tensor, reference: Tensor) -> float:
+    """The Frechet distance, or nan where there are too few frames for one."""
+    least = min(len(x) * (x.shape[1] // WINDOW) for x in (clips, reference))
+    return frechet_distance(clips, reference) if least >= 2 else math.nan
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError, nearest
+from ..options import Options
 from ..plan import Candidates
 from ..planners import make_plan
 from .blocks import block_budget, block_mass, masked_attention, oracle_mask, random_mask, skipped
@@ -210,7 +211,8 @@ def method(
     compensate: float | None = None,
     **options: Any,
 ) -> Method:
-    """A method by its name, at a sparsity; `options` go to the backend (ours). Raises DynamicRadError for another name.
+    """A method by its name, at a sparsity; `options` go to the backend (ours). Raises DynamicRadError for another name
+    or a wrong option.
 
     compensate is for ours; None = the profile's. Radial Attention has no budget and gets its nearest mask.
     """
@@ -219,6 +221,7 @@ def method(
     if name in ("static_ratio", "dynamic_threshold"):
         chosen = {"profile": profile, "mode": name, "sparsity": sparsity, "block_size": block_size, **options}
         chosen |= {} if compensate is None else {"compensate": compensate}
+        Options.from_mapping(chosen)  # before any clip is made
         return Compiled(name, sparsity, chosen)
     if name == "radial":
         mask, params = radial_near(subject, sparsity, block_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -95,6 +96,10 @@ def load_subject(where: str, **arguments: Any) -> Subject:
         made = getattr(importlib.import_module(name), function)
     except (ImportError, AttributeError) as error:
         raise DynamicRadError(f"no subject at {where!r}: {error}. Run it from the folder that holds it.") from None
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise DynamicRadError(f"{where} can't be given {', '.join(arguments)}: {error}.") from None
     subject = made(**arguments)
     if not isinstance(subject, Subject):
         raise DynamicRadError(f"{where} must return a quality.Subject, got {type(subject).__name__}.")

@@ -1,0 +1,48 @@
+"""Arguments of commands that run a model: a function of the user's own, or a diffusers pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DynamicRadError
+from .subject import Subject, from_pipeline, load_subject
+
+TINY = "examples.tiny_video.subject:subject"
+# Arguments of the commands and of a pipeline's call.
+CALL = {"frames": "num_frames", "height": "height", "width": "width", "steps": "num_inference_steps"}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments to a command's parser."""
+    parser.add_argument("--subject", default=TINY, metavar="MODULE:FUNCTION", help=f"what makes videos ({TINY})")
+    parser.add_argument("--checkpoint", type=Path, help="given to the subject's function")
+    parser.add_argument("--pipeline", metavar="FOLDER", help="a diffusers pipeline instead of a subject")
+    parser.add_argument("--frames", type=int, help="of a pipeline's clips (the pipeline's default)")
+    parser.add_argument("--height", type=int, help="pixels, of a pipeline's clips (the pipeline's default)")
+    parser.add_argument("--width", type=int, help="pixels, of a pipeline's clips (the pipeline's default)")
+    parser.add_argument("--steps", type=int, help="denoising steps (the pipeline's or the subject's default)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of a pipeline's weights (bfloat16)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"of a pipeline ({device})")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated (the subject's own)")
+
+
+def chosen_subject(args: argparse.Namespace) -> Subject:
+    """The subject that the arguments name. Raises DynamicRadError for arguments that do not go together."""
+    if not args.pipeline:
+        if given := [f"--{name}" for name in ("frames", "height", "width") if getattr(args, name) is not None]:
+            raise DynamicRadError(f"{', '.join(given)}: only with --pipeline; a subject's function sets its own.")
+        arguments = {name: getattr(args, name) for name in ("checkpoint", "steps") if getattr(args, name) is not None}
+        return load_subject(args.subject, **arguments)
+    if not args.prompt:
+        raise DynamicRadError("--pipeline needs at least one --prompt.")
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(args.device)
+    call: dict[str, Any] = {CALL[name]: getattr(args, name) for name in CALL if getattr(args, name) is not None}
+    return from_pipeline(pipe, args.prompt, **call)
