@@ -203,7 +203,7 @@ def test_record_from_a_pipeline(tmp_path, pipe, capsys):
 
 def test_eval_of_a_pipeline(tmp_path, pipe, capsys):
     argv = ["eval", *PIPELINE, "--prompt", "a", "--methods", "static_ratio", "--sparsity", "0.5", "-o", str(tmp_path)]
-    code = cli.main([*argv, "--height", "16", "--width", "16", "--block-size", "16"])
+    code = cli.main([*argv, "--block-size", "16"])
     assert code == 0, capsys.readouterr().err
     assert "static_ratio" in capsys.readouterr().out
     assert (tmp_path / "clips.gif").is_file()

@@ -20,7 +20,7 @@ from ..errors import DynamicRadError
 from .features import WINDOW, feature_distance, frechet_distance
 from .loops import MIN_FRAMES, loop_score
 from .methods import Dense, Method
-from .metrics import check_clips, flicker, motion, motion_ratio, psnr, rmse, ssim
+from .metrics import SSIM_PIXELS, check_clips, flicker, motion, motion_ratio, psnr, rmse, ssim
 from .subject import Subject
 
 
@@ -181,7 +181,7 @@ def _row(
         pair = {
             "rmse": float(rmse(clips, dense).mean()),
             "psnr": float(psnr(clips, dense).mean()),
-            "ssim": float(ssim(clips, dense).mean()),
+            "ssim": float(ssim(clips, dense).mean()) if min(clips.shape[-2:]) >= SSIM_PIXELS else nan,
             "feature": float(feature_distance(clips, dense).mean()),
             "motion_ratio": float(ratio.nanmedian()),
             "frechet_dense": _frechet(clips, dense),

@@ -13,6 +13,8 @@ from ..errors import DynamicRadError
 
 # PSNR of two equal clips, where the formula gives infinity.
 MAX_PSNR = 100.0
+# Pixels of the window of SSIM; frames can't be smaller.
+SSIM_PIXELS = 11
 
 
 def check_clips(clips: Tensor, name: str = "clips", frames: int = 1) -> Tensor:
@@ -54,8 +56,9 @@ def ssim(clips: Tensor, reference: Tensor) -> Tensor:
     except ImportError:
         raise DynamicRadError("SSIM needs scikit-image: pip install 'dynamicrad-compile[eval]'") from None
     a, b = _pair(clips, reference)
-    if min(a.shape[-2:]) < 11:
-        raise DynamicRadError(f"SSIM needs frames of at least 11x11 pixels, got {list(a.shape[-2:])}.")
+    if min(a.shape[-2:]) < SSIM_PIXELS:
+        size = f"{SSIM_PIXELS}x{SSIM_PIXELS}"
+        raise DynamicRadError(f"SSIM needs frames of at least {size} pixels, got {list(a.shape[-2:])}.")
     settings: dict[str, Any] = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     result = torch.empty(len(a), dtype=torch.float64)
     for n in range(len(a)):
