@@ -6,7 +6,8 @@ Stages (--stage, all by default), each resumable: what is in --output is not mad
 
     tune      profiles for this grid by `drad.tune`, with and without compensation
     captured  (a), (c), (d) attention error on captured queries, keys and values
-    heads     (e) what compensation does, by regime and kind of head
+    heads     (e) what compensation does to attention, by regime and kind of head
+    compensation  (e) what it does to clips, by regime, kind of head, steps and weight
     methods   (a) clips of all methods at equal sparsity of the whole run
     proxy     (b) rank correlation of the proxies' error with attention error; proxy_clips also with video error
     routing   (c) routed regimes against one fixed regime
@@ -29,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import quality_bench as sizes  # noqa: E402
+import quality_compensation  # noqa: E402
 import quality_proxy  # noqa: E402
 import quality_stages as stages  # noqa: E402
 from quality_page import page  # noqa: E402
@@ -41,6 +43,7 @@ STAGES = {
     "tune": sizes.tune,
     "captured": stages.captured,
     "heads": stages.heads,
+    "compensation": quality_compensation.compensation,
     "proxy": quality_proxy.proxy,
     "methods": stages.methods,
     "proxy_clips": quality_proxy.proxy_clips,

@@ -18,6 +18,7 @@ def page(found: dict[str, Any]) -> str:
         ("routing", _routing),
         ("dense", _dense),
         ("heads", _heads),
+        ("compensation", _compensation),
     ):
         if name in found:
             parts.append(f"## {name}\n\n" + "\n\n".join(write(found[name])))
@@ -84,6 +85,11 @@ def _routing(found: dict[str, Any]) -> list[str]:
 
 def _dense(found: dict[str, Any]) -> list[str]:
     columns = ("kind", "steps", "first", "compensate", "sparsity", "rmse")
+    return [table(columns, ([row[c] for c in columns] for row in found["rows"]))]
+
+
+def _compensation(found: dict[str, Any]) -> list[str]:
+    columns = ("where", "rmse", "low", "mid", "high", "change", "standard_error")
     return [table(columns, ([row[c] for c in columns] for row in found["rows"]))]
 
 

@@ -14,6 +14,7 @@ from dynamicrad_compile.errors import DynamicRadError, OptionsError
 from dynamicrad_compile.quality.subject import load_subject
 from dynamicrad_compile.tuning.captures import load_capture, read_capture
 from dynamicrad_compile.tuning.objective import Objective
+from dynamicrad_compile.tuning.sums import BlockSums
 from dynamicrad_compile.tuning.task import Task
 
 GRID = (4, 4, 6)
@@ -134,6 +135,19 @@ def test_a_third_of_a_regime_is_held_out(tmp_path):
     assert (numbers[("high", False)], numbers[("high", True)]) == ([0, 1], [2])  # none of its own: all
     assert Objective(task, "mid").names == [("captured", 1)]
     assert Objective(task, "mid", held_out=True).names == [("captured", 2)]
+
+
+def test_heads_count_alike_whatever_their_size():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 64, 8) for _ in range(3))
+    mask = torch.eye(4, dtype=torch.bool)[None] | (torch.rand(3, 4, 4) > 0.5)
+    sizes = torch.tensor([1.0, 30.0, 0.01])[:, None, None]
+    sums = BlockSums(q, k, v * sizes, 16, torch.arange(64))
+    wanted = [float((sums.output(mask, 0.5) - sums.dense)[h].norm() / sums.dense[h].norm()) for h in range(3)]
+    sums.equalise()
+    found = (sums.output(mask, 0.5) - sums.dense).square().mean((1, 2))
+    torch.testing.assert_close(found, torch.tensor(wanted).square(), rtol=1e-4, atol=0)
+    assert sums.error(mask, 0.5) == pytest.approx(float(found.mean()) / sums.variance, rel=1e-4)
 
 
 def test_search_on_captures(tmp_path):

@@ -72,7 +72,10 @@ class Objective:
         else:
             text = (task.text_before, task.text_after)
             q, k, v = PROXIES[proxy](task.grid, self.regime, task.proxy_heads(proxy), task.head_dim, seed, *text)
-        return BlockSums(q, k, v, task.block_size, sample_rows(task.tokens, task.sampled_rows(proxy), seed))
+        sums = BlockSums(q, k, v, task.block_size, sample_rows(task.tokens, task.sampled_rows(proxy), seed))
+        if proxy == "captured":
+            sums.equalise()  # the sizes of a model's heads differ by far
+        return sums
 
     def evaluate(self, mode: str, parameters: Parameters, balance: float | None = None) -> Evaluation:
         """Evaluate one point; with `balance`, near and far are first set so that the target sparsity is met.

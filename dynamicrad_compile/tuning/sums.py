@@ -65,6 +65,14 @@ class BlockSums:
         self.dense = self._ratio(self.table.sum(dim=2))
         self.variance = float(self.dense.var(correction=0))
 
+    def equalise(self) -> None:
+        """Scale each head's values so that its dense output has a mean square of 1: all heads count alike."""
+        size = self.dense.square().mean(dim=(1, 2)).sqrt().clamp(min=1e-12)[:, None, None]
+        self.table[..., :-1] /= size[..., None]
+        self.values /= size
+        self.dense /= size
+        self.variance = float(self.dense.var(correction=0))
+
     @staticmethod
     def _mean(x: torch.Tensor, block: int, pad: int) -> torch.Tensor:
         total = F.pad(x, (0, 0, 0, pad)).view(len(x), -1, block, x.shape[-1]).sum(dim=2)
