@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dynamicrad_compile import make_plan
 from dynamicrad_compile.plan import Candidates
-from dynamicrad_compile.plan_table import ratios_for
+from dynamicrad_compile.plan_table import balance_of, ratios_for
 from dynamicrad_compile.planners import make_candidates
 from dynamicrad_compile.planning import CANDIDATE_FACTOR
 from dynamicrad_compile.profiles import Profile
@@ -112,10 +112,10 @@ def choice(
     wide = max(0.0, 1.0 - factor * (1.0 - sparsity))
     table["sparsity"] = min(wide, table["sparsity"]) if found.dynamic_threshold else wide
     table |= {} if compensate is None else {"compensate": compensate}
-    for name in ("criterion", "near", "far"):
-        table.pop(name, None)
+    thresholds = [table.pop(name, None) for name in ("criterion", "near", "far")]
+    balance = balance_of(*thresholds) if found.dynamic_threshold else 0.0
     candidates = make_candidates(subject.grid, profile.block_size, **table)
-    return candidates, *ratios_for(candidates, sparsity)
+    return candidates, *ratios_for(candidates, sparsity, balance)
 
 
 def dynamic(*given: Any, **more: Any) -> Chooser:

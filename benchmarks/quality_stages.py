@@ -188,9 +188,8 @@ def dense(bench: Bench, images: Path) -> dict[str, Any]:
     with tqdm(total=len(todo) * sizes.DENSE_CLIPS, desc="dense steps and layers", unit="clip") as bar:
         for kind, steps, first, weight, choose in todo:
             key = {"kind": kind, "steps": steps, "first": first}
-            made, sparsity = bench.clips(
-                Hooked("dense parts", 0.6, choose, BLOCK, weight, key=key), sizes.DENSE_CLIPS, bar
-            )
+            method = Hooked("dense parts", 0.6, choose, BLOCK, weight, key=key)
+            made, sparsity = bench.clips(method, sizes.DENSE_CLIPS, bar, bench.unguided, first=1)
             rows.append(
                 {**key, "compensate": weight, "sparsity": sparsity, "rmse": float(rmse(made, reference).mean())}
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class RegimeSpec:
     name       "low", "mid", "high", or "" where there is but one
     params     parameters of make_plan (make_candidates where there is a criterion), as sorted pairs
     criterion  by which select_blocks thins it when the graph runs; "": a static plan
-    near, far  its thresholds; None: the share of blocks that meets `sparsity`
+    near, far  its thresholds; None: the shares of blocks that meet `sparsity`
+    balance    how these shares are divided between near and far blocks, see `ratios_for`
     sparsity   share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
     """
 
@@ -38,6 +40,7 @@ class RegimeSpec:
     near: float | None = None
     far: float | None = None
     sparsity: float | None = None
+    balance: float = 0.0
 
     @property
     def compensate(self) -> float:
@@ -116,7 +119,7 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
         if regime.criterion:
             found = make_candidates(grid, **where, **params)
             if regime.sparsity is not None:
-                near, far = ratios_for(found, regime.sparsity)
+                near, far = ratios_for(found, regime.sparsity, regime.balance)
         else:
             plan = make_plan(spec.pattern, grid, **where, **params)
             found = Candidates(plan, plan.kv_counts, plan.kv_counts)
@@ -130,11 +133,20 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
     return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criteria)
 
 
-def ratios_for(candidates: Candidates, sparsity: float) -> tuple[float, float]:
+def balance_of(criterion: str, near: float, far: float) -> float:
+    """The balance that divides a budget as tuned thresholds do, -2 to 2; 0 unless they are shares of blocks."""
+    if criterion != "ratio":
+        return 0.0
+    near, far = (min(1.0 - 1e-9, max(1e-9, share)) for share in (near, far))
+    return min(2.0, max(-2.0, 0.5 * math.log(math.log1p(-near) / math.log1p(-far))))
+
+
+def ratios_for(candidates: Candidates, sparsity: float, balance: float = 0.0) -> tuple[float, float]:
     """Shares of the near and of the far blocks to keep, by criterion "ratio", so that `sparsity` of dense is skipped.
 
-    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. The shares are
-    equal but for rounding. 0 where the forced blocks alone are too many, 1 where all candidates are too few.
+    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. Near blocks get
+    1 - (1 - x)^exp(balance), far ones 1 - (1 - x)^exp(-balance), with one x for all, but for rounding: equal shares at
+    balance 0. 0 where the forced blocks alone are too many, 1 where all candidates are too few.
     """
     plan = candidates.plan
     total, m_k = plan.kv_counts.numel() * plan.num_kv_blocks, plan.num_kv_blocks
@@ -149,9 +161,12 @@ def ratios_for(candidates: Candidates, sparsity: float) -> tuple[float, float]:
         rows = candidates.kv_forced + torch.ceil(near_share * near) + torch.ceil(far_share * far)
         return float(torch.where(thinned, rows, plan.kv_counts).sum()) <= budget
 
-    both = _largest(lambda share: fits(share, share))
-    near_share = _largest(lambda share: fits(share, both), both)
-    return near_share, _largest(lambda share: fits(near_share, share), both)
+    def shares(x: float) -> tuple[float, float]:
+        return 1.0 - (1.0 - x) ** math.exp(balance), 1.0 - (1.0 - x) ** math.exp(-balance)
+
+    near_share, far_share = shares(_largest(lambda x: fits(*shares(x))))
+    near_share = _largest(lambda share: fits(share, far_share), near_share)
+    return near_share, _largest(lambda share: fits(near_share, share), far_share)
 
 
 def _largest(fits: Callable[[float], bool], low: float = 0.0) -> float:

@@ -11,7 +11,7 @@ import torch
 from . import crossover, router
 from .errors import CrossoverError, OptionsError
 from .options import MIN_TOKENS_AUTO, Options
-from .plan_table import PlanSpec, PlanTable, RegimeSpec
+from .plan_table import PlanSpec, PlanTable, RegimeSpec, balance_of
 from .profiles import REGIMES, Profile, load_profile, pick_profile
 from .router import Router
 from .run_state import RunState
@@ -178,7 +178,7 @@ class SitePlanner:
         if target == 0.0:  # nothing to choose
             return self._static(profile, name)
         params = self._override((table or regime.static_ratio).model_dump())
-        criterion = "ratio"
+        criterion, balance = "ratio", 0.0
         near: float | None = None
         far: float | None = None
         if target is None:
@@ -188,9 +188,10 @@ class SitePlanner:
         else:
             wide = max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
             params["sparsity"] = wide if table is None else min(wide, table.sparsity)
+            balance = 0.0 if table is None else balance_of(table.criterion, table.near, table.far)
         for key in ("criterion", "near", "far"):
             params.pop(key, None)
-        return RegimeSpec(name, _pairs(params), criterion, near=near, far=far, sparsity=target)
+        return RegimeSpec(name, _pairs(params), criterion, near, far, target, balance)
 
     def _override(self, params: dict[str, Any]) -> dict[str, Any]:
         given = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamicrad_compile.plan_table import KEEP_ALL, PlanSpec, RegimeSpec, ratios_for
+from dynamicrad_compile.plan_table import KEEP_ALL, PlanSpec, RegimeSpec, balance_of, ratios_for
 from dynamicrad_compile.planners import make_candidates, make_plan
 
 STATIC = RegimeSpec("low", (("compensate", 0.5), ("sparsity", 0.8)))
@@ -45,6 +45,26 @@ def test_shares_meet_the_sparsity(sparsity, compensate):
     skipped = 1 - float(kept.sum()) / (kept.numel() * found.plan.num_kv_blocks) - bool(compensate) / 32
     assert skipped >= sparsity - 1e-3
     assert skipped == pytest.approx(sparsity, abs=0.02)
+
+
+@pytest.mark.parametrize("balance", [-1.2, -0.3, 0.8, 1.2])
+def test_a_balance_divides_the_shares_and_is_found_again(balance):
+    found = make_candidates((12, 15, 16), 32, 40, sparsity=0.4)
+    near, far = ratios_for(found, 0.8, balance)
+    assert (near > far) == (balance > 0)
+    assert balance_of("ratio", near, far) == pytest.approx(balance, abs=0.25)  # whole blocks are kept
+    extra = torch.ceil(near * (found.kv_near - found.kv_forced).double())
+    extra += torch.ceil(far * (found.plan.kv_counts - found.kv_near).double())
+    kept = torch.where(found.plan.kv_counts < found.plan.num_kv_blocks, found.kv_forced + extra, found.plan.kv_counts)
+    skipped = 1 - float(kept.sum()) / (kept.numel() * found.plan.num_kv_blocks)
+    assert skipped == pytest.approx(0.8, abs=0.02)
+    assert skipped >= 0.8
+
+
+def test_balance_of_thresholds_at_the_ends():
+    assert balance_of("ratio", 0.3, 0.3) == balance_of("ratio", 1.0, 1.0) == balance_of("mass", 0.9, 0.1) == 0.0
+    assert balance_of("ratio", 1.0, 0.1) > 1.5
+    assert balance_of("ratio", 0.0, 0.5) == -2.0
 
 
 def test_shares_at_the_ends():
