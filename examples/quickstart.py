@@ -84,9 +84,10 @@ class SmallModel:
             known = ", ".join(self.text.ids)
             raise SystemExit(f"the small model does not know {', '.join(unknown)}; its words are {known}.")
         self.tokens = args.frames * (args.height // 4) * (args.width // 4)
-        # As small as blocks can be: with 1,024 tokens there are only 32 of this size.
+        # As small as blocks can be: with 1,024 tokens there are only 64 of this size.
         self.dense_steps = args.steps // 5
-        self.options = {"min_tokens": 0, "block_size": 32, "compensate": 1.0, "dense_steps": self.dense_steps}
+        self.options = {"min_tokens": 0, "block_size": 16, "mode": "dynamic_threshold", "compensate": 1.0}
+        self.options["dense_steps"] = self.dense_steps
 
     def generate(self, compiled: Any) -> tuple[torch.Tensor, list[float]]:
         """Videos [prompts, 3, frames, height, width] in -1..1 and the seconds of each step."""
