@@ -112,9 +112,9 @@ class SmallModel:
         for prompt, value in zip(self.prompts, 10 * torch.log10(4 / error), strict=True):
             print(f"  {value:5.1f} dB  {prompt}")
         print(
-            f"\nThis costs time instead of saving it: of {self.tokens:,} tokens attention is a small part of a step, and blocks\n"
-            "of 16 tokens are too small to be fast (by itself the backend would stay dense here). It shows what happens to\n"
-            "the video. For times: --random (8,000 tokens), or `make bench`."
+            f"\nThis costs time instead of saving it: with {self.tokens:,} tokens attention is a small part of a step,\n"
+            "and blocks of 16 are too small to be fast; by itself the backend would stay dense here.\n"
+            "It shows what happens to the video. For times: --random (8,000 tokens), or `make bench`."
         )
 
     def write(self, results: dict[str, torch.Tensor], path: Path) -> None:
