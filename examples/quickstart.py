@@ -112,7 +112,7 @@ class SmallModel:
         for prompt, value in zip(self.prompts, 10 * torch.log10(4 / error), strict=True):
             print(f"  {value:5.1f} dB  {prompt}")
         print(
-            f"\nThis costs time instead of saving it: with {self.tokens:,} tokens attention is a small part of a step,\n"
+            f"\nThis costs time instead of saving it: with {self.tokens:,} tokens attention is little of a step,\n"
             "and blocks of 16 are too small to be fast; by itself the backend would stay dense here.\n"
             "It shows what happens to the video. For times: --random (8,000 tokens), or `make bench`."
         )
