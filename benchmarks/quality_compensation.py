@@ -32,12 +32,13 @@ class Partly:
     heads: torch.Tensor
     steps: tuple[int, ...]
     weight: float
+    params: dict[str, Any]  # of the plan
     wanted: float = SPARSITY
 
     def describe(self) -> dict[str, Any]:
         """What decides its clips."""
         where = {"heads": self.heads.int().tolist(), "steps": list(self.steps), "weight": self.weight}
-        return {"method": "partly", "blocks": self.mask.nonzero().sum(0).tolist(), **where}
+        return {"method": "partly", "params": self.params, **where}
 
     @contextmanager
     def run(self, subject: Subject) -> Iterator[Run]:
@@ -75,7 +76,7 @@ def compensation(bench: Bench, images: Path) -> dict[str, Any]:
     base = torch.zeros(0)
     with tqdm(total=len(todo) * sizes.CLIPS, desc="compensation", unit="clip") as bar:
         for name, heads, steps, weight in todo:
-            made, _ = bench.clips(Partly(name, mask, heads, steps, weight), sizes.CLIPS, bar, subject)
+            made, _ = bench.clips(Partly(name, mask, heads, steps, weight, params), sizes.CLIPS, bar, subject)
             error = rmse(made, dense)
             base = error if not rows else base
             by_regime = {regime: float(error[r::3].mean()) for r, regime in enumerate(REGIMES)}

@@ -27,8 +27,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="pixels, of a pipeline's clips (the pipeline's default)")
     parser.add_argument("--steps", type=int, help="denoising steps (the pipeline's or the subject's default)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of a pipeline's weights (bfloat16)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"of a pipeline ({device})")
+    parser.add_argument("--device", help="of a pipeline (cuda, or cpu where there is none)")
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated (the subject's own)")
 
 
@@ -41,8 +40,11 @@ def chosen_subject(args: argparse.Namespace) -> Subject:
         return load_subject(args.subject, **arguments)
     if not args.prompt:
         raise DynamicRadError("--pipeline needs at least one --prompt.")
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(args.device)
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise DynamicRadError("--pipeline needs diffusers: pip install 'dynamicrad-compile[diffusers]'") from None
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(device)
     call: dict[str, Any] = {CALL[name]: getattr(args, name) for name in CALL if getattr(args, name) is not None}
     return from_pipeline(pipe, args.prompt, **call)

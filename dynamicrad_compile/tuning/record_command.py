@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionsError
+from ..errors import DynamicRadError, OptionsError
 from ..profiles import REGIMES
 from ..quality.subject_arguments import add_subject, chosen_subject
 
@@ -28,8 +28,10 @@ def add_record(commands: Any) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise DynamicRadError("recording needs tqdm: pip install 'dynamicrad-compile[tune]'") from None
     from .captures import record_attention
 
     if not args.prompt:
