@@ -157,3 +157,9 @@ def head_kinds(sites: Sequence[Site], frames: int) -> tuple[torch.Tensor, torch.
             found[kind, site.site] += (site.mass * where).sum(-1).mean(-1)
     found *= layers / len(sites)
     return found[0] / own.double().mean(), found[1] / same.double().mean()
+
+
+def by_kind(own: torch.Tensor, same: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Which heads, bool [layers, heads], are spatial, temporal or diffuse, from the shares that `head_kinds` gives."""
+    spatial, temporal = (own > 1.5) & (own >= same), (same > 1.5) & (same > own)
+    return {"spatial": spatial, "temporal": temporal, "diffuse": ~(spatial | temporal)}

@@ -59,16 +59,14 @@ class Partly:
 def compensation(bench: Bench, images: Path) -> dict[str, Any]:
     """(e): RMSE of clips to the dense ones, by regime, and the paired difference to no compensation."""
     subject = bench.unguided
-    own, same = attention.head_kinds(bench.sites, subject.grid[0])
-    spatial, temporal = (own > 1.5) & (own >= same), (same > 1.5) & (same > own)
-    every = torch.ones_like(spatial)
+    kinds = attention.by_kind(*attention.head_kinds(bench.sites, subject.grid[0]))
+    every = torch.ones_like(kinds["spatial"])
     table = bench.profile("plain").regime("mid").static_ratio.model_dump()
     params = {**table, "sparsity": SPARSITY, "compensate": 0.0}
     mask = drad.make_plan("dynamicrad", subject.grid, BLOCK, **params).block_mask()
     first, all_steps = tuple(range(3)), tuple(range(bench.steps))
     todo = [("none", ~every, all_steps, 1.0)]
     todo += [(f"all, weight {weight}", every, all_steps, weight) for weight in (0.3, 0.6, 1.0)]
-    kinds = {"spatial": spatial, "temporal": temporal, "diffuse": ~(spatial | temporal)}
     todo += [(f"{kind} heads ({int(heads.sum())})", heads, all_steps, 0.6) for kind, heads in kinds.items()]
     todo += [("first 3 steps", every, first, 0.6), ("all but the first 3 steps", every, all_steps[3:], 0.6)]
     dense, _ = bench.clips(Dense(), sizes.CLIPS, subject=subject)

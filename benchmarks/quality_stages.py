@@ -218,8 +218,7 @@ def heads(bench: Bench, images: Path) -> dict[str, Any]:
     own, same = attention.head_kinds(bench.sites, bench.subject.grid[0])
     layer = torch.tensor([site.site for site in bench.sites])
     regime = torch.tensor([site.regime for site in bench.sites])
-    spatial, temporal = (own > 1.5) & (own >= same), (same > 1.5) & (same > own)
-    kinds = {"spatial": spatial[layer], "temporal": temporal[layer], "diffuse": ~(spatial | temporal)[layer]}
+    kinds = {name: heads[layer] for name, heads in attention.by_kind(own, same).items()}
     choosers = {
         "static_ratio": attention.static(bench.profile("plain"), "mid", 0.8, bench.subject, 0.0),
         "dynamic_threshold": attention.dynamic(bench.profile("plain"), "mid", 0.8, bench.subject, 0.0),
