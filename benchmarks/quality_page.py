@@ -89,7 +89,7 @@ def _dense(found: dict[str, Any]) -> list[str]:
 
 
 def _compensation(found: dict[str, Any]) -> list[str]:
-    columns = ("where", "rmse", "low", "mid", "high", "change", "standard_error")
+    columns = ("block", "where", "rmse", "low", "mid", "high", "change", "standard_error")
     return [table(columns, ([row[c] for c in columns] for row in found["rows"]))]
 
 

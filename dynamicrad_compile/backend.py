@@ -56,6 +56,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
         qk_int8=options.qk_dtype == "int8",
+        covariance=options.covariance,
         is_final=is_final,
     )
     start = time.perf_counter()
@@ -175,9 +176,10 @@ def _site_report(site: Site) -> SiteReport:
         text_tokens=text,
         shape=None if hidden else site.q_shape,
         kv_length=None if hidden else site.kv_length,
-        sparsity=site.plan.plan.sparsity if site.plan is not None and site.replaced else 0.0,
+        sparsity=site.plan.plan.sparsity - site.overhead if site.plan is not None and site.replaced else 0.0,
         path=site.path,
         source=source_line(site.node),
         plan=site.plan.plan if site.plan is not None else None,
         stats=site.stats,
+        overhead=site.overhead,
     )

@@ -48,6 +48,10 @@ class Options(BaseModel):
     compensate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's."""
 
+    covariance: bool = False
+    """With compensation: dropped blocks stand with their covariances too, not with their means alone
+    (`kernels.second_order`). Costs 1 to 2 % of dense attention and some memory."""
+
     qk_dtype: Literal["int8"] | None = None
     """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""
 

@@ -42,6 +42,7 @@ class SiteReport:
     graph        number of the captured graph, from 0
     plan         the block plan, or None; one for each regime, and the candidates in mode dynamic_threshold
     stats        sums over calls, on the device; None where the plan is all there is to know
+    overhead     share of dense attention that option covariance adds; taken off from sparsity
     """
 
     role: str
@@ -57,13 +58,14 @@ class SiteReport:
     graph: int = 0
     plan: BlockPlan | None = field(default=None, repr=False)
     stats: torch.Tensor | None = field(default=None, repr=False)
+    overhead: float = 0.0
 
     def measured(self) -> SiteReport:
         """The same with the sparsity of the calls so far; reading it waits for the device."""
         if self.stats is None:
             return self
         computed, calls = self.stats.tolist()
-        return replace(self, sparsity=1.0 - computed / calls) if calls else self
+        return replace(self, sparsity=1.0 - computed / calls - self.overhead) if calls else self
 
     @property
     def advice(self) -> str:

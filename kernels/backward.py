@@ -71,11 +71,12 @@ def _backward(
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
     compensate: Tensor | None = None,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors, plan = (q, k, v, out, lse, grad_out, grad_lse), (kv_counts, kv_indices)
     if q.device.type == "cpu":
         return torch.ops.dynamicrad.block_sparse_attention_backward_cpu(
-            *tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate
+            *tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate, dropped_only
         )
     _validate(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate)
     if q.device.type != "cuda":
@@ -86,7 +87,8 @@ def _backward(
     means = None
     if compensate is not None:
         means = means_of(k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
-    return launch_backward(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, means)
+    read = torch.zeros_like(kv_counts) if dropped_only else kv_counts
+    return launch_backward(*tensors, read, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, means)
 
 
 def _backward_cpu(
@@ -105,11 +107,12 @@ def _backward_cpu(
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
     compensate: Tensor | None = None,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors, plan = (q, k, v, out, lse, grad_out, grad_lse), (kv_counts, kv_indices)
     _validate(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return cpu_backward.backward(*tensors, *plan, scale, block_q, block_kv, kv_mask, compensate)
+    return cpu_backward.backward(*tensors, *plan, scale, block_q, block_kv, kv_mask, compensate, dropped_only)
 
 
 def _fake(
@@ -128,6 +131,7 @@ def _fake(
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
     compensate: Tensor | None = None,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors, plan = (q, k, v, out, lse, grad_out, grad_lse), (kv_counts, kv_indices)
     _validate(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate)
@@ -144,20 +148,20 @@ for _definition in (_op, _op_cpu):
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """setup_context of the attention ops; `inputs` are theirs, defaults included."""
-    q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate, _ = inputs
+    q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate, _, dropped_only = inputs
     ctx.save_for_backward(q, k, v, *output, kv_counts, kv_indices, kv_mask, compensate)
-    ctx.numbers = (scale, block_q, block_kv, mask_start)
+    ctx.numbers = (scale, block_q, block_kv, mask_start, dropped_only)
 
 
 def gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     """backward of the attention ops: gradients of q, k and v."""
     q, k, v, out, lse, kv_counts, kv_indices, kv_mask, compensate = ctx.saved_tensors
-    scale, block_q, block_kv, mask_start = ctx.numbers
+    scale, block_q, block_kv, mask_start, dropped_only = ctx.numbers
     grads = torch.ops.dynamicrad.block_sparse_attention_backward(
         *(q, k, v, out, lse, grad_out, grad_lse, kv_counts, kv_indices),
-        *(scale, block_q, block_kv, kv_mask, mask_start, compensate),
+        *(scale, block_q, block_kv, kv_mask, mask_start, compensate, dropped_only),
     )
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 10)
 
 
 @register_flop_formula(

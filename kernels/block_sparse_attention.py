@@ -5,7 +5,8 @@
 
 With `compensate` = c > 0 every other block J with n_J valid keys adds one key to both sums: its mean key with
 log(n_J) + log(c) on the score, and its mean value. Then the softmax is not renormalised without the mass of what
-was dropped.
+was dropped. With `dropped_only` the sums are over those means alone, without the active blocks: what `second_order`
+corrects before both parts are merged.
 
 CUDA runs the Triton kernel of `triton_forward`; the op is a `triton_op`, so Inductor and AOTInductor see the
 kernel itself. CPU runs `cpu.forward`, which those compilers see as the opaque op
@@ -99,6 +100,12 @@ def _validate(
             raise PlanError(f"{name} is on {tensor.device}, q on {q.device}. Move it there (BlockPlan.to for plans).")
 
 
+def _require_compensation(compensate: Tensor | None, dropped_only: bool) -> None:
+    """The means of the dropped blocks alone are nothing without their weight."""
+    if dropped_only and compensate is None:
+        raise PlanError("dropped_only needs compensate, the weight of the dropped blocks' means.")
+
+
 def _validate_plan(q: Tensor, kv_counts: Tensor, kv_indices: Tensor, block_q: int) -> None:
     if kv_counts.dtype != torch.int32 or kv_indices.dtype != torch.int32:
         raise PlanError(f"kv_counts and kv_indices must be int32, got {kv_counts.dtype} and {kv_indices.dtype}.")
@@ -132,12 +139,15 @@ def _forward(
     mask_start: int = 0,
     compensate: Tensor | None = None,
     qk_int8: bool = False,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return torch.ops.dynamicrad.block_sparse_attention_cpu(
-            q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate, qk_int8
+            *(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate),
+            *(qk_int8, dropped_only),
         )
     _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+    _require_compensation(compensate, dropped_only)
     if q.device.type != "cuda":
         raise PlanError(f"block_sparse_attention runs on cpu and cuda tensors, got {q.device}.")
     if launch_forward is None:
@@ -146,7 +156,8 @@ def _forward(
     means = None
     if compensate is not None:
         means = means_of(k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
-    plan = (kv_counts, kv_indices, scale, block_q, block_kv)
+    read = torch.zeros_like(kv_counts) if dropped_only else kv_counts
+    plan = (read, kv_indices, scale, block_q, block_kv)
     return launch_forward(q, k, v, *plan, kv_mask, mask_start, means, qk_int8=qk_int8)
 
 
@@ -163,14 +174,18 @@ def _forward_cpu(
     mask_start: int = 0,
     compensate: Tensor | None = None,
     qk_int8: bool = False,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+    _require_compensation(compensate, dropped_only)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not qk_int8:
-        return cpu.forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, compensate)
+        plan = (kv_counts, kv_indices, scale, block_q, block_kv)
+        return cpu.forward(q, k, v, *plan, kv_mask, compensate, dropped_only)
     mean = quantise.mean_key(k)
     q8, k8 = (quantise.dequantise(x).to(q.dtype) for x in (quantise.quantise(q), quantise.quantise(k, mean)))
-    out, lse = cpu.forward(q8, k8, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, compensate)
+    plan = (kv_counts, kv_indices, scale, block_q, block_kv)
+    out, lse = cpu.forward(q8, k8, v, *plan, kv_mask, compensate, dropped_only)
     return out, lse + quantise.shift(q, mean, scale)
 
 
@@ -187,8 +202,10 @@ def _fake(
     mask_start: int = 0,
     compensate: Tensor | None = None,
     qk_int8: bool = False,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+    _require_compensation(compensate, dropped_only)
     # Contiguous whatever the strides of q: both kernels allocate their output, empty_like would copy strides.
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -218,6 +235,7 @@ def flops(
     mask_start: int = 0,
     compensate: Tensor | None = None,
     qk_int8: bool = False,
+    dropped_only: bool = False,
     **kwargs: Any,
 ) -> int:
     """FLOPs of the two matrix products: 4 * head_dim * (query, key) pairs in active blocks.
@@ -231,12 +249,14 @@ def flops(
     kv_len, m_k = k.shape[2], cdiv(k.shape[2], block_kv)
     if isinstance(kv_counts, torch._subclasses.FakeTensor) or kv_counts.device.type == "meta":
         keys_per_query = min(kv_indices.shape[-1] * block_kv, kv_len) + (0 if compensate is None else m_k)
+        keys_per_query = m_k if dropped_only else keys_per_query
         return 4 * dim * batch * heads * q_len * keys_per_query
     counts, ids = kv_counts.cpu().long(), kv_indices.cpu()
     active = torch.arange(ids.shape[-1]) < counts[..., None]
     holds_tail = (active & (ids == m_k - 1)).any(-1)
     keys = counts * block_kv - torch.where(holds_tail, m_k * block_kv - kv_len, 0)
     keys = torch.where(counts >= m_k, kv_len, keys)
+    keys = torch.zeros_like(keys) if dropped_only else keys
     if compensate is not None:
         keys = keys + m_k * ((counts < m_k) & (compensate.cpu() > 0)[:, None, None])
     rows = torch.full((keys.shape[2],), block_q)

@@ -222,6 +222,7 @@ def _heads(
     block_kv: int,
     mask: torch.Tensor | None,
     compensate: float,
+    dropped_only: bool,
     out: torch.Tensor,
     lse: torch.Tensor,
     buffers: list[Buffers],
@@ -257,7 +258,8 @@ def _heads(
         workers.run(longest + fill_means, buffers)
     blocks_out, blocks_lse = rows_out.view(-1, block_q, dim), rows_lse.view(-1, block_q)
     work = _Work(queries, keys, values, blocks_out, blocks_lse, usable, norms, means, kv_len, scale)
-    rows = _rows(counts, indices, n_kv, usable)
+    rows = _rows(torch.zeros_like(counts) if dropped_only else counts, indices, n_kv, usable)
+    rows.plan = (counts.reshape(-1), indices.reshape(counts.numel(), -1))  # also of the means
     workers.run(_groups(work, rows, n_q, n_kv, heads // kv_heads, mask is not None), buffers)
 
     def copy_out(h: int) -> Task:
@@ -281,6 +283,7 @@ def forward(
     block_kv: int,
     kv_mask: torch.Tensor | None,
     compensate: torch.Tensor | None = None,
+    dropped_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention of CPU tensors; arguments as of the op, already validated.
 
@@ -315,6 +318,7 @@ def forward(
                     block_kv,
                     mask,
                     weight,
+                    dropped_only,
                     out[b, own],
                     lse[b, own],
                     buffers,

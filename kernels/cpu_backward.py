@@ -319,6 +319,7 @@ def backward(
     block_kv: int,
     kv_mask: Tensor | None,
     compensate: Tensor | None,
+    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous, of CPU tensors; arguments as of the op, already validated.
 
@@ -337,6 +338,8 @@ def backward(
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         mask = block_mask(kv_counts, kv_indices, -(-kv_len // block_kv))
         q_counts, q_indices = transpose_mask(mask)
+        if dropped_only:
+            q_counts = torch.zeros_like(q_counts)
         if compensate is not None:
             (mean_k, n), (mean_v, _) = (torch.ops.dynamicrad.pool_blocks(x, block_kv, kv_mask) for x in (k, v))
             mean_k, mean_v = mean_k.float(), mean_v.float()

@@ -48,6 +48,7 @@ def block_sparse_attention_reference(
     block_kv: int,
     kv_mask: torch.Tensor | None = None,
     compensate: torch.Tensor | None = None,
+    dropped_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out fp64 [B, H, Sq, D], lse fp64 [B, H, Sq]) of the op's arguments; memory is O(B H Sq Sk)."""
     batch, heads, q_len, dim = q.shape
@@ -56,6 +57,7 @@ def block_sparse_attention_reference(
     mask = token_mask(kv_counts, kv_indices, block_q, block_kv, q_len, k.shape[2])
     if kv_mask is not None:
         mask = mask & kv_mask[:, None, None, :]
+    mask = torch.zeros_like(mask) if dropped_only else mask
     values = v.double()
     scores = (q.double() @ k.double().transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
     if compensate is not None:

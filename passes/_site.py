@@ -96,6 +96,7 @@ class Site:
     plan_spec: str = ""  # how to make the plan for other sizes; see dynamicrad_compile.plan_table
     stats: torch.Tensor | None = None  # what its calls computed; see dynamicrad_compile.run_state.record
     replaced: bool = False
+    overhead: float = 0.0  # share of dense attention that covariances of dropped blocks add
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class PassContext:
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
     qk_int8       scores from queries and keys rounded to int8
+    covariance    compensation by means and covariances
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     """
 
@@ -160,6 +162,7 @@ class PassContext:
     training: bool = False
     example_inputs: Sequence[Any] = ()
     qk_int8: bool = False
+    covariance: bool = False
     is_final: bool = False
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)

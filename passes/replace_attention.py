@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from dynamicrad_compile import plan_op as _registers_make_plan  # noqa: F401
-from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_op  # noqa: F401
+from dynamicrad_compile.kernels import second_order  # registers the ops
 from dynamicrad_compile.run_state import record
 
 from ._buffers import buffer_node
@@ -96,6 +96,8 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
                 f"the grid was read from the values of {table.node.name} and is looked up at each call: "
                 f"{grids} run sparse, other grids of as many tokens run dense"
             )
+    if context.covariance and not any(site.overhead for site in planned):
+        context.notes.append("option covariance does nothing here: no plan compensates (compensate is 0)")
     return sum(site.replaced for site in planned)
 
 
@@ -170,7 +172,12 @@ def _replace(
         if nodes.compensate is not None:
             arguments = (*arguments, 0, nodes.compensate)
         options = {"qk_int8": True} if context.qk_int8 else {}
-        pair = graph.call_function(torch.ops.dynamicrad.block_sparse_attention.default, arguments, options)
+        op = torch.ops.dynamicrad.block_sparse_attention.default
+        if context.covariance and nodes.compensate is not None:
+            op = torch.ops.dynamicrad.second_order_attention.default
+            assert site.q_shape is not None
+            site.overhead = second_order.share_of_dense(site.q_shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
+        pair = graph.call_function(op, arguments, options)
         out = graph.call_function(operator.getitem, (pair, 0))
         if keys is not None:
             out = without_hidden_rows(graph, call, out, keys)

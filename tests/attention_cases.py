@@ -105,6 +105,7 @@ VARIANTS = {
         "mean_keeps_nothing",
     ],
     "int8": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "fp16", "mean_bf16"],
+    "dropped": ["mean_ragged", "mean_per_sample", "mean_many_blocks", "mean_mask_random", "mean_bf16"],
     "tma": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "sliced", "fp16"],
 }
 
@@ -161,20 +162,20 @@ def build(case: Case) -> tuple:
     )
 
 
-def reference(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(args: tuple, dropped_only: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """fp64 result of the op's arguments."""
     from dynamicrad_compile.kernels.reference import block_sparse_attention_reference
 
-    return block_sparse_attention_reference(*args[:9], *args[10:])
+    return block_sparse_attention_reference(*args[:9], *args[10:], dropped_only=dropped_only)
 
 
-def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype) -> None:
+def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype, dropped_only: bool = False) -> None:
     """Compare with the fp64 reference.
 
     fp32: 1e-5 relative. fp16 and bf16 round the output, and on CUDA the probabilities, to 11 and 8 bits, so
     values of the order of 1 carry errors of some 2^-11 and 2^-8. Scores stay fp32, so lse is as exact as in fp32.
     """
-    expected, expected_lse = reference(args)
+    expected, expected_lse = reference(args, dropped_only)
     assert not out.isnan().any()
     rtol, atol = {torch.float32: (1e-5, 3e-6), HALF: (2e-3, 1e-3), BF16: (1.6e-2, 8e-3)}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
@@ -228,8 +229,11 @@ def main() -> None:
         for variant in VARIANTS:
             if case.name in VARIANTS[variant]:
                 tile = choose_tile((9, 0), case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
+                read = torch.zeros_like(args[3]) if variant == "dropped" else args[3]
                 out, lse = launch_forward(
-                    *args[:10],
+                    *args[:3],
+                    read,
+                    *args[4:10],
                     means,
                     tile=replace(tile, tma=variant == "tma", block_n=16),
                     splits=3 if variant == "splits" else 1,

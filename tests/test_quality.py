@@ -123,6 +123,46 @@ def test_masked_attention_is_the_op_and_the_reference():
         assert relative_error(blocks.masked_attention(q, k, v, mask, 8, weight), expected) < 1e-6
 
 
+def test_second_order_is_the_sum_over_blocks_written_out():
+    """Ragged tail, rows that drop nothing and rows that drop all, against loops over queries and blocks."""
+    q, k, v = torch.randn(3, 1, 2, 21, 4, dtype=torch.float64)
+    mask = torch.rand(1, 1, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 0, :], mask[..., 1, :] = True, False
+    parts, scale = [slice(0, 8), slice(8, 16), slice(16, 21)], 0.7
+    mass, shift = blocks.second_order(q, k, v, mask, 8, scale)
+    for h in range(2):
+        means = [k[0, h, part].mean(0) for part in parts]
+        for row, part in enumerate(parts):
+            dropped = [b for b in range(3) if not mask[0, 0, row, b]]
+            logits = [scale * q[0, h, part].mean(0) @ means[b] + math.log(len(k[0, h, parts[b]])) for b in dropped]
+            weights = torch.stack(logits).softmax(0) if dropped else []
+            keys, both = torch.zeros(2, 4, 4, dtype=torch.float64)
+            for b, weight in zip(dropped, weights, strict=True):
+                dk, dv = (x[0, h, parts[b]] - x[0, h, parts[b]].mean(0) for x in (k, v))
+                keys, both = keys + weight * dk.T @ dk / len(dk), both + weight * dv.T @ dk / len(dk)
+            for i in range(part.start, part.stop):
+                u = scale**2 / 2 * q[0, h, i] @ keys @ q[0, h, i]
+                torch.testing.assert_close(mass[0, h, i, 0], u)
+                torch.testing.assert_close(shift[0, h, i], scale * both @ q[0, h, i] / (1 + u))
+
+
+def test_covariances_leave_an_error_of_second_order():
+    """All blocks dropped, short queries: means alone err by O(q), with covariances by O(q^2). What is kept is exact."""
+    q, k, v = torch.randn(3, 1, 2, 64, 8, dtype=torch.float64)
+    nothing = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    errors = {}
+    for size in (1e-2, 1e-3):
+        dense = torch.nn.functional.scaled_dot_product_attention(size * q, k, v)
+        for covariance in (False, True):
+            got = blocks.masked_attention(size * q, k, v, nothing, 16, 1.0, covariance=covariance)
+            errors[size, covariance] = (got - dense).abs().max()
+    assert 8 < errors[1e-2, False] / errors[1e-3, False] < 12
+    assert 80 < errors[1e-2, True] / errors[1e-3, True] < 120
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    got = blocks.masked_attention(q, k, v, ~nothing, 16, 1.0, covariance=True)
+    torch.testing.assert_close(got, dense)
+
+
 def test_block_mass_of_a_ragged_tail_sums_to_one():
     q, k = torch.randn(2, 1, 2, 21, 4)
     mass = blocks.block_mass(q, k, 8)

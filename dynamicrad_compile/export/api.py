@@ -131,6 +131,12 @@ def _without_state(options: Mapping[str, Any], format: str) -> Mapping[str, Any]
                 f"{name} = {getattr(parsed, name)} needs a memory from step to step, which format {format!r} does not "
                 "have. Leave it out, and run the dense model at dense steps; or use format 'torch' or 'aoti'."
             )
+    for name in ("covariance", "qk_dtype"):
+        if getattr(parsed, name):
+            raise ExportError(
+                f"{name} = {getattr(parsed, name)!r} has no node in format {format!r}. "
+                "Leave it out, or use format 'torch' or 'aoti'."
+            )
     steps = load_profile(parsed.profile).dense_steps if parsed.profile != "auto" else 0
     if steps and parsed.dense_steps is None:
         raise ExportError(

@@ -80,12 +80,20 @@ def skipped(mask: Tensor, block: int, compensate: float) -> float:
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, compensate: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    block: int,
+    compensate: float = 0.0,
+    scale: float | None = None,
+    covariance: bool = False,
 ) -> Tensor:
     """softmax attention [B, H, Sq, D] over the blocks in `mask`, bool [B or 1, H or 1, Mq, Mk]; as the op computes it.
 
     With `compensate` each dropped block adds its mean key, log(count * compensate) on its logit, and its mean value.
-    A row without a block gives zeros if nothing compensates.
+    A row without a block gives zeros if nothing compensates. With `covariance`, which no kernel has yet, dropped blocks
+    also have what `second_order` gives.
     """
     length, keys = q.shape[-2], k.shape[-2]
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
@@ -97,6 +105,46 @@ def masked_attention(
     means = [block_sums(x, block, -2) / counts[:, None] for x in (k, v)]
     weight = (counts * compensate).log().to(q.dtype)
     extra = torch.where(mask, -math.inf, weight).repeat_interleave(block, -2)[..., :length, :]
+    if covariance:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        mass, shift = second_order(q, k, v, mask, block, scale)
+        logits = torch.cat([q @ k.mT * scale + bias, q @ means[0].mT * scale + extra + mass.log1p()], dim=-1)
+        share = logits.softmax(-1)
+        return share @ torch.cat([v, means[1]], dim=-2) + share[..., keys:].sum(-1, keepdim=True) * shift
     bias = torch.cat([bias, extra.expand(*bias.shape[:-1], -1)], dim=-1)
     k, v = torch.cat([k, means[0].to(k.dtype)], dim=-2), torch.cat([v, means[1].to(v.dtype)], dim=-2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def second_order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, scale: float) -> tuple[Tensor, Tensor]:
+    """What means leave out of dropped blocks: (u [B, H, Sq, 1] of their mass 1 + u; what their values gain, like q).
+
+    With dk, dv the deviations of a block's n keys and values from their means, to second order in scale * q . dk,
+
+        sum exp(scale q . k)   = n exp(scale q . mean k) (1 + u),     u = scale^2 / 2 q' E[dk dk'] q
+        sum exp(scale q . k) v = (the same) (mean v + scale E[dv dk'] q / (1 + u))
+
+    Both covariances are those of the dropped blocks of a row of blocks, weighted by the attention that the row's mean
+    query pays to the blocks' means: a query needs two products with D x D matrices, not two for each block.
+    """
+    length, rows = q.shape[-2], mask.shape[-2]
+    counts, of = block_counts(k.shape[-2], block).to(q.device), block_counts(length, block).to(q.device)
+    means = [block_sums(x, block, -2) / counts[:, None] for x in (k, v)]
+    query = block_sums(q, block, -2) / of[:, None]
+    logits = query @ means[0].mT * scale + counts.log().to(q.dtype)
+    weight = logits.masked_fill(mask, -math.inf).softmax(-1).nan_to_num(0.0)  # of rows that drop nothing: 0
+
+    def by_block(x: Tensor, blocks: int) -> Tensor:
+        return F.pad(x, (0, 0, 0, blocks * block - x.shape[-2])).unflatten(-2, (blocks, block))
+
+    apart = [
+        by_block(x - mean.repeat_interleave(block, -2)[..., : x.shape[-2], :], len(counts))
+        for x, mean in zip((k, v), means, strict=True)
+    ]
+    own = by_block(q, rows)
+    of_keys, of_both = (
+        own @ (weight @ (apart[0].mT @ x / counts[:, None, None]).flatten(-2)).unflatten(-1, (-1, x.shape[-1]))
+        for x in apart
+    )
+    mass = 0.5 * scale**2 * (of_keys * own).sum(-1, keepdim=True)
+    return tuple(x.flatten(-3, -2)[..., :length, :] for x in (mass, scale * of_both / (1.0 + mass)))
