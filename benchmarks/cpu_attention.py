@@ -5,6 +5,7 @@
 dense    scaled_dot_product_attention
 op       dynamicrad::block_sparse_attention (gathered blocks, batched GEMMs, eager PyTorch)
 op+mean  the op with compensation
+op+cov   the op with compensation by covariances
 flex     FlexAttention compiled by Inductor, the plan as full blocks; a peer, returns no lse on CPU
 gather   one SDPA call per query block on gathered keys and values; a peer
 
@@ -94,6 +95,7 @@ def measure(tokens: int, heads: int, dim: int, dtype: torch.dtype, args: argpars
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "op": lambda: block_sparse_attention(q, k, v, plan),
         "op+mean": lambda: block_sparse_attention(q, k, v, plan, compensate=1.0),
+        "op+cov": lambda: block_sparse_attention(q, k, v, plan, compensate=1.0, covariance=True),
     }
     if "flex" in args.paths:
         from torch.nn.attention.flex_attention import flex_attention
@@ -113,7 +115,7 @@ def measure(tokens: int, heads: int, dim: int, dtype: torch.dtype, args: argpars
     if tokens <= 8192 and dtype == torch.float32:
         mask = token_mask(plan.kv_counts, plan.kv_indices, plan.block_q, plan.block_kv, tokens, tokens)
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        exact = [name for name in paths if name not in ("dense", "op+mean")]
+        exact = [name for name in paths if name not in ("dense", "op+mean", "op+cov")]
         errors |= {name: float((paths[name]() - expected).abs().max()) for name in exact}
     lines = []
     for name in paths:

@@ -69,6 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="adapters to train (both)")
     parser.add_argument("--frames", type=int, default=2 * data.FRAMES, help=f"of a clip ({2 * data.FRAMES})")
     parser.add_argument("--profile", default=str(PROFILE), help="of the mask; 85, 80, 75 %% for low, mid, high motion")
+    parser.add_argument("--covariance", action="store_true", help="compensate by covariances too, not by means alone")
     parser.add_argument("--steps", type=int, default=800, help="training steps (800)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
@@ -88,6 +89,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def settings(args: argparse.Namespace, kind: str) -> Settings:
     """Settings of the adapter that is trained "sparse" or "dense"; all but the mask is the same."""
     sparse: dict[str, Any] = {"pattern": "dense"} if kind == "dense" else {"profile": args.profile, "min_tokens": 0}
+    if args.covariance and kind == "sparse":
+        sparse["covariance"] = True
     return Settings(
         output=str(args.output / kind),
         adapter={"rank": args.rank, "alpha": float(args.rank)},

@@ -28,6 +28,7 @@ from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.plan import BlockPlan, cdiv
 
 from . import backward, cpu, quantise
+from . import second_order as _registers_second_order  # noqa: F401
 from .compensation import means_of
 
 try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
@@ -276,6 +277,7 @@ def block_sparse_attention(
     kv_mask: Tensor | None = None,
     mask_start: int = 0,
     compensate: float | Tensor | None = None,
+    covariance: bool = False,
     qk_dtype: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -290,6 +292,7 @@ def block_sparse_attention(
     mask_start: promise that all keys before this position may be attended, so the mask is not read there.
     compensate: 0 to 1, or fp32 [B or 1] on q's device: weight of the one extra key, its mean, by which each block
     that a row drops is still represented; 0 drops it, None: the plan's. It costs Sk / block_kv keys per query.
+    covariance: dropped blocks stand with their covariances too (`second_order`); without compensation it does nothing.
     qk_dtype: "int8" takes scores from queries and keys rounded to int8, row by row (`quantise`): faster on GPUs, with
     an error of about 1 %; the gradient is that of unrounded ones. None: from q and k as they are.
     Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
@@ -317,7 +320,10 @@ def block_sparse_attention(
         # Filled on the device: a copy of a host number would wait for it.
         weight = torch.full((1,), float(compensate), dtype=torch.float32, device=q.device)
         compensate = weight if compensate > 0 else None
-    out, lse = torch.ops.dynamicrad.block_sparse_attention(
+    op = torch.ops.dynamicrad.block_sparse_attention
+    if covariance and compensate is not None:
+        op = torch.ops.dynamicrad.second_order_attention
+    out, lse = op(
         *(q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask, mask_start),
         *(compensate, qk_dtype == "int8"),
     )

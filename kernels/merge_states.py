@@ -39,10 +39,11 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     top = torch.where(none, 0.0, top)
     weight_a, weight_b = torch.exp(a - top), torch.exp(b - top)
     total = torch.where(none, 1.0, weight_a + weight_b)
+    # No x[..., None]: while tracing for CUDA it asks for a device, which may be lacking.
     # What stands in a row without a key may be anything, NaN included.
-    part_a = torch.where((weight_a == 0.0)[..., None], 0.0, out_a.to(exact)) * weight_a[..., None]
-    part_b = torch.where((weight_b == 0.0)[..., None], 0.0, out_b.to(exact)) * weight_b[..., None]
-    out = (part_a + part_b) / total[..., None]
+    part_a = torch.where((weight_a == 0.0).unsqueeze(-1), 0.0, out_a.to(exact)) * weight_a.unsqueeze(-1)
+    part_b = torch.where((weight_b == 0.0).unsqueeze(-1), 0.0, out_b.to(exact)) * weight_b.unsqueeze(-1)
+    out = (part_a + part_b) / total.unsqueeze(-1)
     lse = torch.where(none, -_INF, top + torch.log(total))
     return out.to(out_a.dtype), lse.to(lse_a.dtype)
 

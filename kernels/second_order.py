@@ -12,9 +12,9 @@ pays to their mean keys. So a query needs two products with D x D matrices inste
 
     2 D / Sk + D / (block_q block_kv)        of the products of dense attention
 
-are added: 1.6 % at 32k tokens, head_dim 128 and blocks of 128. The covariances of a head take as much memory as two to
-four copies of its keys. Plain ATen operations around the attention op, so that autograd differentiates all of it and
-Inductor fuses what can be fused. Measured in docs/quality.md.
+are added: 1.6 % at 32k tokens, head_dim 128 and blocks of 128. At most MOMENT_BYTES of covariances are held at a time.
+Plain ATen operations around the attention op, so that autograd differentiates all of it and Inductor fuses what can be
+fused. Measured in docs/quality.md.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from dynamicrad_compile.plan import cdiv
 
-from . import block_sparse_attention as _registers_the_op  # noqa: F401
 from . import merge_states as _registers_merge_states  # noqa: F401
 from .pooling import valid_counts
 from .transpose_plan import block_mask
+
+MOMENT_BYTES = 512 << 20  # of the covariances of blocks and rows that are held at a time
 
 
 def share_of_dense(head_dim: int, kv_len: int, block_q: int, block_kv: int) -> float:
@@ -70,28 +71,50 @@ def moments(
     block_kv: int,
     kv_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(u fp32 [B, H, Sq], t fp32 [B, H, Sq, D]) of the attention op's arguments; see the formulas above."""
-    heads, length = q.shape[1:3]
-    kv_heads, dim = k.shape[1], k.shape[3]
-    counts = valid_counts(k.shape[2], block_kv, kv_mask, k.device)  # [B or 1, Mk]
-    means = [torch.ops.dynamicrad.pool_blocks(x, block_kv, kv_mask)[0] for x in (k, v)]
-    kept = block_mask(kv_counts, kv_indices, counts.shape[-1])
-    weight = _row_weights(q, means[0], counts, kept, scale, block_q)
+    """(u fp32 [B, H, Sq], t fp32 [B, H, Sq, D]) of the attention op's arguments; see the formulas above.
 
-    exact = q.dtype == torch.float32 or q.device.type == "cpu"
-    dtype = torch.float32 if exact else torch.bfloat16  # fp16 has too small a range for products of keys
-    valid = torch.ones_like(k[:1, 0, :, 0], dtype=torch.bool) if kv_mask is None else kv_mask
+    Some heads at a time, so that their covariances take MOMENT_BYTES at most, or those of one key head.
+    """
+    kept = block_mask(kv_counts, kv_indices, cdiv(k.shape[2], block_kv))
+    kv_heads, rep = k.shape[1], q.shape[1] // k.shape[1]
+    dim, blocks = k.shape[3], kept.shape[3] + rep * kept.shape[2]
+    step = kv_heads
+    if isinstance(blocks, int) and isinstance(k.shape[0], int):
+        step = max(1, MOMENT_BYTES // (2 * dim * dim * blocks * k.shape[0] * _dtype(q).itemsize))
+    parts = []
+    for start in range(0, kv_heads, step):
+        count = min(step, kv_heads - start)
+        own = [x.narrow(1, start * n, count * n) for x, n in ((q, rep), (k, 1), (v, 1))]
+        own_kept = kept.narrow(1, start * rep, count * rep) if kept.shape[1] > 1 else kept
+        parts.append(_moments(*own, own_kept, scale, block_q, block_kv, kv_mask))
+    mass, shift = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*parts, strict=True))
+    return mass, shift
+
+
+def _dtype(q: Tensor) -> torch.dtype:
+    """Of the covariances; fp16 has too small a range for products of keys, and the CPU no fast bf16."""
+    return torch.float32 if q.dtype == torch.float32 or q.device.type == "cpu" else torch.bfloat16
+
+
+def _moments(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, block_q: int, block_kv: int, kv_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`moments` of some heads at once; kept bool [P, H', Mq, Mk]."""
+    (heads, length), (kv_heads, keys, dim) = q.shape[1:3], k.shape[1:]
+    counts = valid_counts(keys, block_kv, kv_mask, k.device)  # [B or 1, Mk]
+    means = [torch.ops.dynamicrad.pool_blocks(x, block_kv, kv_mask)[0] for x in (k, v)]
+    weight = _row_weights(q, means[0], counts, kept, scale, block_q)
+    valid = torch.ones(1, keys, dtype=torch.bool, device=k.device) if kv_mask is None else kv_mask
     inside = _blocks(valid.unsqueeze(1).unsqueeze(-1), block_kv)  # [B or 1, 1, Mk, block_kv, 1]
     norm = counts.clamp(min=1).float().rsqrt().unsqueeze(1).unsqueeze(-1).unsqueeze(-1)
     apart = [
-        torch.where(inside, (_blocks(x, block_kv).float() - mean.float().unsqueeze(3)) * norm, 0.0).to(dtype)
+        torch.where(inside, (_blocks(x, block_kv).float() - mean.float().unsqueeze(3)) * norm, 0.0).to(_dtype(q))
         for x, mean in zip((k, v), means, strict=True)
     ]
     by_block = apart[0].transpose(-1, -2) @ torch.cat(apart, -1)  # E[dk dk'] beside E[dk dv'], [B, Hkv, Mk, D, 2 D]
-    by_row = weight.to(dtype).flatten(2, 3) @ by_block.flatten(-2)
+    by_row = weight.to(_dtype(q)).flatten(2, 3) @ by_block.flatten(-2)
     by_row = by_row.unflatten(-1, (dim, 2 * dim)).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
-    own = _blocks(q, block_q).to(dtype)
-    products = (own @ by_row).float().flatten(2, 3).narrow(2, 0, length)
+    products = (_blocks(q, block_q).to(_dtype(q)) @ by_row).float().flatten(2, 3).narrow(2, 0, length)
     of_keys, of_both = products.split(dim, -1)
     mass = (0.5 * scale**2 * (of_keys * q.float()).sum(-1)).clamp(min=0.0)
     return mass, scale * of_both / (1.0 + mass.unsqueeze(-1))

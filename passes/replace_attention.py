@@ -28,7 +28,8 @@ import torch
 from torch import fx
 
 from dynamicrad_compile import plan_op as _registers_make_plan  # noqa: F401
-from dynamicrad_compile.kernels import second_order  # registers the ops
+from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_ops  # noqa: F401
+from dynamicrad_compile.kernels import second_order
 from dynamicrad_compile.run_state import record
 
 from ._buffers import buffer_node

@@ -7,6 +7,7 @@ import torch
 from attention_cases import BF16, CASES, HALF, Case, build, check
 from backward_cases import build_backward
 from helpers import OPTIONS, drad, first_output, make, relative_error
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicrad_compile.errors import PlanError
@@ -79,6 +80,17 @@ def test_the_formula(case: Case):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5 if exact else 2e-3, atol=1e-5 if exact else 2e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", COMPENSATED, ids=str)
+def test_the_formula_on_cuda(case: Case):
+    args = build(case)
+    out, lse = OP(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args))
+    expected, expected_lse = written_out(args)
+    rtol, atol = TOLERANCE[case.dtype]
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("case", [case for case in COMPENSATED if case.dtype == torch.float32], ids=str)
 def test_its_gradient(case: Case):
     args = build(case)
@@ -138,6 +150,27 @@ def test_a_plan_that_keeps_everything_is_dense_attention():
     given = (plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.ones(1))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(OP(q, k, v, *given)[0], dense, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", ["mean_gqa", "mean_per_batch_and_head", "mean_mask_random"])
+def test_heads_one_by_one_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    args = build(BY_NAME[name])
+    expected = OP(*args)
+    monkeypatch.setattr(second_order, "MOMENT_BYTES", 1)
+    for got, want in zip(OP(*args), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_argument_of_the_function():
+    q, k, v = torch.randn(3, 1, 2, 101, 16)
+    mask = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.4
+    plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=101, kv_len=101)
+    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.tensor([0.7]))
+    got = drad.block_sparse_attention(q, k, v, plan, compensate=0.7, covariance=True, return_lse=True)
+    for a, b in zip(got, OP(*given), strict=True):
+        assert torch.equal(a, b)
+    plain = drad.block_sparse_attention(q, k, v, plan, compensate=0.0)
+    assert torch.equal(drad.block_sparse_attention(q, k, v, plan, compensate=0.0, covariance=True), plain)
 
 
 def test_large_scores_do_not_overflow():
@@ -215,3 +248,30 @@ def test_training_through_it_matches_eager():
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         torch._dynamo.reset()
     assert relative_error(*grads) < 1e-5
+
+
+def test_symbolic_sizes(wan):
+    """One graph for several lengths, each as if compiled for it alone."""
+    model, kwargs = wan
+    options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True, "inner": "aot_eager"}
+    run = torch.compile(model, backend="dynamicrad", options=options)
+    for frames in (5, 7):
+        latents = torch.randn(1, 4, frames, 12, 16)
+        torch._dynamo.mark_dynamic(latents, 2)
+        given = {**kwargs, "hidden_states": latents}
+        with torch.no_grad():
+            out, alone = first_output(run(**given)), compiled((model, given), covariance=True, inner="eager")[0]
+        assert relative_error(out, alone) < 1e-5
+
+
+def test_it_traces_for_cuda_where_there_is_none():
+    """Every dtype, with and without a key mask: no operation asks for a device."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with FakeTensorMode():
+            q, k, v = (torch.empty(2, 4, 101, 16, dtype=dtype, device="cuda") for _ in range(3))
+            counts = torch.empty(1, 1, 4, dtype=torch.int32, device="cuda")
+            indices = torch.empty(1, 1, 4, 3, dtype=torch.int32, device="cuda")
+            weight, mask = torch.ones(1, device="cuda"), torch.ones(2, 101, dtype=torch.bool, device="cuda")
+            for hidden in (None, mask):
+                out, lse = OP(q, k, v, counts, indices, None, 32, 32, hidden, 0, weight)
+                assert (out.dtype, out.shape, lse.dtype) == (dtype, q.shape, torch.float32)

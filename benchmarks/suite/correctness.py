@@ -87,6 +87,7 @@ def rows(device: str, reduced: bool) -> Iterator[Row]:
         if not reduced or case.name in REDUCED:
             yield _row("backward", case.name, lambda c=case: check_backward(c, device))
     yield _row("merge_states", "two_halves", lambda: check_merge(device))
+    yield _row("covariance", "against_cpu", lambda: check_covariance(device))
 
 
 def _row(kernel: str, name: str, run: Any) -> Row:
@@ -193,6 +194,20 @@ def check_merge(device: str) -> Values:
     out, lse = drad.merge_states(*parts[0], *parts[1])
     expected, expected_lse = block_sparse_attention_reference(
         q, k, v, whole.kv_counts, whole.kv_indices, None, 128, 128
+    )
+    return {**_within(out, expected, FORWARD_BOUND[q.dtype]), "lse_error": _max_error(lse, expected_lse)}
+
+
+def check_covariance(device: str) -> Values:
+    """Compensation by covariances against the CPU in fp32, which the tests hold against the formula written out."""
+    q, k, v, plan, mask, weights = make(Case("covariance", batch=2, mask=True, compensate=(1.0, 0.4), kv_len=835))
+    given: dict[str, Any] = {"covariance": True, "return_lse": True}
+    expected, expected_lse = drad.block_sparse_attention(
+        *(x.float() for x in (q, k, v)), plan, kv_mask=mask, compensate=weights, **given
+    )
+    moved = [x.to(device) for x in (mask, weights)]
+    out, lse = drad.block_sparse_attention(
+        *(x.to(device) for x in (q, k, v)), plan.to(device), kv_mask=moved[0], compensate=moved[1], **given
     )
     return {**_within(out, expected, FORWARD_BOUND[q.dtype]), "lse_error": _max_error(lse, expected_lse)}
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.kernels import second_order
 from dynamicrad_compile.kernels.compensation import means_of
 from dynamicrad_compile.kernels.select_blocks import cost, select_blocks
 from dynamicrad_compile.plan_table import ratios_for
@@ -31,6 +32,8 @@ def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
         yield Row(f"select/{at}/{criterion}", "overhead", run, 5.0, {**facts, "what": f"select_blocks, {criterion}"})
     yield Row(f"compensation/{at}", "overhead", lambda: run_compensation(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "compensation (means and kernel)"})  # fmt: skip
+    yield Row(f"covariance/{at}", "overhead", lambda: run_covariance(bench, tokens, dim, sparsity), 6.0,
+              {**facts, "what": "compensation by covariances, compiled"})  # fmt: skip
     yield Row(f"int8/{at}", "overhead", lambda: run_int8(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "scores from int8 instead (below 0: faster)"})  # fmt: skip
     yield Row(f"router/{at}", "overhead", lambda: run_router(bench, at), 3.0, {**facts, "what": "router, once a step"})
@@ -75,6 +78,21 @@ def run_compensation(bench: Bench, tokens: int, dim: int, sparsity: float) -> Va
     means = bench.clock.time(lambda: means_of(k, v, plan.kv_counts, plan.kv_indices, BLOCK, None, weight)).ms
     return {"ms": whole - plain, "attention_ms": plain, "share": (whole - plain) / plain, "means_ms": means,
             "summary": f"means {means:.3g} ms, rest {whole - plain - means:.3g} ms"}  # fmt: skip
+
+
+def run_covariance(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
+    """What `covariance=True` adds to attention that compensates by means, all of it compiled as in a model."""
+    plan = replace(bench.plan(tokens, sparsity), compensate=(1.0,))
+    q, k, v = bench.qkv(tokens, dim)
+    compiled = torch.compile(lambda q, k, v: drad.block_sparse_attention(q, k, v, plan, covariance=True))
+    both = bench.clock.time_in_turns({
+        "means": lambda: drad.block_sparse_attention(q, k, v, plan),
+        "covariances": lambda: compiled(q, k, v),
+    })  # fmt: skip
+    added = both["covariances"].ms - both["means"].ms
+    extra = second_order.share_of_dense(dim, tokens, BLOCK, BLOCK)
+    return {"ms": added, "attention_ms": both["means"].ms, "share": added / both["means"].ms,
+            "summary": f"{extra:.1%} of dense products"}  # fmt: skip
 
 
 def run_int8(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:

@@ -41,12 +41,12 @@ def ask(batch: Batch, levels: Tensor, noise: Tensor, loss: Loss) -> Question:
 
 
 def draw_levels(count: int, loss: Loss, generator: torch.Generator, dense_level: float | None = None) -> Tensor:
-    """Noise levels fp32 [count], shifted as the scheduler's.
+    """Noise levels fp32 [count], evenly apart before they are shifted as the scheduler's.
 
     Where inference is dense above `dense_level` (option dense_timestep), one call can't be both: its levels are all on
     the side on which the first one is.
     """
-    levels = shifted(torch.rand(count, generator=generator), loss.shift)
+    levels = shifted((torch.rand((), generator=generator) + torch.arange(count) / count) % 1.0, loss.shift)
     while dense_level is not None and bool(((levels >= dense_level) != (levels[0] >= dense_level)).any()):
         other = (levels >= dense_level) != (levels[0] >= dense_level)
         levels[other] = shifted(torch.rand(int(other.sum()), generator=generator), loss.shift)
