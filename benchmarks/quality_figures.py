@@ -17,7 +17,7 @@ DPI = 110
 def _style(name: str) -> dict[str, Any]:
     base = name.split(" + ")[0].split(",")[0]
     style: dict[str, Any] = {"color": COLORS.get(base, "#444444"), "label": name, "marker": "o", "markersize": 4}
-    style["linestyle"] = ":" if "," in name else "--" if "+" in name else "-"
+    style["linestyle"] = ":" if "," in name else "-." if "covar" in name else "--" if "+" in name else "-"
     return style
 
 

@@ -27,22 +27,29 @@ def methods(bench: Bench, images: Path) -> dict[str, Any]:
     chosen: list[Any] = []
     for point in sizes.CLIP_POINTS:
         chosen += [by_name(name, subject, point, BLOCK) for name in ("random", "oracle")]
-        for label, profile, weight in (("", "plain", 0.0), (" + compensation", "tuned", 1.0)):
+        for label, profile, weight, more in (
+            ("", "plain", 0.0, {}),
+            (" + compensation", "tuned", 1.0, {}),
+            (" + covariances", "plain", 0.0, {"compensate": 1.0, "covariance": True}),  # the blocks of the first
+        ):
             table = bench.profile(profile).regime("mid").static_ratio.model_dump()
             params = {**table, "sparsity": point, "compensate": weight}
             blocks = drad.make_plan("dynamicrad", subject.grid, BLOCK, **params).block_mask()
-            chosen.append(Hooked("static_ratio" + label, point, fixed(blocks), BLOCK, weight, key=params))
+            ran = {"compensate": weight, **more}
+            chosen.append(Hooked("static_ratio" + label, point, fixed(blocks), BLOCK, key=params, **ran))
             chosen_from = attention.choice(bench.profile(profile), "mid", point, subject, weight)
             key = {"thresholds": chosen_from[1:], "candidates": int(chosen_from[0].plan.kv_indices.sum())}
             choose = selected(*chosen_from)
-            chosen.append(Hooked("dynamic_threshold" + label, point, choose, BLOCK, weight, key=key))
+            chosen.append(Hooked("dynamic_threshold" + label, point, choose, BLOCK, key=key, **ran))
         for label, mask, first in _radials(bench, point):
             choose = dense_at_first(fixed(mask), steps=first)
             key = {"first": first, "blocks": int(mask.sum())}
             chosen.append(Hooked(label, point, choose, BLOCK, key=key))
     results = evaluate(subject, chosen, bench.prompts[: sizes.CLIPS], bench.folder, batch=3)
     shown = ("dense", *(n for n in results.clips if n.endswith(f"{sizes.CLIP_POINTS[0]:.0%}")))
-    picked = {name.replace(" + compensation", "+"): results.clips[name][:3] for name in shown}
+    short = {" + compensation": "+", " + covariances": "+cov"}
+    named = {name: next((name.replace(a, b) for a, b in short.items() if a in name), name) for name in shown}
+    picked = {named[name]: results.clips[name][:3] for name in shown}
     save_gif(picked, images / "quality_methods.gif", titles=bench.prompts[:3], scale=3)
     video = results.to_json()["rows"]
     figures.methods(video, images / "quality_methods.png")

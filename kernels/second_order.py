@@ -84,9 +84,10 @@ def moments(
     parts = []
     for start in range(0, kv_heads, step):
         count = min(step, kv_heads - start)
-        own = [x.narrow(1, start * n, count * n) for x, n in ((q, rep), (k, 1), (v, 1))]
+        own_q = q.narrow(1, start * rep, count * rep)
+        own_k, own_v = (x.narrow(1, start, count) for x in (k, v))
         own_kept = kept.narrow(1, start * rep, count * rep) if kept.shape[1] > 1 else kept
-        parts.append(_moments(*own, own_kept, scale, block_q, block_kv, kv_mask))
+        parts.append(_moments(own_q, own_k, own_v, own_kept, scale, block_q, block_kv, kv_mask))
     mass, shift = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*parts, strict=True))
     return mass, shift
 

@@ -104,7 +104,10 @@ Choose = Callable[[Place, Tensor, Tensor, "float | None"], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Hooked:
-    """Masked attention by the research hook, with the blocks that `choose` gives. `key` says what choose does."""
+    """Masked attention by the research hook, with the blocks that `choose` gives. `key` says what choose does.
+
+    With `covariance` dropped blocks are compensated for to second order; sparsity counts their means only.
+    """
 
     name: str
     wanted: float
@@ -112,6 +115,7 @@ class Hooked:
     block_size: int
     compensate: float = 0.0
     key: Mapping[str, Any] = field(default_factory=dict)
+    covariance: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What decides its clips."""
@@ -120,6 +124,7 @@ class Hooked:
             "name": self.name,
             "block": self.block_size,
             "compensate": self.compensate,
+            **({"covariance": True} if self.covariance else {}),
             **self.key,
         }
 
@@ -131,7 +136,9 @@ class Hooked:
         def rule(place: Place, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor | None:
             mask = self.choose(place, q, k, scale)
             shares.append(0.0 if mask is None else skipped(mask, self.block_size, self.compensate))
-            return None if mask is None else masked_attention(q, k, v, mask, self.block_size, self.compensate, scale)
+            if mask is None:
+                return None
+            return masked_attention(q, k, v, mask, self.block_size, self.compensate, scale, self.covariance)
 
         with attention_hook(subject.model, subject.tokens, rule):
             yield Run(subject.model, lambda: sum(shares) / max(1, len(shares)))
