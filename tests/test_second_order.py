@@ -275,3 +275,10 @@ def test_it_traces_for_cuda_where_there_is_none():
             for hidden in (None, mask):
                 out, lse = OP(q, k, v, counts, indices, None, 32, 32, hidden, 0, weight)
                 assert (out.dtype, out.shape, lse.dtype) == (dtype, q.shape, torch.float32)
+
+
+def test_export_with_covariances(wan, tmp_path):
+    """A torch program, run in a fresh process, gives what the compiled model gives."""
+    options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True}
+    done = drad.export(wan[0], (), wan[1], tmp_path / "wan", "torch", options, check=True)
+    assert done.card["check"]["relative_error"] < 1e-5
