@@ -87,7 +87,7 @@ class SmallModel:
         # As small as blocks can be: with 1,024 tokens there are only 64 of this size.
         self.dense_steps = args.steps // 5
         self.options = {"min_tokens": 0, "block_size": 16, "mode": "dynamic_threshold", "compensate": 1.0}
-        self.options |= {"covariance": True, "dense_steps": self.dense_steps}
+        self.options["dense_steps"] = self.dense_steps
 
     def generate(self, compiled: Any) -> tuple[torch.Tensor, list[float]]:
         """Videos [prompts, 3, frames, height, width] in -1..1 and the seconds of each step."""
