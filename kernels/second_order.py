@@ -12,9 +12,9 @@ pays to their mean keys. So a query needs two products with D x D matrices inste
 
     2 D / Sk + D / (block_q block_kv)        of the products of dense attention
 
-are added: 1.6 % at 32k tokens, head_dim 128 and blocks of 128. At most MOMENT_BYTES of covariances are held at a time; in
-training, the backward needs them all. Plain ATen operations around the attention op, so that autograd differentiates
-all of it and Inductor fuses what can be fused. Measured in docs/quality.md.
+are added: 1.6 % at 32k tokens, head_dim 128 and blocks of 128. At most MOMENT_BYTES of covariances are held at a time;
+in training, the backward needs them all. Plain ATen operations around the attention op, so that autograd
+differentiates all of it and Inductor fuses what can be fused. Measured in docs/quality.md.
 """
 
 from __future__ import annotations
