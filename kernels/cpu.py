@@ -63,9 +63,14 @@ class _Work:
     scale: float
 
 
-def _rows(counts: torch.Tensor, indices: torch.Tensor, n_kv: int, usable: torch.Tensor | None) -> _Rows:
-    """Rows of counts [h, Mq] and indices [h, Mq, W]; `usable` bool [n_kv, block_kv] or None if all keys are."""
-    count = counts.reshape(-1).long().clamp(max=n_kv)
+def _rows(
+    counts: torch.Tensor, indices: torch.Tensor, n_kv: int, usable: torch.Tensor | None, dropped_only: bool
+) -> _Rows:
+    """Rows of counts [h, Mq] and indices [h, Mq, W]; `usable` bool [n_kv, block_kv] or None if all keys are.
+
+    With `dropped_only` no row reads a block, and its plan still tells which means it adds.
+    """
+    count = counts.reshape(-1).long().clamp(max=0 if dropped_only else n_kv)
     ids = indices.reshape(count.numel(), -1).long()
     dense = count == n_kv
     if bool(dense.any()):
@@ -258,8 +263,7 @@ def _heads(
         workers.run(longest + fill_means, buffers)
     blocks_out, blocks_lse = rows_out.view(-1, block_q, dim), rows_lse.view(-1, block_q)
     work = _Work(queries, keys, values, blocks_out, blocks_lse, usable, norms, means, kv_len, scale)
-    rows = _rows(torch.zeros_like(counts) if dropped_only else counts, indices, n_kv, usable)
-    rows.plan = (counts.reshape(-1), indices.reshape(counts.numel(), -1))  # also of the means
+    rows = _rows(counts, indices, n_kv, usable, dropped_only)
     workers.run(_groups(work, rows, n_q, n_kv, heads // kv_heads, mask is not None), buffers)
 
     def copy_out(h: int) -> Task:
