@@ -55,7 +55,7 @@ test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment 
 	@test -x $(TRT_PY) || $(PY) -m venv $(VENV)-tensorrt
 	@$(PY) -c "$(SITE)" > "$$($(TRT_PY) -c "$(SITE)")/shared.pth"
 	@$(TRT_PY) -m pip install --quiet $(PIP_ARGS) --no-deps -r requirements/tensorrt-cpu.txt
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRT_PY) -m pytest $(ARGS) tests/test_tensorrt.py
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRT_PY) -m pytest $(ARGS) tests/exporting/test_tensorrt.py
 
 demo: env ## check the machine, run the quickstart, write its pictures to outputs/
 	$(PY) -m dynamicrad_compile.cli doctor

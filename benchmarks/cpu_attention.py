@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dynamicrad_compile.kernels.block_sparse_attention import block_sparse_attention
-from dynamicrad_compile.kernels.reference import token_mask
-from dynamicrad_compile.plan import BlockPlan, cdiv
+from dynamicrad_compile.kernels.attention_op import block_sparse_attention
+from dynamicrad_compile.kernels.attention_reference import token_mask
+from dynamicrad_compile.plans.plan import BlockPlan, cdiv
 
 SHAPES = ["2x64", "2x128"]
 RESULTS = Path(__file__).parent / "results"

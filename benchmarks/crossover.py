@@ -25,15 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 import torch.nn.functional as F
 from suite import machine
 from suite.estimate import estimated_tables
 
 import dynamicrad_compile as drad
-from dynamicrad_compile import crossover
+from dynamicrad_compile.plans import crossover
 
 GRIDS = {
     512: (4, 8, 16),

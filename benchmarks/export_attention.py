@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from dynamicrad_compile.export.onnx_functions import attach_functions
+from dynamicrad_compile.exporting.onnx.functions import attach_functions
 
 FLOATS = ("q", "k", "v")
 OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("dynamicrad", 1)]

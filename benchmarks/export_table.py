@@ -34,16 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from zoo.models import ZOO, out_tensors
+
+import dynamicrad_compile as drad
+from dynamicrad_compile.exporting.checking import relative_error
+from dynamicrad_compile.exporting.run import load
+from dynamicrad_compile.runtime.router import Router
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from zoo import ZOO, out_tensors  # noqa: E402
-
-import dynamicrad_compile as drad  # noqa: E402
-from dynamicrad_compile.export.checking import relative_error  # noqa: E402
-from dynamicrad_compile.export.run import load  # noqa: E402
-from dynamicrad_compile.router import Router  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 GRID = {"f": 5, "h": 6, "w": 9}

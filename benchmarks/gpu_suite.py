@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 try:
     import torch
     from suite import attention, correctness, graphs, machine, overheads, steps, tables, tile_rows

@@ -33,7 +33,7 @@ PATTERNS: dict[str, dict[str, float]] = {"radial": {}, "dynamicrad": {"sparsity"
 
 def measure(pattern: str, grid: tuple[int, int, int], block_size: int, repeats: int) -> dict[str, float]:
     """Build the plan `repeats` times in this process; times in ms, memory in MiB."""
-    from dynamicrad_compile.planners import make_plan
+    from dynamicrad_compile.plans.make import make_plan
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []

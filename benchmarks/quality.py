@@ -20,22 +20,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+import quality_bench as sizes
+import quality_compensation
+import quality_proxy
+import quality_stages as stages
 import torch
+from quality_page import page
 from tqdm import tqdm
 
+from dynamicrad_compile.quality.harness import write_json
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-import quality_bench as sizes  # noqa: E402
-import quality_compensation  # noqa: E402
-import quality_proxy  # noqa: E402
-import quality_stages as stages  # noqa: E402
-from quality_page import page  # noqa: E402
-
-from dynamicrad_compile.quality.harness import write_json  # noqa: E402
 
 RESULTS = HERE / "results"
 IMAGES = HERE.parent / "docs" / "images"

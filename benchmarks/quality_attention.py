@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynamicrad_compile import make_plan
-from dynamicrad_compile.plan import Candidates
-from dynamicrad_compile.plan_table import balance_of, ratios_for
-from dynamicrad_compile.planners import make_candidates
-from dynamicrad_compile.planning import CANDIDATE_FACTOR
+from dynamicrad_compile.plans.make import make_candidates
+from dynamicrad_compile.plans.plan import Candidates
+from dynamicrad_compile.plans.table import balance_of, ratios_for
+from dynamicrad_compile.policy import CANDIDATE_FACTOR
 from dynamicrad_compile.profiles import Profile
 from dynamicrad_compile.quality import Subject, attention_hook
 from dynamicrad_compile.quality.blocks import block_budget, block_mass, oracle_mask, random_mask, skipped

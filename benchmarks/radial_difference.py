@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamicrad_compile.planners import make_plan
-from dynamicrad_compile.plot import frame_boundaries, plot_difference
+from dynamicrad_compile.plans.make import make_plan
+from dynamicrad_compile.reporting.plot import frame_boundaries, plot_difference
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "radial_wan_small.npz"
 DECAY = 0.5

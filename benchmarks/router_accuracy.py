@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from dynamicrad_compile.router import CLASSES, Router, route
-from dynamicrad_compile.router_encoders import minilm_encoder
-from dynamicrad_compile.router_fit import fit_router
-from dynamicrad_compile.router_prompts import Prompt, load_prompts
+from dynamicrad_compile.routing.corpus import Prompt, load_prompts
+from dynamicrad_compile.routing.encoders import minilm_encoder
+from dynamicrad_compile.routing.fit import fit_router
+from dynamicrad_compile.runtime.router import CLASSES, Router, route
 
 HOLDOUT = Path(__file__).parents[1] / "tests" / "data" / "router_holdout.jsonl"
 SHAPES = {"UMT5-XXL, Wan": (1, 512, 4096), "T5-XXL, CogVideoX": (2, 226, 4096), "MiniLM": (1, 64, 384)}

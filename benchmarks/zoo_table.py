@@ -25,7 +25,6 @@ import argparse
 import copy
 import inspect
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -36,16 +35,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from zoo.models import ZOO, out_tensors
+from zoo.more import ZOO_MORE
+from zoo.original import ZOO_ORIGINAL
+
+import dynamicrad_compile as drad
+from dynamicrad_compile.reporting.report import Report
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from zoo import ZOO, out_tensors  # noqa: E402
-from zoo_more import ZOO_MORE  # noqa: E402
-from zoo_original import ZOO_ORIGINAL  # noqa: E402
-
-import dynamicrad_compile as drad  # noqa: E402
-from dynamicrad_compile.reports import Report  # noqa: E402
 
 Make = Callable[..., tuple[Any, dict[str, Any], dict[str, Any]]]
 CASES: dict[str, Make] = {**ZOO, **ZOO_MORE, **ZOO_ORIGINAL}

@@ -7,8 +7,6 @@ Importing this package touches no GPU and loads neither diffusers nor an optimiz
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .backend import report
 from .capture import explain
 from .compiling import compile
@@ -22,22 +20,17 @@ from .errors import (
     RouterError,
     StrictError,
 )
-from .export import rewrite
-from .kernels.block_sparse_attention import block_sparse_attention
+from .exporting import export, rewrite
+from .kernels.attention_op import block_sparse_attention
 from .kernels.merge_states import merge_states
 from .options import Options
-from .plan import BlockPlan
-from .planners import make_plan
+from .plans.make import make_plan
+from .plans.plan import BlockPlan
 from .profiles import list_profiles, load_profile
-from .reports import Report, SiteReport
-from .router import Router
-from .router_fit import fit_router
+from .reporting.report import Report, SiteReport
+from .routing.fit import fit_router
+from .runtime.router import Router
 from .tuning import record_attention, tune
-
-if TYPE_CHECKING:
-    from .export.api import export
-else:
-    from . import export  # a package that can be called
 
 __version__ = "0.1.0"
 

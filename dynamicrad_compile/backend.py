@@ -14,9 +14,9 @@ from torch import fx
 from .errors import OptionsError, StrictError
 from .options import Options
 from .passes import PassContext, Site, run_passes
-from .passes._graph import source_line
-from .planning import SitePlanner
-from .reports import GraphReport, Report, SiteReport, TextTokens
+from .passes.graph import source_line
+from .policy import SitePlanner
+from .reporting.report import GraphReport, Report, SiteReport, TextTokens
 
 Compiled = Callable[..., Any]
 
@@ -145,7 +145,7 @@ def _inner_compiler(
     if options.inner == "dynamicrad":
         raise OptionsError("inner='dynamicrad' would call itself; use 'inductor' or another backend.")
     if options.inner in ("tensorrt", "torch_tensorrt"):
-        from .export import tensorrt
+        from .exporting.tensorrt import compile as tensorrt
 
         return lambda gm, inputs: tensorrt.compile_graph(gm, inputs, options.inner_options, note)
     from torch._dynamo.backends.registry import lookup_backend

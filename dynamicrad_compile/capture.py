@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 from .backend import analyse
 from .compiling import CAPTURE, captures_data_dependent
 from .options import Options
-from .passes._graph import hint, value_of
-from .reports import GraphReport, Report
+from .passes.graph import hint, value_of
+from .reporting.report import GraphReport, Report
 
 _IN_GRAPH = "dynamicrad: captured graph"
 _SDPA = "aten::scaled_dot_product_attention"

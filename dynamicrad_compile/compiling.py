@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .options import Options
-from .router import Router
-from .run_state import RunState
+from .runtime.router import Router
+from .runtime.state import RunState
 
 CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 """Dynamo settings under which sizes that depend on data do not break the graph (Mochi, HunyuanVideo 1.5, FramePack)."""

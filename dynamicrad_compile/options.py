@@ -50,7 +50,7 @@ class Options(BaseModel):
 
     covariance: bool = False
     """With compensation: dropped blocks stand with their covariances too, not with their means alone
-    (`kernels.second_order`). Adds 1 to 2 % of the products of dense attention, and memory."""
+    (`kernels.moments_op`). Adds 1 to 2 % of the products of dense attention, and memory."""
 
     qk_dtype: Literal["int8"] | None = None
     """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""

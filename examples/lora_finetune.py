@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_video import data, model, pictures
 from torch import Tensor
 
 import dynamicrad_compile as drad
@@ -30,10 +30,6 @@ from dynamicrad_compile.lora.checkpoint import write_file
 from dynamicrad_compile.lora.data import Batch, collate
 from dynamicrad_compile.lora.losses import Question, ask, held_out_losses, mean_and_error
 from dynamicrad_compile.lora.student import ADAPTER, Student
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_video import data, model, pictures
 
 TRAIN_SEED, TRAIN_CLIPS = 2, 4096  # other clips than those the model was trained on
 PROFILE = Path(__file__).parent / "lora_profile.toml"

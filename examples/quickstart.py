@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.plot import frame_boundaries, plot_mask
+from dynamicrad_compile.reporting.plot import frame_boundaries, plot_mask
 
 CHECKPOINT = Path(__file__).parent / "tiny_video" / "checkpoint"
 PROMPTS = [

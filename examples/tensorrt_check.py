@@ -38,14 +38,14 @@ def main(argv: list[str] | None = None) -> int:
         print("This needs an NVIDIA GPU; torch.cuda finds none. Without one: make test-tensorrt.")
         return 2
     try:
-        from dynamicrad_compile.export import tensorrt  # noqa: F401
+        from dynamicrad_compile.exporting.tensorrt import compile as tensorrt  # noqa: F401
     except drad.ExportError as error:
         print(error)
         return 2
     import tensorrt as trt
     import torch_tensorrt
 
-    from dynamicrad_compile.export.tensorrt_plugin import TARGET
+    from dynamicrad_compile.exporting.tensorrt.plugin import TARGET
 
     TARGET.small = args.small
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -205,8 +205,8 @@ def by_onnx(via: str) -> Callable[[torch.nn.Module, dict[str, Tensor], dict[str,
     """An engine built from an ONNX model, run by TensorRT alone."""
 
     def make(model: torch.nn.Module, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[[], Any]:
-        from dynamicrad_compile.export.tensorrt_build import build_engine
-        from dynamicrad_compile.export.tensorrt_plugin import TARGET
+        from dynamicrad_compile.exporting.tensorrt.build import build_engine
+        from dynamicrad_compile.exporting.tensorrt.plugin import TARGET
 
         with tempfile.TemporaryDirectory() as folder:
             found = drad.export(model, (), inputs, folder, "tensorrt", options, via=via)

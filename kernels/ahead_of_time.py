@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from .attention_triton import MEANS_TILE, _block_sparse_forward
 from .tiles import Tile
-from .triton_forward import MEANS_TILE, _block_sparse_forward
 
 POINTERS = {"counts": "*i32", "indices": "*i32", "order": "*i32", "key_mask": "*i1", "lse": "*fp32"}
 POINTERS |= dict.fromkeys(("q_scale", "k_scale", "mean_scale"), "*fp32")

@@ -18,15 +18,15 @@ import time
 
 from torch import fx
 
-from ._checkpoints import close_regions, open_regions
-from ._site import AttentionCall, Conditions, Control, Pass, PassContext, Site, TextTokens
 from .build_plans import build_plans
 from .classify_sites import classify_sites
 from .decode_positions import decode_positions
 from .find_attention import find_attention
 from .find_conditions import find_conditions
 from .replace_attention import replace_attention
+from .site import AttentionCall, Conditions, Control, Pass, PassContext, Site, TextTokens
 from .trace_grid import trace_grid
+from .writing.checkpoints import close_regions, open_regions
 
 PASSES: tuple[Pass, ...] = (
     find_attention,

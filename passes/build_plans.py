@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from dynamicrad_compile.plan import BlockPlan
-from dynamicrad_compile.plan_table import PlanTable
+from dynamicrad_compile.plans.plan import BlockPlan
+from dynamicrad_compile.plans.table import PlanTable
 
-from ._site import VIDEO, PassContext
+from .site import VIDEO, PassContext
 
 
 def build_plans(gm: fx.GraphModule, context: PassContext) -> int:

@@ -18,14 +18,14 @@ from torch import fx
 
 from dynamicrad_compile.errors import GridError
 
-from ._axes import Axis, Part, parts_of, resolve, same, segments_of, within
-from ._graph import value_of
-from ._grids import Grids
-from ._layout import plain_shape
-from ._masks import not_key_padding
-from ._sharding import exchanged
-from ._site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens
-from ._windows import windows
+from .axes.grids import Grids
+from .axes.labels import Axis, Part, parts_of, resolve, same, segments_of, within
+from .axes.windows import windows
+from .graph import value_of
+from .reading.layout import plain_shape
+from .reading.masks import not_key_padding
+from .reading.sharding import exchanged
+from .site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens
 
 MAX_HEAD_DIM = 256
 MIN_FRAMES = 3  # two frames are a pair of images: there is no motion for a plan to follow

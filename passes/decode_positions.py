@@ -20,9 +20,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._axes import Axis, parts_of, resolve
-from ._reshape import reshape
-from ._site import PassContext
+from .axes.labels import Axis, parts_of, resolve
+from .axes.reshape import reshape
+from .site import PassContext
 
 MIN_TOKENS = 8  # a grid has at least two frames, rows and columns
 

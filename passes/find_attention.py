@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ._checkpoints import higher_order_name, nested_graphs
-from ._graph import module_path
-from ._layout import layout_of_rank, plain_shape
-from ._library_attention import read_library_attention
-from ._multihead_attention import read_multihead_attention
-from ._site import AttentionCall, PassContext, Site
-from ._softmax_attention import read_softmax_attention
-from ._spelling import Positions, tensor_value
+from .graph import module_path
+from .reading.layout import layout_of_rank, plain_shape
+from .reading.library_attention import read_library_attention
+from .reading.multihead_attention import read_multihead_attention
+from .reading.softmax_attention import read_softmax_attention
+from .reading.spelling import Positions, tensor_value
+from .site import AttentionCall, PassContext, Site
+from .writing.checkpoints import higher_order_name, nested_graphs
 
 SDPA = (
     F.scaled_dot_product_attention,

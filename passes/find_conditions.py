@@ -20,10 +20,10 @@ from collections import Counter
 import torch
 from torch import fx
 
-from ._axes import Label, parts_of, resolve
-from ._graph import shape_hint, value_of
-from ._site import CROSS, VIDEO, Conditions, PassContext
-from ._spelling import op_name
+from .axes.labels import Label, parts_of, resolve
+from .graph import shape_hint, value_of
+from .reading.spelling import op_name
+from .site import CROSS, VIDEO, Conditions, PassContext
 
 _NO_PROMPT = re.compile(r"image|img|vision|clip|audio|byt5|pooled|face|pose|camera|speech|motion", re.I)
 _PROMPT = re.compile(r"encoder_hidden_states|prompt|text|txt|context|caption|cond", re.I)

@@ -27,21 +27,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynamicrad_compile import plan_op as _registers_make_plan  # noqa: F401
-from dynamicrad_compile.kernels import block_sparse_attention as _registers_the_ops  # noqa: F401
-from dynamicrad_compile.kernels import second_order
-from dynamicrad_compile.run_state import record
+from dynamicrad_compile.kernels import attention_op as _registers_the_ops  # noqa: F401
+from dynamicrad_compile.kernels import moments_op as second_order
+from dynamicrad_compile.plans import op as _registers_make_plan  # noqa: F401
+from dynamicrad_compile.runtime.account import record
 
-from ._buffers import buffer_node
-from ._control import Controls, PlanNodes
-from ._graph import value_of
-from ._layout import token_dim
-from ._masks import keys_node, without_hidden_rows
-from ._operands import copy_origin, original_output, plain_operands, take_over
-from ._selection import select
-from ._site import PassContext, Site
-from ._sizes import Home, RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
-from ._table_plan import grids_of, guarded_plan, table_of
+from .graph import value_of
+from .reading.layout import token_dim
+from .reading.masks import keys_node, without_hidden_rows
+from .site import PassContext, Site
+from .writing.buffers import buffer_node
+from .writing.control import Controls, PlanNodes
+from .writing.operands import copy_origin, original_output, plain_operands, take_over
+from .writing.selection import select
+from .writing.sizes import Home, RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
+from .writing.table_plan import grids_of, guarded_plan, table_of
 
 
 def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:

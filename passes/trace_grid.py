@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map
 
-from ._axes import Label, Source, fresh, label_size, same
-from ._axis_rules import AxisMode
-from ._graph import depends_on_data, hint, value_of
-from ._layout import output_labels, plain_labels
-from ._site import PassContext, Site
-from ._streams import Stream, attended, get_stream, packed, set_stream
-from ._tensor_labels import get_labels, range_of_values, set_labels, set_range
+from .axes.labels import Label, Source, fresh, label_size, same
+from .axes.rules import AxisMode
+from .axes.streams import Stream, attended, get_stream, packed, set_stream
+from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_range
+from .graph import depends_on_data, hint, value_of
+from .reading.layout import output_labels, plain_labels
+from .site import PassContext, Site
 
 
 class _Unknown:

@@ -1,16 +1,7 @@
 """Profiles: tuned parameters per model family and resolution, as TOML files with a versioned schema."""
 
-from dynamicrad_compile.profiles.loader import list_profiles, load_profile, pick_profile
-from dynamicrad_compile.profiles.schema import (
-    REGIMES,
-    DynamicThreshold,
-    Match,
-    Profile,
-    Provenance,
-    Regime,
-    Regimes,
-    StaticRatio,
-)
+from .loader import list_profiles, load_profile, pick_profile
+from .schema import REGIMES, DynamicThreshold, Match, Profile, Provenance, Regime, Regimes, StaticRatio
 
 __all__ = [
     "REGIMES",

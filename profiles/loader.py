@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dynamicrad_compile.errors import ProfileError, nearest
-from dynamicrad_compile.profiles.schema import Profile
+
+from .schema import Profile
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.plan import BlockPlan
+from dynamicrad_compile.plans.plan import BlockPlan
 
 from .bench import Bench, active_pairs
 from .roofline import attention_work, roofline

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.plan import BlockPlan
+from dynamicrad_compile.plans.plan import BlockPlan
 
 from .roofline import Ceilings
 from .runner import Journal, Values

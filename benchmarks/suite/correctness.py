@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.kernels.reference import block_sparse_attention_reference
-from dynamicrad_compile.kernels.reference_backward import block_sparse_attention_backward_reference
-from dynamicrad_compile.kernels.select_blocks import select_blocks
+from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
+from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
+from dynamicrad_compile.kernels.select_op import select_blocks
 from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
-from dynamicrad_compile.plan import BlockPlan, Candidates, cdiv
+from dynamicrad_compile.plans.plan import BlockPlan, Candidates, cdiv
 
 from .runner import Row, Values
 

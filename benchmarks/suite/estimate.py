@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 import dynamicrad_compile as drad
-from dynamicrad_compile import crossover
+from dynamicrad_compile.plans import crossover
 
 from .machine import PEAKS
 

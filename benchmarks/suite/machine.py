@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import dynamicrad_compile as drad
-from dynamicrad_compile import crossover
+from dynamicrad_compile.plans import crossover
 
 ROOT = Path(__file__).parents[2]
 

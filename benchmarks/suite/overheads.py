@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.kernels import second_order
-from dynamicrad_compile.kernels.compensation import means_of
-from dynamicrad_compile.kernels.select_blocks import cost, select_blocks
-from dynamicrad_compile.plan_table import ratios_for
-from dynamicrad_compile.planners import make_candidates
-from dynamicrad_compile.router import route
+from dynamicrad_compile.kernels import moments_op as second_order
+from dynamicrad_compile.kernels.means import means_of
+from dynamicrad_compile.kernels.select_op import cost, select_blocks
+from dynamicrad_compile.plans.make import make_candidates
+from dynamicrad_compile.plans.table import ratios_for
+from dynamicrad_compile.runtime.router import route
 
 from .bench import BLOCK, Bench
 from .runner import Row, Values

@@ -36,8 +36,8 @@ def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[s
     """Time of the forward with this tile; its result is checked first."""
     if bench.device == "cpu":
         raise Unsupported("tiles are of the CUDA kernel")
+    from dynamicrad_compile.kernels.attention_triton import launch_forward
     from dynamicrad_compile.kernels.tiles import choose_tile
-    from dynamicrad_compile.kernels.triton_forward import launch_forward
 
     usual = choose_tile(torch.cuda.get_device_capability(), bench.dtype != torch.float32, dim, BLOCK, BLOCK)
     tile = dataclasses.replace(usual, **sizes)

@@ -1,6 +1,7 @@
 """The model that learns, and its teacher: one set of weights, once with the adapter and sparse, once without and dense.
 
-The regime of each clip is pinned on the device before a call (`run_state.PinnedState`): it changes without compiling.
+The regime of each clip is pinned on the device before a call (`runtime.state.PinnedState`), so it changes without
+compiling.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .. import compiling
 from ..backend import report
 from ..errors import LoraError
 from ..profiles import REGIMES
-from ..router import Router
-from ..run_state import PinnedState
+from ..runtime.router import Router
+from ..runtime.state import PinnedState
 from .data import Batch
 from .losses import Question
 from .settings import Settings

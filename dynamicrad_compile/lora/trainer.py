@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backend import report
 from ..errors import DynamicRadError, LoraError
-from ..reports import Report
+from ..reporting.report import Report
 from .checkpoint import CURVE_FILE, JOURNAL_FILE, STATE_FILE, Journal, read_state, write_adapter, write_state
 from .data import Batch, Clips, batches
 from .losses import Question, ask, draw_levels, held_out_losses, mean_and_error

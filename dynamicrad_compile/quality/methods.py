@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import DynamicRadError, nearest
 from ..options import Options
-from ..plan import Candidates
-from ..planners import make_plan
+from ..plans.make import make_plan
+from ..plans.plan import Candidates
 from .blocks import block_budget, block_mass, masked_attention, oracle_mask, random_mask, skipped
 from .hook import Place, attention_hook
 from .subject import Subject
@@ -160,7 +160,7 @@ def fixed(mask: Tensor) -> Choose:
 
 def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio") -> Choose:
     """The blocks that `select_blocks` keeps of candidates (P = 1): what mode dynamic_threshold runs compiled."""
-    from ..kernels.select_blocks import select_blocks
+    from ..kernels.select_op import select_blocks
 
     def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
         return select_blocks(q, k, candidates, (near, far), criterion, scale).block_mask()

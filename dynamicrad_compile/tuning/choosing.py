@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..plan import Candidates
+from ..plans.plan import Candidates
 from .sums import BlockSums
 
 # near and far that keep every candidate.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
-from ..planners import make_candidates, make_plan
+from ..plans.make import make_candidates, make_plan
 from .captures import load_capture
 from .choosing import Choice, fit_thresholds
 from .proxy import PROXIES

@@ -3,7 +3,7 @@
 A clip is a function of (seed, index): the same pair gives the same caption and pixels on every machine, whatever else
 is asked for. Motion is a function of time, so a longer clip is the shorter one continued. How much moves is known by
 construction: each motion belongs to a regime, "low", "mid" or "high", in the sense of the motion router's labels
-(dynamicrad_compile/router_prompts.py), and captions use the words found there.
+(dynamicrad_compile/routing/corpus.py), and captions use the words found there.
 
     A red circle stands still on a blue background.                                          low
     A striped yellow square slides left on a gray background behind a white bar.             mid

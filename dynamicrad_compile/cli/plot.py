@@ -1,0 +1,52 @@
+"""`dynamicrad plot`: a picture of the blocks that a plan reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_plot(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "plot",
+        help="draw which blocks a plan reads",
+        description="Write the block mask of a plan as a PNG. What is left out comes from pattern and profile.",
+    )
+    parser.add_argument(
+        "--grid",
+        type=int,
+        nargs=3,
+        required=True,
+        metavar=("F", "H", "W"),
+        help="frames, height, width in latent tokens",
+    )
+    parser.add_argument("--pattern", default="dynamicrad", help="dynamicrad (default), radial or dense")
+    parser.add_argument("--block-size", type=int, default=128, help="tokens of a block (128)")
+    parser.add_argument("--text-before", type=int, default=0, help="text tokens before the video (0)")
+    parser.add_argument("--text-after", type=int, default=0, help="text tokens after the video (0)")
+    parser.add_argument("--sparsity", type=float, help="share of blocks to skip")
+    parser.add_argument("--decay-factor", type=float, help="width of the windows")
+    parser.add_argument("--sink-frames", type=int, help="leading frames that every block may read")
+    parser.add_argument("--regime", help="low, mid or high motion")
+    parser.add_argument("--profile", help="name or path of a profile")
+    parser.add_argument("-o", "--output", type=Path, default=Path("mask.png"), help="file to write (mask.png)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from .. import make_plan
+    from ..reporting.plot import frame_boundaries, plot_mask
+
+    names = ("sparsity", "decay_factor", "sink_frames", "regime", "profile")
+    params = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    plan = make_plan(args.pattern, args.grid, args.block_size, args.text_before, args.text_after, **params)
+    title = f"{args.pattern} {'x'.join(map(str, args.grid))}"
+    plot_mask(plan, args.output, title=title, boundaries=frame_boundaries(args.grid, args.text_before))
+    print(
+        f"wrote {args.output}: {plan.num_q_blocks} x {plan.num_kv_blocks} blocks of {args.block_size} tokens, "
+        f"{plan.sparsity:.1%} skipped"
+    )
+    return 0

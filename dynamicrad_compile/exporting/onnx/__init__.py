@@ -1,0 +1,1 @@
+"""ONNX: the ops as functions of standard operators."""

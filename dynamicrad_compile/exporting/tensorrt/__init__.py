@@ -1,0 +1,1 @@
+"""TensorRT: engines with the kernel as an ahead-of-time plugin."""

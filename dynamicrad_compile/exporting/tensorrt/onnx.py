@@ -1,0 +1,148 @@
+"""ONNX models for TensorRT: with the attention as a plugin, or in standard operators.
+
+attention_node       dynamicrad::BlockSparseAttention..., which the plugins of `tensorrt_plugin` take
+standard_attention   a softmax over all keys under the block mask: correct, and not faster than dense attention.
+                     TensorRT does not read the Scan by which model.onnx of format "onnx" saves that work.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.onnx import ops as onnx_ops
+
+from ...errors import ExportError
+from ...kernels.pool_op import valid_counts
+from ...plans.plan import cdiv
+from ..job import Job
+from ..onnx.model import _quiet as quiet
+from .graph import block_means, kept_flags, lower, plugin_inputs
+from .names import NAMESPACE, plugin_name
+
+HIDDEN = -1.0e30
+
+
+def attention_node(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """block_sparse_attention as a node for a plugin, with mean keys and values computed in front of it."""
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    tensors = plugin_inputs(q, k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
+    out, lse = onnx_ops.symbolic_multi_out(
+        f"{NAMESPACE}::{plugin_name(kv_mask is not None, compensate is not None)}",
+        [tensor for tensor in tensors if tensor is not None],
+        {
+            "scale": [float(scale)],
+            "block_q": [block_q],
+            "block_kv": [block_kv],
+            "mask_start": [mask_start],
+            "plugin_namespace": NAMESPACE,  # how TensorRT's parser finds the plugin, and that it is compiled ahead
+            "plugin_version": "1",
+            "aot": 1,
+        },
+        dtypes=(q.dtype, torch.float32),
+        shapes=(q.shape, q.shape[:3]),
+        version=1,
+    )
+    return out, lse
+
+
+def standard_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """block_sparse_attention in operations that every runtime has; memory is that of all scores."""
+    _, heads, q_len, dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    m_q, m_k = kv_counts.shape[2], cdiv(kv_len, block_kv)
+    scale = float(dim) ** -0.5 if scale is None else scale
+    plans, plan_heads = kv_counts.shape[:2]
+
+    def per_query(flags: Tensor) -> Tensor:  # [P, H', Mq, N] -> [P, H', Sq, N]
+        wide = flags.unsqueeze(3).expand(-1, -1, -1, block_q, -1)
+        return wide.reshape(plans, plan_heads, m_q * block_q, -1).narrow(2, 0, q_len)
+
+    kept = kept_flags(kv_counts, kv_indices, m_k) > 0
+    seen = per_query(kept.unsqueeze(-1).expand(-1, -1, -1, -1, block_kv).flatten(3)).narrow(-1, 0, kv_len)
+    if kv_mask is not None:
+        seen = seen & kv_mask.unsqueeze(1).unsqueeze(1)
+    queries, keys, values = q.float() * scale, k.float(), v.float()
+    bias = torch.where(seen, 0.0, HIDDEN)
+    if compensate is not None:
+        n_valid = valid_counts(kv_len, block_kv, kv_mask, k.device)
+        keys = torch.cat((keys, block_means(k, block_kv, n_valid, kv_mask).float()), 2)
+        values = torch.cat((values, block_means(v, block_kv, n_valid, kv_mask).float()), 2)
+        share = n_valid.float() * compensate.unsqueeze(-1)  # [B or 1, Mk]
+        weight = torch.where(share > 0, share, 1.0).log()
+        shown = per_query(~kept) & (share > 0).unsqueeze(1).unsqueeze(1)
+        extra = torch.where(shown, weight.unsqueeze(1).unsqueeze(1), HIDDEN)
+        rows, groups = torch.broadcast_shapes(extra.shape[:1], bias.shape[:1])[0], plan_heads
+        bias = torch.cat((bias.expand(rows, groups, -1, -1), extra.expand(rows, groups, -1, -1)), -1)
+    if kv_heads != heads:
+        keys, values = (x.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (keys, values))
+    scores = queries @ keys.transpose(-1, -2) + bias
+    weights = torch.softmax(scores, -1) * (bias > HIDDEN / 2)  # a query without a key gets 0
+    return (weights @ values).to(q.dtype), None
+
+
+def write_onnx(job: Job, attention: Callable[..., Any], opset: int) -> str:
+    """Write STEM.onnx, and its weights as STEM.onnx.data; returns the name of the file.
+
+    attention: what stands for the op. Raises ExportError where the graph has operations that ONNX has not.
+    """
+    import onnx
+    import onnx_ir
+
+    module = fx.GraphModule(job.module, copy.deepcopy(job.module.graph))
+    lower(module, attention)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(("dynamicrad.", "dynamicrad::")):
+            raise ExportError(
+                f"TensorRT from ONNX: {node.target} is no operation of ONNX, nor of a plugin. Use mode='static_ratio' "
+                "and fixed sizes (the batch may be open), or via='torch', which runs it in PyTorch."
+            )
+    job.say(f"translating to ONNX, opset {opset}")
+    program = job.program(module)
+    with quiet():
+        try:
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"torch.onnx can't translate the model at opset {opset}: {error}") from error
+    assert exported is not None
+    file = f"{job.stem}.onnx"
+    onnx_ir.save(exported.model, job.folder / file, external_data=f"{file}.data")
+    _without_notes(onnx, job.folder / file)
+    return file
+
+
+def _without_notes(onnx: Any, path: Path) -> None:
+    """Drop the exporter's notes, which hold paths of this machine."""
+    model = onnx.load(path, load_external_data=False)
+    for holder in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
+        del holder.metadata_props[:]
+    onnx.save(model, path)
+    onnx.checker.check_model(str(path))

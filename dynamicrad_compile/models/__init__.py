@@ -1,0 +1,1 @@
+"""Models by name: presets, models without weights, real ones."""

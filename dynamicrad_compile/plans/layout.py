@@ -1,0 +1,90 @@
+"""Where frames, text and blocks lie in a token sequence.
+
+The sequence is [text_before | frames x height x width video tokens | text_after], cut into blocks of
+`block_size` tokens from position 0. The last block may be partial.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .plan import cdiv
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Maximal runs of video tokens that lie in one frame and in one block, in sequence order.
+
+    All arrays are int32 [S]; S is at most the number of video blocks plus the number of frames.
+
+    frame   frame of the run
+    start   first token, counted from the start of its frame
+    stop    one past the last token, counted from the start of its frame
+    block   block of the run
+    """
+
+    frame: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    block: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A token grid in a sequence with text. Lengths are in tokens."""
+
+    grid: tuple[int, int, int]
+    block_size: int
+    text_before: int = 0
+    text_after: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Latent frames."""
+        return self.grid[0]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Height times width of the token grid."""
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the whole video."""
+        return self.frames * self.tokens_per_frame
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of text and video."""
+        return self.text_before + self.video_tokens + self.text_after
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the sequence; the last one may be partial."""
+        return cdiv(self.seq_len, self.block_size)
+
+    def text_blocks(self) -> np.ndarray:
+        """bool [n]: True for a block that holds at least one text token."""
+        first = np.arange(self.num_blocks, dtype=np.int64) * self.block_size
+        last = np.minimum(first + self.block_size, self.seq_len) - 1
+        in_front = first < self.text_before
+        behind = last >= self.text_before + self.video_tokens
+        return in_front | behind
+
+    def segments(self) -> Segments:
+        """Cut the video tokens at every frame and block boundary."""
+        begin, end = self.text_before, self.text_before + self.video_tokens
+        frame_cuts = np.arange(begin, end, self.tokens_per_frame, dtype=np.int64)
+        block_cuts = np.arange(cdiv(begin, self.block_size) * self.block_size, end, self.block_size)
+        starts = np.union1d(frame_cuts, block_cuts)
+        stops = np.append(starts[1:], end)
+        frame = (starts - begin) // self.tokens_per_frame
+        origin = begin + frame * self.tokens_per_frame
+        return Segments(
+            frame=frame.astype(np.int32),
+            start=(starts - origin).astype(np.int32),
+            stop=(stops - origin).astype(np.int32),
+            block=(starts // self.block_size).astype(np.int32),
+        )

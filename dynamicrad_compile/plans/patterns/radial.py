@@ -1,0 +1,108 @@
+"""Radial Attention's static mask, computed from intervals instead of token masks.
+
+Source: Li et al., "Radial Attention" (2025), and its code (mit-han-lab/radial-attention, attn_mask.py). With
+T tokens in a frame, P the power of two above T, d the distance of two frames and g = d.bit_length():
+
+    window      token a of frame i reads token b of frame j iff |a - b| <= w; w = T for d <= 1,
+                else w = max(P / 2^g * decay_factor, block_size)
+    thinning    if l = P / 2^g < 128, a pair of frames is kept only if d is a multiple of floor(128 / l); with
+                another `thinning_tokens` than 128, of that number instead (DynamicRad's code takes the block size)
+    sink        every token reads all tokens of the first `sink_frames` frames (published: 1 for Wan, else 0)
+    shrinking   a tile of tokens is kept iff more than 60 % of its key columns that are read at all
+                are read by more than a third of the tile's query rows
+
+Where a block straddles frames or the sequence ends inside a block, the published code drops blocks, cuts off
+the tail, or crashes. Here tiles are `Segments` (one frame and one block), the share of rows is taken over the
+rows that the segment has, and a block is kept if any of its segment pairs is. The diagonal and text blocks
+are always kept. If T is a multiple of the block size the masks are the published ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..layout import Layout, Segments
+
+# The published code compares with 128 whatever the block size is.
+THINNING_THRESHOLD = 128
+# Elements of one temporary array; chunks of rows keep temporaries in the processor's cache.
+CHUNK_ELEMENTS = 1 << 15
+
+
+def frame_distance_tables(
+    layout: Layout, decay_factor: float, thinning_tokens: int = THINNING_THRESHOLD
+) -> tuple[np.ndarray, np.ndarray]:
+    """Window (int32 [F], in tokens) and whether the pair of frames is kept (bool [F]), by frame distance."""
+    tokens = layout.tokens_per_frame
+    power = 1 << tokens.bit_length()
+    distance = np.arange(layout.frames, dtype=np.int64)
+    octave = np.frexp(distance)[1].astype(np.int64)  # d.bit_length()
+    # The published code compares integer distances with a float32 window.
+    width = np.float32(np.maximum(power / 2.0**octave * decay_factor, layout.block_size))
+    window = np.where(distance <= 1, tokens, np.floor(np.minimum(width, tokens)))
+    step = np.maximum(1, (thinning_tokens << octave) // power)
+    return window.astype(np.int32), distance % step == 0
+
+
+def radial_mask(
+    layout: Layout, *, decay_factor: float = 1.0, sink_frames: int = 1, thinning_tokens: int = THINNING_THRESHOLD
+) -> np.ndarray:
+    """Block mask of Radial Attention, bool [n, n] with n = layout.num_blocks.
+
+    decay_factor scales the window (> 0); sink_frames is the number of leading frames that all tokens read; bands
+    narrower than thinning_tokens skip frames.
+    Time O(S^2) for S segments in numpy; memory one byte per block pair plus a constant.
+    """
+    n = layout.num_blocks
+    window, kept_distance = frame_distance_tables(layout, decay_factor, thinning_tokens)
+    seg = layout.segments()
+    mask = np.zeros((n, n), dtype=bool)
+    blocks, first_segment = np.unique(seg.block, return_index=True)
+    last_segment = np.append(first_segment[1:], len(seg.block))
+    rows_per_chunk = max(1, CHUNK_ELEMENTS // len(seg.block))
+    low = 0
+    while low < len(blocks):
+        # As many whole blocks as fit the chunk, at least one.
+        budget = first_segment[low] + rows_per_chunk
+        high = max(low + 1, int(np.searchsorted(last_segment, budget, side="right")))
+        rows = slice(first_segment[low], last_segment[high - 1])
+        kept = _kept_segment_pairs(seg, rows, window, kept_distance, layout.tokens_per_frame, sink_frames)
+        kept = np.logical_or.reduceat(kept, first_segment[low:high] - first_segment[low], axis=0)
+        mask[blocks[0] + low : blocks[0] + high, blocks[0] : blocks[-1] + 1] = np.logical_or.reduceat(
+            kept, first_segment, axis=1
+        )
+        low = high
+    np.fill_diagonal(mask, True)
+    text = layout.text_blocks()
+    mask[text] = True
+    mask[:, text] = True
+    return mask
+
+
+def _kept_segment_pairs(
+    seg: Segments, rows: slice, window: np.ndarray, kept_distance: np.ndarray, tokens: int, sink_frames: int
+) -> np.ndarray:
+    """bool [R, S]: the shrinking rule for the segments in `rows` against all segments.
+
+    Key column b is read by min(L, 2w + 1, b + w - a0 + 1, a1 - b + w) of the L rows [a0, a1). So the columns
+    read by at least m rows are an interval, [a0 + m - 1 - w, a1 - m + w]: counting them needs no token mask.
+    (2w + 1 >= L holds always, since w is at least the block size or the frame.)
+    """
+    a0, a1 = seg.start[rows, None], seg.stop[rows, None]
+    b0, b_last = seg.start[None, :], seg.stop[None, :] - 1
+    distance = np.abs(seg.frame[rows, None] - seg.frame[None, :])
+    w = window[distance]
+    kept = kept_distance[distance]
+    sink = seg.frame < sink_frames
+    w[:, sink] = tokens
+    kept[:, sink] = True
+
+    def columns_read_by(m: np.ndarray | int) -> np.ndarray:
+        last = np.minimum(b_last, (a1 - m) + w)
+        first = np.maximum(b0, (a0 + m - 1) - w)
+        return np.maximum(last - first + 1, 0)
+
+    nonzero = columns_read_by(1)
+    dense = columns_read_by((a1 - a0) // 3 + 1)
+    kept &= 5 * dense > 3 * nonzero
+    return kept

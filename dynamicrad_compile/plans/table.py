@@ -1,0 +1,180 @@
+"""Plan tables: what a graph needs to know of its plans, for every regime that it may be in.
+
+A `PlanSpec` says how plans are made, the grid apart; a `PlanTable` is what it gives for one grid. Static regimes are
+candidates of which all are forced, so one table serves both modes and a regime can be switched on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .make import make_candidates, make_plan
+from .plan import BlockPlan, Candidates
+
+KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
+"""Threshold that keeps every candidate, by criterion of select_blocks."""
+
+
+@dataclass(frozen=True)
+class RegimeSpec:
+    """How the plan of one regime is made.
+
+    name       "low", "mid", "high", or "" where there is but one
+    params     parameters of make_plan (make_candidates where there is a criterion), as sorted pairs
+    criterion  by which select_blocks thins it when the graph runs; "": a static plan
+    near, far  its thresholds; None: the shares of blocks that meet `sparsity`
+    balance    how these shares are divided between near and far blocks, see `ratios_for`
+    sparsity   share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
+    """
+
+    name: str
+    params: tuple[tuple[str, Any], ...]
+    criterion: str = ""
+    near: float | None = None
+    far: float | None = None
+    sparsity: float | None = None
+    balance: float = 0.0
+
+    @property
+    def compensate(self) -> float:
+        """Weight of the mean keys of dropped blocks."""
+        return float(dict(self.params).get("compensate", 0.0))
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """How plan tables are made."""
+
+    pattern: str
+    block_size: int
+    regimes: tuple[RegimeSpec, ...]
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria of all regimes, each once; none where nothing is to be selected."""
+        return tuple(dict.fromkeys(regime.criterion for regime in self.regimes if regime.criterion))
+
+    def build(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
+        """The table for a grid (frames, height, width) with text around it; built once, then remembered."""
+        return _build(self, grid, text_before, text_after)
+
+    def to_json(self) -> str:
+        """The specification as text, for a graph's constant argument."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> PlanSpec:
+        """Reverse of `to_json`."""
+        values = json.loads(text)
+        regimes = [{**r, "params": tuple((name, value) for name, value in r["params"])} for r in values["regimes"]]
+        return PlanSpec(**{**values, "regimes": tuple(RegimeSpec(**r) for r in regimes)})
+
+
+@dataclass(frozen=True, eq=False)
+class PlanTable:
+    """Candidates of all regimes, and the thresholds that thin them.
+
+    candidates  P regimes, in the order of the specification
+    thresholds  fp32 [P, 3 K]: near, far, and 1 where the regime goes by this criterion, for each of K criteria
+    criteria    of select_blocks; empty where nothing is to be selected
+    """
+
+    candidates: Candidates
+    thresholds: torch.Tensor
+    criteria: tuple[str, ...]
+
+    @staticmethod
+    def of(plan: BlockPlan) -> PlanTable:
+        """The table of a plan from which nothing is to be selected."""
+        return PlanTable(Candidates(plan, plan.kv_counts, plan.kv_counts), torch.zeros(len(plan.kv_counts), 0), ())
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The static plans of all regimes."""
+        return self.candidates.plan
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """kv_counts and kv_indices; where something is to be selected also kv_forced, kv_near and the thresholds."""
+        plan = self.plan
+        if not self.criteria:
+            return plan.kv_counts, plan.kv_indices
+        return plan.kv_counts, plan.kv_indices, self.candidates.kv_forced, self.candidates.kv_near, self.thresholds
+
+
+@functools.lru_cache(maxsize=64)
+def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
+    rows: list[Candidates] = []
+    thresholds: list[list[float]] = []
+    for regime in spec.regimes:
+        params = dict(regime.params)
+        where = {"block_size": spec.block_size, "text_before": text_before, "text_after": text_after}
+        near, far = regime.near, regime.far
+        if regime.criterion:
+            found = make_candidates(grid, **where, **params)
+            if regime.sparsity is not None:
+                near, far = ratios_for(found, regime.sparsity, regime.balance)
+        else:
+            plan = make_plan(spec.pattern, grid, **where, **params)
+            found = Candidates(plan, plan.kv_counts, plan.kv_counts)
+        rows.append(found)
+        row: list[float] = []
+        for criterion in spec.criteria:
+            keep_all = KEEP_ALL[criterion]
+            own = criterion == regime.criterion and near is not None and far is not None
+            row += [near, far, 1.0] if own else [keep_all, keep_all, 0.0]  # type: ignore[list-item]
+        thresholds.append(row)
+    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criteria)
+
+
+def balance_of(criterion: str, near: float, far: float) -> float:
+    """The balance that divides a budget as tuned thresholds do, -2 to 2; 0 unless they are shares of blocks."""
+    if criterion != "ratio":
+        return 0.0
+    near, far = (min(1.0 - 1e-9, max(1e-9, share)) for share in (near, far))
+    return min(2.0, max(-2.0, 0.5 * math.log(math.log1p(-near) / math.log1p(-far))))
+
+
+def ratios_for(candidates: Candidates, sparsity: float, balance: float = 0.0) -> tuple[float, float]:
+    """Shares of the near and of the far blocks to keep, by criterion "ratio", so that `sparsity` of dense is skipped.
+
+    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. Near blocks get
+    1 - (1 - x)^exp(balance), far ones 1 - (1 - x)^exp(-balance), with one x for all, but for rounding: equal shares at
+    balance 0. 0 where the forced blocks alone are too many, 1 where all candidates are too few.
+    """
+    plan = candidates.plan
+    total, m_k = plan.kv_counts.numel() * plan.num_kv_blocks, plan.num_kv_blocks
+    thinned = plan.kv_counts < m_k
+    budget = (1.0 - sparsity) * total
+    if any(plan.compensate):
+        budget -= int(thinned.sum()) * m_k / plan.block_kv
+    near = (candidates.kv_near - candidates.kv_forced).double()
+    far = (plan.kv_counts - candidates.kv_near).double()
+
+    def fits(near_share: float, far_share: float) -> bool:
+        rows = candidates.kv_forced + torch.ceil(near_share * near) + torch.ceil(far_share * far)
+        return float(torch.where(thinned, rows, plan.kv_counts).sum()) <= budget
+
+    def shares(x: float) -> tuple[float, float]:
+        return 1.0 - (1.0 - x) ** math.exp(balance), 1.0 - (1.0 - x) ** math.exp(-balance)
+
+    near_share, far_share = shares(_largest(lambda x: fits(*shares(x))))
+    near_share = _largest(lambda share: fits(share, far_share), near_share)
+    return near_share, _largest(lambda share: fits(near_share, share), far_share)
+
+
+def _largest(fits: Callable[[float], bool], low: float = 0.0) -> float:
+    """The largest number in low..1 that fits, by bisection; low where none does."""
+    high = 1.0
+    if fits(high):
+        return high
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,1 @@
+"""What was done to each attention, why not, and pictures of plans."""

@@ -1,0 +1,220 @@
+"""Pictures of block masks as PNG files. Needs pillow: `pip install dynamicrad-compile[plot]`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import PlanError
+from ..plans.plan import BlockPlan
+
+MIN_PIXELS = 720
+MAX_BLOCKS = 1200
+MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT, MARGIN_BOTTOM = 86, 62, 24, 86
+MAX_TICKS = 11
+
+PAPER, INK, FAINT = (255, 255, 255), (32, 36, 44), (120, 126, 138)
+SKIPPED, KEPT = (238, 240, 244), (24, 78, 140)
+FRAME_LINE, TEXT_BAND = (226, 106, 44), (60, 158, 92)
+ONLY_FIRST, ONLY_SECOND, NO_ROW = (248, 200, 64), (196, 44, 70), (150, 154, 164)
+
+Color = tuple[int, int, int]
+
+
+def frame_boundaries(grid: Sequence[int], text_before: int = 0) -> list[int]:
+    """Token positions where the frames of a video begin, and where the last one ends: F + 1 numbers."""
+    frames, height, width = grid
+    return [text_before + frame * height * width for frame in range(frames + 1)]
+
+
+def plot_mask(
+    plan: BlockPlan,
+    path: str | os.PathLike[str],
+    regime: int = 0,
+    head: int = 0,
+    title: str | None = None,
+    boundaries: Sequence[int] | None = None,
+) -> None:
+    """Write the block mask of one regime and head as a PNG: rows are queries, columns keys, dark means kept.
+
+    boundaries  ascending token positions, as from `frame_boundaries`: a line is drawn at each, and what lies
+                before the first or behind the last is marked as text
+    title       shown in front of the sparsity
+
+    The picture is at least 720 pixels wide. More than 1200 blocks are averaged, so shades mean partly kept.
+    Raises PlanError if the regime or head does not exist or pillow is missing.
+    """
+    counts = plan.kv_counts
+    for name, index, size in (("regime", regime, counts.shape[0]), ("head", head, counts.shape[1])):
+        if not 0 <= index < size:
+            raise PlanError(f"{name} must be in 0..{size - 1} for this plan, got {index}.")
+    mask = plan.block_mask()[regime, head].cpu().numpy()
+    sparsity = f"{1 - mask.mean():.1%} of {mask.shape[0]} x {mask.shape[1]} blocks skipped"
+    picture = _Picture(_downsample(mask), (plan.q_len, plan.kv_len), (plan.block_q, plan.block_kv))
+    picture.draw_boundaries(boundaries)
+    picture.draw_axes(f"{title}: {sparsity}" if title else sparsity)
+    picture.draw_legend([("read", KEPT), ("skipped", SKIPPED)], boundaries)
+    picture.image.save(path, format="PNG")
+
+
+def plot_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    block_size: int,
+    seq_len: int,
+    names: tuple[str, str] = ("first", "second"),
+    title: str | None = None,
+    boundaries: Sequence[int] | None = None,
+) -> None:
+    """Write a PNG that shows where two block masks (bool [n, n] and [m, m], m <= n) differ.
+
+    Blocks kept by both, by one, or by none have their own colours; rows and columns that the smaller mask
+    lacks are grey. Blocks are `block_size` tokens; `seq_len` is the length in tokens that the first mask
+    covers.
+    Raises PlanError if pillow is missing or the shapes do not fit.
+    """
+    n, m = len(first), len(second)
+    if first.shape != (n, n) or second.shape != (m, m) or m > n:
+        raise PlanError(f"expected masks [n, n] and [m, m] with m <= n, got {first.shape} and {second.shape}.")
+    colors = np.empty((n, n, 3), dtype=np.float64)
+    colors[...] = NO_ROW
+    here, there = first[:m, :m], second
+    part = colors[:m, :m]
+    part[...] = SKIPPED
+    part[here & there] = KEPT
+    part[here & ~there] = ONLY_FIRST
+    part[there & ~here] = ONLY_SECOND
+    picture = _Picture(_average(colors), (seq_len, seq_len), (block_size, block_size))
+    picture.draw_boundaries(boundaries)
+    counts = f"{(here & ~there).sum()} blocks only in {names[0]}, {(there & ~here).sum()} only in {names[1]}"
+    picture.draw_axes(f"{title}: {counts}" if title else counts)
+    entries = [("both", KEPT), (f"only {names[0]}", ONLY_FIRST), (f"only {names[1]}", ONLY_SECOND)]
+    if m < n:
+        entries.append((f"missing in {names[1]}", NO_ROW))
+    picture.draw_legend(entries, boundaries)
+    picture.image.save(path, format="PNG")
+
+
+def _downsample(mask: np.ndarray) -> np.ndarray:
+    """Colours [rows, columns, 3] of a mask; more than MAX_BLOCKS blocks are averaged."""
+    share = _average(mask.astype(np.float64)[..., None])
+    return np.asarray(SKIPPED) * (1 - share) + np.asarray(KEPT) * share
+
+
+def _average(values: np.ndarray) -> np.ndarray:
+    """Mean over tiles of equal size (the last may be smaller), so that no side exceeds MAX_BLOCKS."""
+    for axis in (0, 1):
+        size = values.shape[axis]
+        tile = math.ceil(size / MAX_BLOCKS)
+        starts = np.arange(0, size, tile)
+        sums = np.add.reduceat(values, starts, axis=axis)
+        lengths = np.diff(np.append(starts, size))
+        values = sums / np.expand_dims(lengths, tuple(a for a in range(values.ndim) if a != axis))
+    return values
+
+
+def _pillow() -> tuple[Any, Any, Any]:
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError:
+        raise PlanError("plots need pillow, which is not installed: pip install dynamicrad-compile[plot]") from None
+    return Image, ImageDraw, ImageFont
+
+
+class _Picture:
+    """A heatmap with axes in blocks; `image` is the picture so far."""
+
+    def __init__(self, colors: np.ndarray, lengths: tuple[int, int], block: tuple[int, int]) -> None:
+        image_module, draw_module, font_module = _pillow()
+        rows, columns = colors.shape[:2]
+        self.scale = max(1, math.ceil(MIN_PIXELS / max(rows, columns)))
+        self.size = (columns * self.scale, rows * self.scale)
+        self.lengths, self.block = lengths, block
+        self.blocks = tuple(-(-length // size) for length, size in zip(lengths, block, strict=True))
+        self.font = font_module.load_default(15)
+        self.small = font_module.load_default(13)
+        wide = max(self.size[0], MIN_PIXELS) + MARGIN_LEFT + MARGIN_RIGHT
+        self.image = image_module.new("RGB", (wide, self.size[1] + MARGIN_TOP + MARGIN_BOTTOM), PAPER)
+        cells = image_module.fromarray(np.round(colors).astype(np.uint8))
+        self.image.paste(cells.resize(self.size, image_module.Resampling.NEAREST), (MARGIN_LEFT, MARGIN_TOP))
+        self._new_image = image_module.new
+        self._new_draw = draw_module.Draw
+        self.draw = draw_module.Draw(self.image, "RGBA")
+
+    def _x(self, token: float) -> float:
+        return MARGIN_LEFT + token / self.block[1] / self.blocks[1] * self.size[0]
+
+    def _y(self, token: float) -> float:
+        return MARGIN_TOP + token / self.block[0] / self.blocks[0] * self.size[1]
+
+    def draw_boundaries(self, boundaries: Sequence[int] | None) -> None:
+        """Lines at the boundaries; bands over the text before the first and behind the last."""
+        if not boundaries:
+            return
+        left, top = MARGIN_LEFT, MARGIN_TOP
+        right, bottom = left + self.size[0] - 1, top + self.size[1] - 1
+        spacing = self.size[1] / max(1, len(boundaries))
+        line = (*FRAME_LINE, 200 if spacing >= 12 else 90)
+        for token in boundaries:
+            x, y = min(round(self._x(token)), right), min(round(self._y(token)), bottom)
+            self.draw.line([(x, top), (x, bottom)], fill=line)
+            self.draw.line([(left, y), (right, y)], fill=line)
+        # Coloured rulers beside the axes; a tint would hide the mask.
+        for begin, end in ((0, boundaries[0]), (boundaries[-1], self.lengths[1])):
+            if end > begin:
+                x0, x1 = round(self._x(begin)), max(round(self._x(end)), round(self._x(begin)) + 3)
+                self.draw.rectangle([(x0, top - 9), (min(x1, right), top - 4)], fill=TEXT_BAND)
+        for begin, end in ((0, boundaries[0]), (boundaries[-1], self.lengths[0])):
+            if end > begin:
+                y0, y1 = round(self._y(begin)), max(round(self._y(end)), round(self._y(begin)) + 3)
+                self.draw.rectangle([(left - 9, y0), (left - 4, min(y1, bottom))], fill=TEXT_BAND)
+
+    def draw_axes(self, title: str) -> None:
+        """Border, ticks in blocks, axis labels and the title."""
+        left, top = MARGIN_LEFT, MARGIN_TOP
+        right, bottom = left + self.size[0], top + self.size[1]
+        self.draw.rectangle([(left - 1, top - 1), (right, bottom)], outline=INK)
+        self.draw.text((left, 18), title, fill=INK, font=self.font)
+        for block in _ticks(self.blocks[1]):
+            x = round(self._x((block + 0.5) * self.block[1]))
+            self.draw.line([(x, bottom + 1), (x, bottom + 5)], fill=INK)
+            self.draw.text((x, bottom + 8), str(block), fill=INK, font=self.small, anchor="mt")
+        for block in _ticks(self.blocks[0]):
+            y = round(self._y((block + 0.5) * self.block[0]))
+            self.draw.line([(left - 15, y), (left - 11, y)], fill=INK)
+            self.draw.text((left - 19, y), str(block), fill=INK, font=self.small, anchor="rm")
+        label = f"key block ({self.block[1]} tokens, {self.lengths[1]} in all)"
+        self.draw.text(((left + right) / 2, bottom + 30), label, fill=INK, font=self.font, anchor="mt")
+        label = f"query block ({self.block[0]} tokens, {self.lengths[0]} in all)"
+        strip = self._new_image("RGB", (max(self.size[1], 300), 22), PAPER)
+        self._new_draw(strip).text((strip.width / 2, 11), label, fill=INK, font=self.font, anchor="mm")
+        turned = strip.rotate(90, expand=True)
+        self.image.paste(turned, (6, round((top + bottom) / 2 - turned.height / 2)))
+
+    def draw_legend(self, entries: list[tuple[str, Color]], boundaries: Sequence[int] | None) -> None:
+        """Colour boxes with their meaning, under the axis."""
+        if boundaries:
+            entries = [*entries, ("frame boundary", FRAME_LINE)]
+            if boundaries[0] > 0 or boundaries[-1] < max(self.lengths):
+                entries.append(("text", TEXT_BAND))
+        x, y = MARGIN_LEFT, self.image.height - 24
+        for name, color in entries:
+            self.draw.rectangle([(x, y), (x + 12, y + 12)], fill=color, outline=FAINT)
+            self.draw.text((x + 18, y + 6), name, fill=INK, font=self.small, anchor="lm")
+            x += 18 + round(self.small.getlength(name)) + 22
+
+
+def _ticks(blocks: int) -> list[int]:
+    """At most MAX_TICKS round block numbers from 0."""
+    step = 1
+    for factor in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000):
+        step = factor
+        if (blocks - 1) // step + 1 <= MAX_TICKS:
+            break
+    return list(range(0, blocks, step))

@@ -1,0 +1,242 @@
+"""Report: what was done to each attention of each captured graph, and why not."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..plans.plan import BlockPlan
+from .advice import advice_for
+
+
+class TextTokens(NamedTuple):
+    """Tokens of a sequence that are not on the grid, before and after the video; None where data decide."""
+
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention call of a captured graph.
+
+    role         "video_self_attention" | "spatial_attention" | "temporal_attention" | "cross_attention" |
+                 "self_attention" (no grid in it: text, image) | "unknown"
+    replaced     whether block-sparse attention took its place
+    reason       why it stayed dense; empty where it was replaced
+    grid         (frames, height, width) in latent tokens, or None
+    text_tokens  tokens of the sequence before and after the video
+    shape        query shape (batch, heads, tokens, head_dim), or None where it depends on data
+    kv_length    number of keys
+    sparsity     share of dense attention that is skipped, 0.0 where dense. Where it is decided when the graph runs
+                 (mode dynamic_threshold, router, dense steps): the mean over all calls so far; before the first one
+                 that of the plan, of all regimes and of all candidates
+    path         dotted path of the module
+    source       file and line of the call in the model's code
+    graph        number of the captured graph, from 0
+    plan         the block plan, or None; one for each regime, and the candidates in mode dynamic_threshold
+    stats        sums over calls, on the device; None where the plan is all there is to know
+    overhead     share of dense attention that option covariance adds; taken off from sparsity
+    """
+
+    role: str
+    replaced: bool
+    reason: str
+    grid: tuple[int, int, int] | None
+    text_tokens: TextTokens
+    shape: tuple[int, ...] | None
+    kv_length: int | None
+    sparsity: float
+    path: str
+    source: str = ""
+    graph: int = 0
+    plan: BlockPlan | None = field(default=None, repr=False)
+    stats: torch.Tensor | None = field(default=None, repr=False)
+    overhead: float = 0.0
+
+    def measured(self) -> SiteReport:
+        """The same with the sparsity of the calls so far; reading it waits for the device."""
+        if self.stats is None:
+            return self
+        computed, calls = self.stats.tolist()
+        return replace(self, sparsity=1.0 - computed / calls - self.overhead) if calls else self
+
+    @property
+    def advice(self) -> str:
+        """What to do about it; empty where it was replaced."""
+        return "" if self.replaced else advice_for(self.role, self.reason)
+
+    @property
+    def dense_flops(self) -> int:
+        """Multiply-adds counted twice for the dense attention: 4 x batch x heads x queries x keys x head_dim."""
+        if self.shape is None or self.kv_length is None or len(self.shape) < 3:
+            return 0
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return 4 * rows * self.kv_length * self.shape[-1]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the attention as it is now."""
+        return round(self.dense_flops * (1.0 - self.sparsity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; tensors are left out."""
+        values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats")}
+        values["text_tokens"] = self.text_tokens._asdict()
+        return {**values, "advice": self.advice, "dense_flops": self.dense_flops, "flops": self.flops}
+
+
+@dataclass
+class GraphReport:
+    """What happened to one captured graph. `seconds`: passes, plans and inner compilation."""
+
+    sites: list[SiteReport]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+@dataclass
+class Report:
+    """Reports of all graphs captured from one model, in order of capture."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """All sites of all graphs."""
+        return [replace(site.measured(), graph=i) for i, graph in enumerate(self.graphs) for site in graph.sites]
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks that concern no single site."""
+        return list(dict.fromkeys(note for graph in self.graphs for note in graph.notes))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent, summed over graphs: "passes" (without plans), "plans", "compile" (inner backend)."""
+        total: dict[str, float] = {}
+        for graph in self.graphs:
+            for name, value in graph.seconds.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    @property
+    def replaced(self) -> list[SiteReport]:
+        """Sites where block-sparse attention took the place of dense attention."""
+        return [site for site in self.sites if site.replaced]
+
+    def summary(self) -> str:
+        """A few lines: how many sites were replaced, on which grids, how much attention work is left."""
+        if not self.graphs:
+            return "dynamicrad: no graph has been captured yet; call the compiled model first."
+        sites, replaced = self.sites, self.replaced
+        video = [site for site in sites if site.role == "video_self_attention"]
+        lines = [
+            f"dynamicrad: {len(replaced)} of {len(video)} video self-attentions replaced "
+            f"({len(sites)} attentions in {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)})"
+        ]
+        if replaced:
+            grids = dict.fromkeys("x".join(map(str, site.grid)) for site in replaced if site.grid)
+            mean = sum(site.sparsity for site in replaced) / len(replaced)
+            before, after = sum(s.dense_flops for s in sites), sum(s.flops for s in sites)
+            lines.append(
+                f"grid {', '.join(grids)}; sparsity {mean:.1%}; all attention {before / 1e9:.1f} -> "
+                f"{after / 1e9:.1f} GFLOP a call ({1 - after / max(before, 1):.1%} saved)"
+            )
+        dense = [
+            site.reason for site in sites if site.role in ("video_self_attention", "unknown") and not site.replaced
+        ]
+        for reason in dict.fromkeys(dense):
+            count = dense.count(reason)
+            lines.append(f"left dense ({count}): {reason}")
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(
+            {
+                "summary": self.summary(),
+                "seconds": self.seconds,
+                "notes": self.notes,
+                "sites": [site.to_dict() for site in self.sites],
+            },
+            indent=indent,
+        )
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *_rows(self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
+        ]
+        return "\n".join([self.summary(), "", *lines, *self._advice()] if self.sites else [self.summary()])
+
+    def _advice(self) -> list[str]:
+        """Lines that say what to do about dense attention, each advice once."""
+        modules: dict[str, dict[str, None]] = {}
+        for site in self.sites:
+            if site.advice:
+                modules.setdefault(site.advice, {})[_pattern(site.path)] = None
+        lines = [f"  {', '.join(names)}: {advice}" for advice, names in modules.items()]
+        return ["", "what to do about dense ones", *lines] if lines else []
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one self-contained HTML page."""
+        body = "".join(
+            f"<tr class={'y' if row[1] == 'sparse' else 'n'}>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            + "</tr>"
+            for row in _rows(self.sites, advice=True)
+        )
+        head = "".join(f"<th>{cell}</th>" for cell in (*_HEADER, "what to do"))
+        Path(path).write_text(
+            "<!doctype html><meta charset=utf-8><title>dynamicrad report</title><style>"
+            "body{font:14px system-ui;margin:2em}pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
+            "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}"
+            ".y td:nth-child(2){color:#080}.n td:nth-child(2){color:#888}</style>"
+            f"<h1>dynamicrad report</h1><pre>{html.escape(self.summary())}</pre>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n",
+            encoding="utf-8",
+        )
+
+
+_HEADER = ("module", "now", "role", "query", "keys", "grid", "text", "sparsity", "why dense")
+
+
+def _rows(sites: Iterable[SiteReport], advice: bool = False) -> list[tuple[str, ...]]:
+    """Table rows; sites of the same kind in numbered modules are put together."""
+    rows: dict[tuple[str, ...], int] = {}
+    first: dict[tuple[str, ...], str] = {}
+    for site in sites:
+        key = (
+            _pattern(site.path),
+            "sparse" if site.replaced else "dense",
+            site.role,
+            "x".join(map(str, site.shape)) if site.shape else "?",
+            str(site.kv_length if site.kv_length is not None else "?"),
+            "x".join(map(str, site.grid)) if site.grid else "-",
+            "+".join("?" if n is None else str(n) for n in site.text_tokens),
+            f"{site.sparsity:.1%}" if site.replaced else "-",
+            site.reason,
+            *((site.advice,) if advice else ()),
+        )
+        rows[key] = rows.get(key, 0) + 1
+        first.setdefault(key, site.path or "(root)")
+    return [(first[key] if n == 1 else f"{key[0]} (x{n})", *key[1:]) for key, n in rows.items()]
+
+
+def _pattern(path: str) -> str:
+    """A module path with layer numbers as a star: blocks.3.attn1 -> blocks.*.attn1."""
+    return ".".join("*" if piece.isdigit() else piece for piece in path.split(".")) or "(root)"
+
+
+__all__ = ["GraphReport", "Report", "SiteReport", "TextTokens"]

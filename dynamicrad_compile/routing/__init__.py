@@ -1,0 +1,1 @@
+"""Fitting the motion router: encoders, the labelled corpus, the classifier."""

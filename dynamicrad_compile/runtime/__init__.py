@@ -1,0 +1,1 @@
+"""What a running graph decides: its denoising step, its regime, what was skipped."""

@@ -1,0 +1,23 @@
+"""What the calls of a running graph skipped, added up on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+
+@has_side_effect
+def record(
+    stats: Tensor, kv_counts: Tensor, compensate: Tensor | None, kv_indices: Tensor, num_kv: int | None, block_kv: int
+) -> None:
+    """Add a call to `stats`, fp64 [2]: share of dense attention that was computed, number of calls.
+
+    num_kv None: the width of the indices is the number of kv blocks.
+    """
+    blocks = kv_indices.shape[-1] if num_kv is None else num_kv
+    share = kv_counts.to(torch.float64).mean() / blocks
+    if compensate is not None:
+        thinned = (kv_counts < blocks) & (compensate > 0)[:, None, None]
+        share = share + thinned.to(torch.float64).mean() / block_kv
+    stats.add_(torch.stack([share, torch.ones_like(share)]))

@@ -1,0 +1,71 @@
+"""The step clock: which denoising step a generation is at, on the device.
+
+Plain PyTorch on a small buffer, so a compiled graph holds it, CUDA graphs replay it, and a new step neither compiles
+anything nor waits for the device.
+
+The clock needs nothing but the timestep. A timestep that differs from the last one is a new step; one that goes
+against the direction of this generation is the first step of a new generation. So it does not matter whether a model
+counts 1000 .. 0, 1 .. 0, logarithms of sigma or 0 .. 1000, and the two calls of classifier-free guidance are one step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+LAST, WAY, STEP, KNOWN_WAY, FRESH = range(5)
+
+
+def new_clock(device: torch.device | str = "cpu") -> Tensor:
+    """Buffer of the step clock, fp32 [5].
+
+    Last timestep (NaN before the first), direction in this generation (-1 falling, 0 not known yet, 1 rising), step
+    from 0, direction of the last generation that had three steps, 1 where the last call was the first of its step.
+    """
+    return torch.tensor([float("nan"), 0.0, 0.0, 0.0, 0.0], device=device)
+
+
+@has_side_effect
+def advance(timestep: Tensor, clock: Tensor) -> Tensor:
+    """Note a call's timestep in the clock; returns the clock's new values, fp32 [5].
+
+    timestep has any shape; where frames or tokens have their own, the largest counts (clean tokens have 0).
+    """
+    now = timestep.detach().to(clock.device, torch.float32).amax()
+    first = clock[LAST].isnan()
+    moved = ~first & (now != clock[LAST])
+    way = torch.sign(now - clock[LAST])
+    turned = moved & (clock[WAY] != 0) & (way != clock[WAY])
+    onward = moved & ~turned
+    new = torch.stack(
+        [
+            now,
+            torch.where(onward, way, torch.where(turned, 0.0, clock[WAY])),
+            torch.where(onward, clock[STEP] + 1, torch.where(turned, 0.0, clock[STEP])),
+            torch.where(onward & (clock[STEP] > 0), way, clock[KNOWN_WAY]),
+            (first | moved).to(torch.float32),
+        ]
+    )
+    clock.copy_(new)
+    return new
+
+
+def stays_dense(clock: Tensor, dense_steps: int, dense_timestep: float | None) -> Tensor:
+    """bool []: whether the present step is one of those that stay dense.
+
+    dense_steps first steps do, and all whose timestep is on the noisy side of dense_timestep (in the model's own
+    units). Until three steps have shown in which direction timesteps go, all stay dense where a timestep is given.
+    """
+    dense = clock[STEP] < dense_steps
+    if dense_timestep is not None:
+        way = clock[KNOWN_WAY]
+        noisy = torch.where(way < 0, clock[LAST] >= dense_timestep, clock[LAST] <= dense_timestep)
+        dense = dense | (way == 0) | noisy
+    return dense
+
+
+def is_refresh(clock: Tensor, dense_steps: int, refresh_steps: int) -> Tensor:
+    """bool [1]: whether blocks are chosen anew: at the first call of every refresh_steps-th step after dense ones."""
+    since = clock[STEP] - dense_steps
+    return ((clock[FRESH] > 0) & (since >= 0) & (torch.remainder(since, refresh_steps) == 0)).reshape(1)

@@ -1,0 +1,297 @@
+"""The motion router: from prompt embeddings to a regime (0 low, 1 mid, 2 high motion), in plain ATen operations.
+
+`route` is the function that goes into graphs. `Router` holds its weights, checks shapes, saves and loads.
+Weights are fitted to an encoder by `dynamicrad_compile.routing.fit.fit_router`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RouterError
+from ..profiles import REGIMES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CLASSES = REGIMES
+SAFE_REGIME = CLASSES.index("high")  # the least sparse: the regime that loses least when the prompt says nothing
+SCHEMA = 1
+TENSORS = {"weight": 2, "bias": 1, "projection": 2, "shift": 1, "centers": 2}  # name: dimensions
+
+
+def motion_scores(
+    embeds: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    projection: Tensor | None = None,
+    shift: Tensor | None = None,
+    centers: Tensor | None = None,
+) -> Tensor:
+    """Scores fp32 [B, 3] of prompt embeddings; NaN in rows that have no token or a value that isn't finite.
+
+    embeds [B, T, C] or [B, C], any float dtype; mask bool or number, [B or 1, T] or with singleton dimensions between
+    (nonzero = token), None = rows that aren't all zero. x = mean over tokens, divided by its length, in fp32.
+    Linear: score = weight . x + bias, weight fp32 [3, C], bias fp32 [3].
+    Kernel: score = weight . exp(-|projection x + shift - centers|^2) + bias,
+            weight fp32 [3, M], projection [K, C], shift [K], centers [M, K].
+    """
+    unit = pooled(embeds, mask)
+    if projection is None or centers is None:
+        return torch.nn.functional.linear(unit, weight, bias)
+    z = torch.nn.functional.linear(unit, projection, shift)
+    distance = z.square().sum(-1, keepdim=True) + centers.square().sum(-1) - 2 * (z @ centers.t())
+    return torch.nn.functional.linear(torch.exp(-distance), weight, bias)
+
+
+def pooled(embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens divided by its length, fp32 [B, C]; NaN where no token or a value that isn't finite."""
+    x = embeds.unsqueeze(1) if embeds.dim() == 2 else embeds
+    if mask is None:
+        keep = (x != 0).any(-1)
+    else:
+        keep = mask.reshape(mask.shape[0], mask.shape[-1]) != 0
+    total = torch.where(keep.unsqueeze(-1), x, 0.0).sum(
+        1, dtype=torch.float32
+    )  # the mean times the count, which normalising cancels
+    unit = total / total.abs().amax(-1, keepdim=True)
+    return unit * unit.square().sum(-1, keepdim=True).rsqrt()
+
+
+def route(
+    embeds: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    projection: Tensor | None = None,
+    shift: Tensor | None = None,
+    centers: Tensor | None = None,
+) -> Tensor:
+    """Regime int64 [B] of each prompt; arguments as for `motion_scores`, the last five from `Router.tensors`.
+
+    A prompt without a token or with a value that isn't finite gives the safe regime, high. No host sync, static shapes.
+    """
+    scores = motion_scores(embeds, mask, weight, bias, projection, shift, centers)
+    finite = scores.abs().sum(-1) < float("inf")
+    return torch.where(finite, scores.argmax(-1), SAFE_REGIME)
+
+
+@dataclass
+class Router:
+    """A motion classifier for one text encoder.
+
+    weight, bias, and for a kernel head projection, shift, centers: fp32, shapes in `motion_scores`; standardisation and
+    the decision rule are folded into them. What `fit_router` measured:
+    accuracy         share of correct regimes, cross-validated by group, on the written prompts
+    confusion        the same as counts, [true][called], in the order of `classes`
+    accuracy_by      {"language": {"zh": ...}, "style": {...}}
+    regularisation   strength that cross-validation chose: C of the logistic regression, or the kernel's ridge
+    mid_offset       what was added to mid's score so that low and high are hardly ever confused
+    masked           the encoder gave a token mask; then `route` needs it too
+    """
+
+    weight: Tensor
+    bias: Tensor
+    projection: Tensor | None = None
+    shift: Tensor | None = None
+    centers: Tensor | None = None
+    encoder: str = "unknown"
+    accuracy: float | None = None
+    confusion: list[list[int]] = field(default_factory=list)
+    accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
+    prompts: int = 0
+    regularisation: float | None = None
+    mid_offset: float = 0.0
+    masked: bool = False
+    date: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+    classes = CLASSES
+
+    def __post_init__(self) -> None:
+        hidden = (self.projection, self.shift, self.centers)
+        if any(tensor is None for tensor in hidden) != all(tensor is None for tensor in hidden):
+            raise RouterError("projection, shift and centers come together or not at all.")
+        for name, dims in TENSORS.items():
+            value = getattr(self, name)
+            if value is None and name not in ("weight", "bias"):
+                continue
+            if not isinstance(value, Tensor) or value.dim() != dims:
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise RouterError(f"the router's {name} must be a tensor of {dims} dimensions, got {found}.")
+            if not torch.isfinite(value).all():
+                raise RouterError(f"the router's {name} has values that aren't finite. Fit it again.")
+            setattr(self, name, value.detach().float().contiguous())
+        shapes = {name: list(getattr(self, name).shape) for name in TENSORS if getattr(self, name) is not None}
+        if shapes["weight"][0] != len(CLASSES) or shapes["bias"] != [len(CLASSES)]:
+            raise RouterError(f"the router's weight must be [3, ...] and its bias [3], got {shapes}.")
+        if self.projection is not None:
+            inner, wide = shapes["projection"][0], shapes["weight"][1]
+            if shapes["shift"] != [inner] or shapes["centers"] != [wide, inner]:
+                raise RouterError(f"the router's tensors don't fit together: {shapes}.")
+
+    @property
+    def head(self) -> str:
+        """linear or kernel."""
+        return "linear" if self.projection is None else "kernel"
+
+    @property
+    def embedding_dim(self) -> int:
+        """Channels of the embeddings it was fitted to."""
+        return int((self.weight if self.projection is None else self.projection).shape[1])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What `route` takes after embeds and mask: (weight, bias) or (weight, bias, projection, shift, centers)."""
+        found = (getattr(self, name) for name in TENSORS)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    def to(self, device: torch.device | str) -> Router:
+        """The same router with its tensors on a device."""
+        moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
+        return replace(self, **moved)
+
+    def predict(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Regime int64 [B] (0 low, 1 mid, 2 high) of embeds [B, T, C] or [B, C], with mask [B or 1, T] or None."""
+        self._check(embeds, mask)
+        return route(embeds, mask, *(tensor.to(embeds.device) for tensor in self.tensors()))
+
+    def scores(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores fp32 [B, 3]; the highest is the regime."""
+        self._check(embeds, mask)
+        return motion_scores(embeds, mask, *(tensor.to(embeds.device) for tensor in self.tensors()))
+
+    def report(self) -> str:
+        """Accuracy, confusion matrix and accuracy by language and style, as text."""
+        accuracy = "accuracy unknown" if self.accuracy is None else f"cross-validated accuracy {self.accuracy:.1%}"
+        lines = [
+            f"{self.head} router for {self.encoder}, {self.embedding_dim} channels: {accuracy}, {self.prompts} prompts"
+        ]
+        if self.regularisation is not None:
+            lines.append(f"regularisation {self.regularisation:g}, offset of mid {self.mid_offset:+.2f}")
+        if self.confusion:
+            lines.append("true \\ called " + "".join(f"{name:>7s}" for name in CLASSES))
+            for name, row in zip(CLASSES, self.confusion, strict=True):
+                lines.append(f"{name:>13s} " + "".join(f"{count:7d}" for count in row))
+        for kind, table in self.accuracy_by.items():
+            lines.append(f"by {kind}: " + ", ".join(f"{name} {value:.1%}" for name, value in table.items()))
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write PATH.safetensors and PATH.toml beside it, each at once or not at all; returns the first."""
+        weights, notes = _paths(path)
+        blob = _safetensors().save(
+            {name: getattr(self, name).cpu().contiguous() for name in TENSORS if getattr(self, name) is not None}
+        )
+        lines = [f"schema = {SCHEMA}", f"classes = {_toml(list(CLASSES))}", f"embedding_dim = {self.embedding_dim}"]
+        tables: list[str] = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in TENSORS or value is None:
+                continue
+            (tables if isinstance(value, dict) else lines).append(f"{item.name} = {_toml(value)}")
+        lines += [*tables, f'weights_sha256 = "{hashlib.sha256(blob).hexdigest()}"']
+        _write(weights, blob)
+        _write(notes, ("\n".join(lines) + "\n").encode())
+        return weights
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Router:
+        """Read what `save` wrote. RouterError if a file is missing, altered, or of another kind."""
+        weights, notes = _paths(path)
+        for file in (weights, notes):
+            if not file.is_file():
+                raise RouterError(f"there is no router at {file}. Fit one with fit_router(pipe).save({str(path)!r}).")
+        try:
+            table = tomllib.loads(notes.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RouterError(f"{notes} is not valid TOML: {error}.") from None
+        expected = {"schema": SCHEMA, "classes": list(CLASSES)}
+        for key, value in expected.items():
+            if table.get(key) != value:
+                raise RouterError(f"{notes}: {key} must be {value!r}, found {table.get(key)!r}. Fit the router again.")
+        blob = weights.read_bytes()
+        if hashlib.sha256(blob).hexdigest() != table.get("weights_sha256"):
+            raise RouterError(f"{weights} is not the file that {notes.name} describes. Fit and save the router again.")
+        try:
+            tensors = _safetensors().load(blob)
+        except Exception as error:
+            raise RouterError(f"{weights} is not a safetensors file: {error}.") from None
+        if not {"weight", "bias"} <= set(tensors) <= set(TENSORS):
+            raise RouterError(f"{weights} must hold {list(TENSORS)} or the first two, found {sorted(tensors)}.")
+        known = {item.name for item in fields(cls)} - set(TENSORS)
+        unknown = set(table) - known - {"schema", "classes", "embedding_dim", "weights_sha256"}
+        if unknown:
+            raise RouterError(f"{notes}: unknown keys {sorted(unknown)}. Known: {sorted(known)}.")
+        router = cls(**tensors, **{key: value for key, value in table.items() if key in known})
+        if table.get("embedding_dim") != router.embedding_dim:
+            raise RouterError(
+                f"{notes}: embedding_dim is {table.get('embedding_dim')!r}, the weights have {router.embedding_dim}."
+            )
+        return router
+
+    def _check(self, embeds: Tensor, mask: Tensor | None) -> None:
+        if embeds.dim() not in (2, 3) or embeds.shape[-1] != self.embedding_dim:
+            raise RouterError(
+                f"embeds must be [B, T, {self.embedding_dim}] or [B, {self.embedding_dim}], got {list(embeds.shape)}. "
+                f"The router was fitted to {self.encoder}; fit one to this encoder with fit_router."
+            )
+        if not embeds.is_floating_point():
+            raise RouterError(f"embeds must be floating point, got {embeds.dtype}.")
+        if mask is None:
+            return
+        if embeds.dim() == 2:
+            raise RouterError("a mask needs embeds [B, T, C]; these are pooled already.")
+        batch, tokens = embeds.shape[:2]
+        fits = mask.dim() >= 2 and mask.shape[0] in (1, batch) and mask.shape[-1] == tokens
+        if not fits or any(size != 1 for size in mask.shape[1:-1]):
+            raise RouterError(f"mask must be [{batch}, {tokens}], nonzero for tokens; got {list(mask.shape)}.")
+
+
+def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    file = Path(path)
+    stem = file.with_suffix("") if file.suffix in (".safetensors", ".toml") else file
+    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".toml")
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in text) + '"'
+
+
+def _safetensors() -> Any:
+    try:
+        from safetensors import torch as safetensors_torch
+    except ImportError:
+        raise RouterError(
+            "saving and loading routers needs safetensors: pip install 'dynamicrad-compile[router]'."
+        ) from None
+    return safetensors_torch

@@ -1,0 +1,332 @@
+"""The op `dynamicrad::block_sparse_attention` and its Python wrapper.
+
+    out[i] = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j of the active blocks of i's block
+    lse[i] = log sum_j exp(scale * q_i . k_j)
+
+With `compensate` = c > 0 every other block J with n_J valid keys adds one key to both sums: its mean key with
+log(n_J) + log(c) on the score, and its mean value. Then the softmax is not renormalised without the mass of what
+was dropped. With `dropped_only` the sums are over those means alone, without the active blocks: what `second_order`
+corrects before both parts are merged.
+
+CUDA runs the Triton kernel of `triton_forward`; the op is a `triton_op`, so Inductor and AOTInductor see the
+kernel itself. CPU runs `cpu.forward`, which those compilers see as the opaque op
+`dynamicrad::block_sparse_attention_cpu`. The gradient is that of `backward`. Nothing here synchronises a CUDA device
+with the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.plans.plan import BlockPlan, cdiv
+
+from . import attention_backward_op as backward
+from . import attention_cpu as cpu
+from . import moments_op as _registers_second_order  # noqa: F401
+from . import quantise
+from .means import means_of
+
+try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
+    from .attention_triton import launch_forward
+except ImportError:
+    launch_forward = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def _require(condition: Any, message: str) -> None:
+    """Raise PlanError unless `condition`; a symbolic one is left to the call with real tensors."""
+    if not isinstance(condition, torch.SymBool) and not condition:
+        raise PlanError(message)
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None,
+    mask_start: int,
+    compensate: Tensor | None,
+) -> None:
+    """Check shapes, dtypes and devices; the values of counts, indices and compensate are never read."""
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise PlanError(f"expected q [B, H, Sq, D], k and v [B, Hkv, Sk, D], {shapes}")
+    for d, name in enumerate(("batch", "head count", "length", "head_dim")):
+        _require(k.shape[d] == v.shape[d], f"k and v must have the same {name}, {shapes}")
+        if name in ("batch", "head_dim"):
+            _require(q.shape[d] == k.shape[d], f"q and k must have the same {name}, {shapes}")
+    _require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, f"Hkv must divide H, {shapes}")
+    _require(1 <= q.shape[3] <= MAX_HEAD_DIM, f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}.")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise PlanError(
+            "q, k and v must share one dtype out of float16, bfloat16 and float32, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
+    if block_q < 1 or block_kv < 1:
+        raise PlanError(f"block_q and block_kv must be at least 1, got {block_q} and {block_kv}.")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise PlanError(f"scale must be positive and finite, got {scale}. Negate q for a negative scale.")
+    _validate_plan(q, kv_counts, kv_indices, block_q)
+    if mask_start < 0:
+        raise PlanError(f"mask_start must be at least 0, got {mask_start}.")
+    if kv_mask is not None:
+        got = f"got {kv_mask.dtype} {list(kv_mask.shape)} for keys {list(k.shape)}."
+        if kv_mask.dtype != torch.bool or kv_mask.dim() != 2:
+            raise PlanError(f"expected kv_mask bool [B or 1, Sk], {got}")
+        if kv_mask.shape[0] != 1:
+            _require(kv_mask.shape[0] == q.shape[0], f"kv_mask's batch must be 1 or that of q, {got}")
+        _require(kv_mask.shape[1] == k.shape[2], f"kv_mask must cover every key, {got}")
+    if compensate is not None:
+        got = f"got {compensate.dtype} {list(compensate.shape)} for a batch of {q.shape[0]}."
+        if compensate.dtype != torch.float32 or compensate.dim() != 1:
+            raise PlanError(f"expected compensate float32 [B or 1], {got}")
+        if compensate.shape[0] != 1:
+            _require(compensate.shape[0] == q.shape[0], f"compensate's batch must be 1 or that of q, {got}")
+    given = {"k": k, "v": v, "kv_counts": kv_counts, "kv_indices": kv_indices, "kv_mask": kv_mask}
+    given["compensate"] = compensate
+    for name, tensor in given.items():
+        if tensor is not None and tensor.device != q.device:
+            raise PlanError(f"{name} is on {tensor.device}, q on {q.device}. Move it there (BlockPlan.to for plans).")
+
+
+def _require_compensation(compensate: Tensor | None, dropped_only: bool) -> None:
+    """The means of the dropped blocks alone are nothing without their weight."""
+    if dropped_only and compensate is None:
+        raise PlanError("dropped_only needs compensate, the weight of the dropped blocks' means.")
+
+
+def _validate_plan(q: Tensor, kv_counts: Tensor, kv_indices: Tensor, block_q: int) -> None:
+    if kv_counts.dtype != torch.int32 or kv_indices.dtype != torch.int32:
+        raise PlanError(f"kv_counts and kv_indices must be int32, got {kv_counts.dtype} and {kv_indices.dtype}.")
+    got = f"got kv_counts {list(kv_counts.shape)} and kv_indices {list(kv_indices.shape)}"
+    if kv_counts.dim() != 3 or kv_indices.dim() != 4:
+        raise PlanError(f"expected kv_counts [B or 1, H or 1, Mq] and kv_indices [B or 1, H or 1, Mq, W], {got}.")
+    for d in range(3):
+        _require(kv_counts.shape[d] == kv_indices.shape[d], f"kv_counts and kv_indices disagree: {got}.")
+    for d, name in enumerate(("batch", "head count")):
+        if kv_counts.shape[d] != 1:
+            message = f"the plan's {name} must be 1 or that of q, {q.shape[d]}; {got}."
+            _require(kv_counts.shape[d] == q.shape[d], message)
+    rows = cdiv(q.shape[2], block_q)
+    _require(
+        kv_counts.shape[2] == rows,
+        f"{q.shape[2]} queries in blocks of {block_q} make {rows} rows, but {got}. "
+        "Was the plan made for another sequence length?",
+    )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
+    qk_int8: bool = False,
+    dropped_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.dynamicrad.block_sparse_attention_cpu(
+            *(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate),
+            *(qk_int8, dropped_only),
+        )
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+    _require_compensation(compensate, dropped_only)
+    if q.device.type != "cuda":
+        raise PlanError(f"block_sparse_attention runs on cpu and cuda tensors, got {q.device}.")
+    if launch_forward is None:
+        raise PlanError("block_sparse_attention needs Triton for CUDA tensors. Install triton.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    means = None
+    if compensate is not None:
+        means = means_of(k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
+    read = torch.zeros_like(kv_counts) if dropped_only else kv_counts
+    plan = (read, kv_indices, scale, block_q, block_kv)
+    return launch_forward(q, k, v, *plan, kv_mask, mask_start, means, qk_int8=qk_int8)
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
+    qk_int8: bool = False,
+    dropped_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+    _require_compensation(compensate, dropped_only)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not qk_int8:
+        plan = (kv_counts, kv_indices, scale, block_q, block_kv)
+        return cpu.forward(q, k, v, *plan, kv_mask, compensate, dropped_only)
+    mean = quantise.mean_key(k)
+    q8, k8 = (quantise.dequantise(x).to(q.dtype) for x in (quantise.quantise(q), quantise.quantise(k, mean)))
+    plan = (kv_counts, kv_indices, scale, block_q, block_kv)
+    out, lse = cpu.forward(q8, k8, v, *plan, kv_mask, compensate, dropped_only)
+    return out, lse + quantise.shift(q, mean, scale)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
+    qk_int8: bool = False,
+    dropped_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _validate(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+    _require_compensation(compensate, dropped_only)
+    # Contiguous whatever the strides of q: both kernels allocate their output, empty_like would copy strides.
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_define = torch.library.custom_op if launch_forward is None else torch.library.triton_op
+_op = _define("dynamicrad::block_sparse_attention", _forward, mutates_args=())
+_op_cpu = torch.library.custom_op("dynamicrad::block_sparse_attention_cpu", _forward_cpu, mutates_args=())
+_op.register_kernel("cpu")(_forward_cpu)  # saves eager code the second dispatch
+for _definition in (_op, _op_cpu):
+    _definition.register_fake(_fake)
+    _definition.register_autograd(backward.gradients, setup_context=backward.save)
+
+
+@register_flop_formula(
+    [torch.ops.dynamicrad.block_sparse_attention, torch.ops.dynamicrad.block_sparse_attention_cpu], get_raw=True
+)
+def flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_counts: Tensor,
+    kv_indices: Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: Tensor | None = None,
+    qk_int8: bool = False,
+    dropped_only: bool = False,
+    **kwargs: Any,
+) -> int:
+    """FLOPs of the two matrix products: 4 * head_dim * (query, key) pairs in active blocks.
+
+    Ragged tails count their real length; keys hidden by kv_mask inside an active block count. With compensation
+    each query adds one key per block, kept or not, unless its row is dense or its sample's weight is 0. With
+    real tensors the value is exact, and reading the counts of a CUDA plan waits for the device. With fake
+    tensors every row is taken to be W blocks wide, an upper bound as long as no row is gated to dense.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_len, m_k = k.shape[2], cdiv(k.shape[2], block_kv)
+    if isinstance(kv_counts, torch._subclasses.FakeTensor) or kv_counts.device.type == "meta":
+        keys_per_query = min(kv_indices.shape[-1] * block_kv, kv_len) + (0 if compensate is None else m_k)
+        keys_per_query = m_k if dropped_only else keys_per_query
+        return 4 * dim * batch * heads * q_len * keys_per_query
+    counts, ids = kv_counts.cpu().long(), kv_indices.cpu()
+    active = torch.arange(ids.shape[-1]) < counts[..., None]
+    holds_tail = (active & (ids == m_k - 1)).any(-1)
+    keys = counts * block_kv - torch.where(holds_tail, m_k * block_kv - kv_len, 0)
+    keys = torch.where(counts >= m_k, kv_len, keys)
+    keys = torch.zeros_like(keys) if dropped_only else keys
+    if compensate is not None:
+        keys = keys + m_k * ((counts < m_k) & (compensate.cpu() > 0)[:, None, None])
+    rows = torch.full((keys.shape[2],), block_q)
+    rows[-1] = q_len - (keys.shape[2] - 1) * block_q
+    repeats = batch * heads // (keys.shape[0] * keys.shape[1])
+    return 4 * dim * repeats * int((keys * rows).sum())
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float | None = None,
+    *,
+    kv_length: Tensor | Sequence[int] | None = None,
+    kv_mask: Tensor | None = None,
+    mask_start: int = 0,
+    compensate: float | Tensor | None = None,
+    covariance: bool = False,
+    qk_dtype: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the active blocks of `plan`.
+
+    q [B, H, Sq, D], k and v [B, Hkv, Sk, D], fp16, bf16 or fp32, any strides; Hkv divides H; D <= 256. On CUDA
+    the plan's blocks must be multiples of 16 tokens, up to 256.
+    plan: P is 1 (one plan for the batch) or B (one per sample); H' is 1 or H.
+    scale: factor on q . k, 1 / sqrt(D) if None; positive.
+    kv_length: int [B], keys of each sample that count, the rest is right padding.
+    kv_mask: bool [B or 1, Sk], True where a key may be attended; with kv_length both must allow it.
+    mask_start: promise that all keys before this position may be attended, so the mask is not read there.
+    compensate: 0 to 1, or fp32 [B or 1] on q's device: weight of the one extra key, its mean, by which each block
+    that a row drops is still represented; 0 drops it, None: the plan's. It costs Sk / block_kv keys per query.
+    covariance: dropped blocks stand with their covariances too (`second_order`); without compensation it does nothing.
+    qk_dtype: "int8" takes scores from queries and keys rounded to int8, row by row (`quantise`): faster on GPUs, with
+    an error of about 1 %; the gradient is that of unrounded ones. None: from q and k as they are.
+    Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
+    logarithm. A query with no key gives out = 0 and lse = -inf.
+    Raises PlanError if shapes, dtypes, devices or lengths do not fit together, or a number is out of range.
+    """
+    for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
+        if tensor.dim() == 4 and tensor.shape[2] != planned:
+            raise PlanError(
+                f"the plan is for {planned} {name}, not for {tensor.shape[2]}. Make a plan for this length."
+            )
+    if kv_length is not None:
+        lengths = torch.as_tensor(kv_length, device=q.device)
+        if lengths.dim() != 1 or lengths.is_floating_point():
+            raise PlanError(f"expected kv_length int [B], got {lengths.dtype} {list(lengths.shape)}.")
+        within = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
+        kv_mask = within if kv_mask is None else within & kv_mask
+    if qk_dtype not in (None, "int8"):
+        raise PlanError(f"qk_dtype must be None or 'int8', got {qk_dtype!r}.")
+    if compensate is None:
+        compensate = plan.compensation()
+    if not isinstance(compensate, torch.Tensor) and compensate is not None:
+        if not 0 <= compensate <= 1:
+            raise PlanError(f"compensate must be 0 to 1, got {compensate}.")
+        # Filled on the device: a copy of a host number would wait for it.
+        weight = torch.full((1,), float(compensate), dtype=torch.float32, device=q.device)
+        compensate = weight if compensate > 0 else None
+    op = torch.ops.dynamicrad.block_sparse_attention
+    if covariance and compensate is not None:
+        op = torch.ops.dynamicrad.second_order_attention
+    out, lse = op(
+        *(q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask, mask_start),
+        *(compensate, qk_dtype == "int8"),
+    )
+    return (out, lse) if return_lse else out

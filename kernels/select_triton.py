@@ -1,0 +1,304 @@
+"""Triton kernel of `dynamicrad::select_blocks`, and its launcher.
+
+One program handles one query block of one head of one sample. It gathers the mean keys of its candidates, keeps
+their scores in registers, chooses, and writes the ids that it keeps, in their order: no score of any pair goes to
+memory. "mass" and "ratio" need the best candidates of a group but no sort: the distance to the group's best score
+is a non-negative float, whose bits order like an integer, so 31 halvings find the exact last distance that is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.plans.plan import CRITERIA
+
+MAX_WIDTH = 4096  # candidates of a row, which are held in registers
+
+
+@triton.jit
+def _best(key, weight, member, target, limit):
+    """Members below the key `limit`, and as many with that key as the target needs, earlier ones first."""
+    before = tl.sum(tl.where(key < limit, weight, 0.0), 0)
+    tied = member & (key == limit)
+    rank = (tl.cumsum(tied.to(tl.int32), 0) - 1).to(tl.float32)
+    return (member & (key < limit)) | (tied & (before + rank * weight < target))
+
+
+@triton.jit
+def _select_row(
+    q_mean,
+    k_mean,
+    n_keys,
+    counts,
+    indices,
+    forced,
+    near,
+    thresholds,
+    out_counts,
+    out_indices,
+    scale,
+    H,
+    KV_GROUP,
+    MQ,
+    MK,
+    W,
+    stride_nb,
+    stride_cb,
+    stride_ch,
+    stride_cm,
+    stride_ib,
+    stride_ih,
+    stride_im,
+    stride_fb,
+    stride_fh,
+    stride_fm,
+    stride_eb,
+    stride_eh,
+    stride_em,
+    stride_tb,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CRITERION: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_w = tl.arange(0, BLOCK_W)  # [BLOCK_W]
+
+    count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_m * stride_cm)
+    dense = count >= MK
+    n = tl.where(dense, 0, tl.minimum(count, W))  # nothing is chosen in a dense row
+    m_w = o_w < n
+    n_forced = tl.load(forced + i_b * stride_fb + i_h * stride_fh + i_m * stride_fm)
+    n_near = tl.load(near + i_b * stride_eb + i_h * stride_eh + i_m * stride_em)
+    b_keep = m_w & (o_w < n_forced)
+    is_near = m_w & (o_w >= n_forced) & (o_w < n_near)
+    is_far = m_w & (o_w >= n_forced) & (o_w >= n_near)
+    b_id = tl.load(indices + i_b * stride_ib + i_h * stride_ih + i_m * stride_im + o_w, mask=m_w, other=0)
+
+    if n > n_forced:
+        p_q = q_mean + (i_bh * MQ + i_m) * D
+        p_k = k_mean + (i_b * (H // KV_GROUP) + i_h // KV_GROUP) * MK * D
+        b_s = tl.zeros([BLOCK_W], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            m_d = o_d < D
+            b_q = tl.load(p_q + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_k = tl.load(p_k + b_id[:, None] * D + o_d[None, :], mask=m_w[:, None] & m_d[None, :], other=0.0)
+            b_s += tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+        b_n = tl.load(n_keys + i_b * stride_nb + b_id, mask=m_w, other=0)
+        b_s = b_s * scale + tl.log(b_n.to(tl.float32))
+        # What is not a number counts as hidden, what overflowed as finite, so that differences are numbers.
+        b_s = tl.where(m_w & (b_n > 0) & (b_s == b_s), tl.minimum(b_s, 3.0e38), float("-inf"))
+
+        top = tl.max(b_s, 0)
+        t_near = tl.load(thresholds + i_b * stride_tb)
+        t_far = tl.load(thresholds + i_b * stride_tb + 1)
+        if CRITERION == 0:
+            base = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp(b_s - base), 0)
+            b_log = b_s - base - tl.log(tl.where(total > 0.0, total, 1.0)) + tl.log(n.to(tl.float32))
+            b_keep = b_keep | (is_near & (b_log >= t_near)) | (is_far & (b_log >= t_far))
+        else:
+            # Each group from its own best score on, or the masses of a faint one would vanish.
+            top_near = tl.max(tl.where(is_near, b_s, float("-inf")), 0)
+            top_far = tl.max(tl.where(is_far, b_s, float("-inf")), 0)
+            b_top = tl.where(is_far, top_far, top_near)
+            b_below = tl.where(b_top == float("-inf"), 0.0, b_top) - b_s  # >= 0 in both groups
+            b_key = b_below.to(tl.int32, bitcast=True)
+            b_one = tl.exp(-b_below) if CRITERION == 1 else tl.full([BLOCK_W], 1.0, tl.float32)
+            w_near = tl.where(is_near, b_one, 0.0)
+            w_far = tl.where(is_far, b_one, 0.0)
+            target_near = tl.sum(w_near, 0) * t_near
+            target_far = tl.sum(w_far, 0) * t_far
+            if CRITERION == 2:
+                target_near = tl.ceil(target_near)
+                target_far = tl.ceil(target_far)
+            # The largest key below which a group's weight stays short of its target.
+            k_near = tl.cast(0, tl.int32)
+            k_far = tl.cast(0, tl.int32)
+            for i in range(31):
+                bit = tl.cast(1, tl.int32) << (30 - i)
+                short_near = tl.sum(tl.where(b_key < (k_near | bit), w_near, 0.0), 0) < target_near
+                short_far = tl.sum(tl.where(b_key < (k_far | bit), w_far, 0.0), 0) < target_far
+                k_near = tl.where(short_near, k_near | bit, k_near)
+                k_far = tl.where(short_far, k_far | bit, k_far)
+            k_near = tl.where(t_near >= 1.0, 0x7FFFFFFF, k_near)
+            k_far = tl.where(t_far >= 1.0, 0x7FFFFFFF, k_far)
+            b_keep = b_keep | _best(b_key, w_near, is_near, target_near, k_near)
+            b_keep = b_keep | _best(b_key, w_far, is_far, target_far, k_far)
+
+        # At least the best one, the earlier of equals.
+        first = tl.min(tl.where(m_w & (b_s == top), o_w, BLOCK_W), 0)
+        first = tl.where(tl.sum(b_keep.to(tl.int32), 0) == 0, first, BLOCK_W)
+        b_keep = b_keep | (m_w & (o_w == first))
+
+    kept = tl.sum(b_keep.to(tl.int32), 0)
+    o_out = tl.cumsum(b_keep.to(tl.int32), 0) - 1
+    p_out = out_indices + (i_bh * MQ + i_m) * W
+    tl.store(p_out + o_out, b_id, mask=b_keep)
+    tl.store(p_out + o_w, tl.zeros([BLOCK_W], tl.int32), mask=(o_w >= kept) & (o_w < W))
+    tl.store(out_counts + i_bh * MQ + i_m, tl.where(dense, MK, kept))
+
+
+@triton.jit
+def _select_blocks(
+    q_mean,  # [B, H, Mq, D] contiguous
+    k_mean,  # [B, Hkv, Mk, D] contiguous
+    n_keys,  # int32 [B', Mk] contiguous
+    counts,  # int32 [B', H', Mq]
+    indices,  # int32 [B', H', Mq, W], last stride 1
+    forced,  # int32 [B', H', Mq]
+    near,  # int32 [B', H', Mq]
+    thresholds,  # fp32 [B', 2] contiguous
+    refresh,  # bool [1]; not read without HAS_REFRESH
+    out_counts,  # int32 [B, H, Mq] contiguous
+    out_indices,  # int32 [B, H, Mq, W] contiguous
+    scale,
+    H,
+    KV_GROUP,  # H / Hkv
+    MQ,
+    MK,
+    W,
+    stride_nb,
+    stride_cb,
+    stride_ch,
+    stride_cm,
+    stride_ib,
+    stride_ih,
+    stride_im,
+    stride_fb,
+    stride_fh,
+    stride_fm,
+    stride_eb,
+    stride_eh,
+    stride_em,
+    stride_tb,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CRITERION: tl.constexpr,  # position in CRITERIA
+    HAS_REFRESH: tl.constexpr,
+):
+    wanted = True
+    if HAS_REFRESH:
+        wanted = tl.load(refresh) != 0
+    if wanted:
+        _select_row(
+            q_mean,
+            k_mean,
+            n_keys,
+            counts,
+            indices,
+            forced,
+            near,
+            thresholds,
+            out_counts,
+            out_indices,
+            scale,
+            H,
+            KV_GROUP,
+            MQ,
+            MK,
+            W,
+            stride_nb,
+            stride_cb,
+            stride_ch,
+            stride_cm,
+            stride_ib,
+            stride_ih,
+            stride_im,
+            stride_fb,
+            stride_fh,
+            stride_fm,
+            stride_eb,
+            stride_eh,
+            stride_em,
+            stride_tb,
+            D,
+            BLOCK_D,
+            BLOCK_W,
+            CRITERION,
+        )
+
+
+INTERPRETED = not isinstance(_select_blocks, triton.runtime.JITFunction)
+"""True if this module was loaded with TRITON_INTERPRET=1."""
+
+
+def shape_of_program(width: int, dim: int) -> tuple[int, int, int]:
+    """(BLOCK_W, BLOCK_D, num_warps) for rows of `width` candidates: at most 64 mean key elements a thread."""
+    block_w = max(32, triton.next_power_of_2(width))
+    warps = min(16, max(1, block_w // 256))
+    block_d = min(triton.next_power_of_2(dim), max(2, 64 * 32 * warps // block_w))
+    return block_w, min(block_d, 32), warps
+
+
+def launch_select(
+    q_mean: torch.Tensor,
+    k_mean: torch.Tensor,
+    n_keys: torch.Tensor,
+    counts: torch.Tensor,
+    indices: torch.Tensor,
+    forced: torch.Tensor,
+    near: torch.Tensor,
+    thresholds: torch.Tensor,
+    scale: float,
+    criterion: str,
+    out_counts: torch.Tensor,
+    out_indices: torch.Tensor,
+    refresh: torch.Tensor | None = None,
+) -> None:
+    """Fill out_counts int32 [B, H, Mq] and out_indices int32 [B, H, Mq, W], both contiguous.
+
+    Arguments as of the op, already validated; the means come from `pool_blocks`. Where `refresh` bool [1] is given
+    and False nothing is written. Raises PlanError if rows are too wide for a program.
+    """
+    batch, heads, n_q, dim = q_mean.shape
+    width = indices.shape[-1]
+    if width > MAX_WIDTH:
+        raise PlanError(f"a row may have at most {MAX_WIDTH} candidates on CUDA, got {width}. Take larger blocks.")
+    block_w, block_d, warps = shape_of_program(width, dim)
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
+    thresholds = thresholds.contiguous()
+
+    def strides(x: torch.Tensor) -> tuple[int, ...]:
+        return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in range(3))  # size 1: shared
+
+    kernel = _select_blocks if INTERPRETED else wrap_triton(_select_blocks)
+    kernel[(n_q, batch * heads)](
+        q_mean,
+        k_mean,
+        n_keys,
+        counts,
+        indices,
+        forced,
+        near,
+        thresholds,
+        counts if refresh is None else refresh,
+        out_counts,
+        out_indices,
+        scale,
+        heads,
+        heads // k_mean.shape[1],
+        n_q,
+        k_mean.shape[2],
+        width,
+        n_keys.stride(0) if n_keys.shape[0] > 1 else 0,
+        *strides(counts),
+        *strides(indices),
+        *strides(forced),
+        *strides(near),
+        thresholds.stride(0) if thresholds.shape[0] > 1 else 0,
+        D=dim,
+        BLOCK_D=block_d,
+        BLOCK_W=block_w,
+        CRITERION=CRITERIA.index(criterion),
+        HAS_REFRESH=refresh is not None,
+        num_warps=warps,
+    )

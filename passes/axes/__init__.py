@@ -1,0 +1,1 @@
+"""What the axes of tensors are: labels, and how every operator moves them."""

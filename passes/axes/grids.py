@@ -1,0 +1,151 @@
+"""When a label is a video grid: three axes, frames first, told apart by more than their sizes.
+
+Any number is a product of three others, so three factors alone prove nothing. Axes are told apart if they began as
+three different dimensions (of a latent, of position tables), or if an unpatchify split them off together and the
+graph gives them back in that order. They are in raster order if no tensor had them in another order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from ..site import PassContext
+from .labels import Axis, Label, Part, coarsest, parts_of, resolve
+
+
+class Grids:
+    """Tells the grids of a traced graph; its outputs help to tell them."""
+
+    def __init__(self, gm: fx.GraphModule, context: PassContext):
+        self.shown: list[dict[Axis, int]] = []  # for each output, the dimension in which an axis is
+        for output in (node for node in gm.graph.nodes if node.op == "output"):
+            for node in output.all_input_nodes:
+                dims: dict[Axis, int] = {}
+                for d, label in enumerate(context.node_labels.get(node, [])):
+                    parts = [axis for part in parts_of(label) if part.whole for axis in resolve(part.label)]
+                    dims.update(dict.fromkeys((*resolve(label), *coarsest(label), *parts), d))
+                self.shown.append(dims)
+
+    def axes(self, label: Label) -> Label:
+        """Axes (frames, height, width) of a label that is their raster product, frames first; () if it is not."""
+        axes = _three(label)
+        joined = any(len(axis.parts or ()) > 1 for axis in axes)
+        return axes if len(axes) == 3 and not joined and not self._refusal(axes) else ()
+
+    def size(self, label: Label) -> tuple[int, int, int] | None:
+        """(frames, height, width) of a label, in tokens; None if it is no grid."""
+        axes = self.axes(label)
+        return (axes[0].size, axes[1].size, axes[2].size) if axes else None
+
+    def joined_axes(self, label: Label) -> Label:
+        """Axes of a label that would be a grid if its frames did not come from several sources; () if it is none."""
+        axes = _three(label)
+        if len(axes) != 3 or len(axes[0].parts or ()) < 2 or any(len(axis.parts or ()) > 1 for axis in axes[1:]):
+            return ()
+        return axes if not self._refusal(axes) else ()
+
+    def why_none(self, label: Label) -> str:
+        """Why a label is no grid, where that can be said; '' otherwise."""
+        axes = resolve(label)
+        if len(axes) > 3 and len(coarsest(label)) > 3:
+            return f"its tokens are in a tiled order ({_sizes(axes)}), no frames x height x width"
+        axes = _three(label)
+        return self._refusal(axes) if len(axes) == 3 else ""
+
+    def given_back(self, axes: Label) -> bool:
+        """Whether one output of the graph has all these axes."""
+        return bool(axes) and any(all(axis in dims for axis in axes) for dims in self.shown)
+
+    def denoised(self, segments: Sequence[Part], videos: Sequence[int]) -> int | None:
+        """Which of several videos in a sequence the graph gives back; None where that is not certain."""
+        found = [i for i in videos if self.given_back(self.axes(segments[i].label))]
+        if len(found) != 1:
+            return None
+        extra = sum(segments[i].size for i in videos if i != found[0])
+        return found[0] if 2 * extra <= segments[found[0]].size else None
+
+    def _refusal(self, axes: Label) -> str:
+        if len(set(axes)) != 3:
+            return f"{_sizes(axes)} are not three different axes"
+        if any(map(_is_reversed, axes)):
+            return f"its tokens ({_sizes(axes)}) are, some or all, in reverse order"
+        for a, b in itertools.combinations(axes, 2):
+            if a.source.node == b.source.node and a.source.dim > b.source.dim:
+                return f"{a.source} comes before {b.source}: no frames x height x width"
+            if any(a in dims and b in dims and dims[a] > dims[b] for dims in self.shown):
+                return f"the graph gives back {b.size} ({b.source}) before {a.size} ({a.source}): another order"
+            for root in _roots(a) & _roots(b):
+                if _position(a, root) > _position(b, root):
+                    return f"{root.source} ({root.size}) was put in another order: no frames x height x width"
+        if any(len(set(choice)) == 3 for choice in itertools.product(*(_roots(axis) for axis in axes))):
+            return ""
+        for a, b in itertools.combinations(axes, 2):
+            if _roots(a) == _roots(b) and len(_roots(a)) == 1 and not self._told_apart(a, b):
+                return f"nothing but a reshape says that {a.size * b.size} ({a.source}) are {a.size} x {b.size}"
+        return ""
+
+    def _told_apart(self, a: Axis, b: Axis) -> bool:
+        """Whether factors of one axis are known as axes: read from a table, or made by one reshape and given back."""
+        if a.table is not None and b.table is not None:
+            return True
+        return bool(_births(a) & _births(b)) and any(
+            a in dims and b in dims and dims[a] < dims[b] for dims in self.shown
+        )
+
+
+def _three(label: Label) -> Label:
+    axes = resolve(label)
+    return coarsest(label) if len(axes) > 3 else axes
+
+
+def _kinship(axis: Axis) -> set[Axis]:
+    """The axis, those that turned out to be it, and those of which it is a factor."""
+    found: set[Axis] = set()
+    todo = [axis]
+    while todo:
+        one = todo.pop()
+        if one not in found:
+            found.add(one)
+            todo.extend(one.kin)
+            if one.parent is not None:
+                todo.append(one.parent)
+    return found
+
+
+def _is_reversed(axis: Axis) -> bool:
+    """Whether its rows are those of an input in reverse order, or a mixture of both orders."""
+    for one in _kinship(axis):
+        mirrored = (one.mirror, *resolve((one.mirror,))) if one.mirror is not None else ()
+        inputs = any(other.source.kind == "input" for axis in mirrored for other in _kinship(axis))
+        if one.reversed and (inputs or not mirrored):
+            return True
+    return False
+
+
+def _roots(axis: Axis) -> set[Axis]:
+    return {one for one in _kinship(axis) if one.parent is None}
+
+
+def _births(axis: Axis) -> set[str]:
+    """Nodes at which the axis, by any name, was split off another."""
+    found: set[Axis] = set()
+    todo: list[Axis] = [axis]
+    while todo:
+        one = todo.pop()
+        if one not in found:
+            found.add(one)
+            todo.extend(one.kin)
+    return {one.born for one in found if one.born}
+
+
+def _position(axis: Axis, root: Axis) -> int:
+    first = resolve((axis,))[:1]
+    leaves = resolve((root,))
+    return next((i for i, leaf in enumerate(leaves) if first and leaf is first[0]), -1)
+
+
+def _sizes(axes: Iterable[Axis]) -> str:
+    return " x ".join(str(axis.size) for axis in axes)

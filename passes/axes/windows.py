@@ -1,0 +1,28 @@
+"""Windowed attention: pieces of an axis are in the batch, the rest of it is in the sequence."""
+
+from __future__ import annotations
+
+from .labels import Axis, Label, label_size, parts_of, resolve
+
+
+def windows(batch: Label, sequence: Label) -> str:
+    """Why attention over `sequence` sees only windows of it; '' if no axis is split between batch and sequence."""
+    split = {root(axis): axis for axis in resolve(batch) if axis.size > 1}
+    axes = [axis for part in parts_of(sequence) for axis in resolve(part.label)]
+    shared = [(axis, split[root(axis)]) for axis in axes if root(axis) in split and not _is_batch(root(axis))]
+    if not shared:
+        return ""
+    sizes = ", ".join(f"{outer.size} windows along {axis.source} of {axis.size}" for axis, outer in shared)
+    return f"windowed attention ({sizes}): only {label_size(sequence)} tokens see each other"
+
+
+def _is_batch(axis: Axis) -> bool:
+    """Whether an axis is the first dimension of an input: batch and frames may come in as one."""
+    return axis.source.kind == "input" and axis.source.dim == 0
+
+
+def root(axis: Axis) -> Axis:
+    """The axis that an axis is a part of, before any split."""
+    while axis.parent is not None:
+        axis = axis.parent
+    return axis

@@ -1,0 +1,1 @@
+"""How attention is spelled in a graph: operators, masks, layouts."""

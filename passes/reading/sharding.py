@@ -1,0 +1,37 @@
+"""Tokens that come from other processes: context parallelism exchanges them just before the attention.
+
+Ulysses: each process holds a piece of the sequence with all heads, and an all-to-all turns it into the whole sequence
+with some of the heads. What the other processes put in is in no graph, so such an attention stays dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..site import AttentionCall
+from .spelling import VIEWS, op_name, operator_name
+
+_NAMESPACES = ("_c10d_functional::", "_c10d_functional_autograd::")
+
+
+def exchanged(call: AttentionCall) -> str:
+    """Why the tokens of an attention are not known in this graph; '' if they don't come from a collective."""
+    for operand in (call.query, call.key):
+        source = _collective(operand)
+        if source is not None:
+            return f"its tokens come from other processes ({source.name}): context parallel shards are not followed"
+    return ""
+
+
+def _collective(node: Any) -> fx.Node | None:
+    """The collective of which a node is a view or a copy."""
+    while isinstance(node, fx.Node):
+        operator = operator_name(node.target)
+        if operator.startswith(_NAMESPACES) and not operator.endswith("wait_tensor"):
+            return node
+        if not operator.startswith(_NAMESPACES) and op_name(node) not in VIEWS:
+            return None
+        node = node.args[0] if node.args else None
+    return None

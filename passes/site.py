@@ -1,0 +1,176 @@
+"""What the passes know of one attention call (a *site*), and the state they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from dynamicrad_compile.plans.plan import BlockPlan
+from dynamicrad_compile.plans.table import PlanTable
+
+from .axes.labels import Label
+from .graph import hint, value_of
+
+VIDEO = "video_self_attention"
+SPATIAL = "spatial_attention"
+TEMPORAL = "temporal_attention"
+CROSS = "cross_attention"
+OTHER_SELF = "self_attention"
+UNKNOWN = "unknown"
+
+
+class TextTokens(NamedTuple):
+    """Tokens of the sequence that are not on the grid: before and after the video."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Weights of an attention that projects its own inputs and output (nn.MultiheadAttention), as nodes or None."""
+
+    heads: int
+    in_weight: fx.Node
+    in_bias: fx.Node | None
+    out_weight: fx.Node
+    out_bias: fx.Node | None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention, softmax(scale * query key^T + mask) value, as nodes and constants.
+
+    scale        None: 1 / sqrt(head_dim)
+    layouts      dimensions of query, key, value and output: b batch, h heads, s tokens, d features, and t for
+                 `sequences` sequences of equal length packed along one dimension
+    mask_layout  dimensions that a mask of full rank has: b batch, h heads, q queries, k keys
+    mask_is      "keep": bool, True where a key is attended; "drop": bool, False there; "bias": added to the scores
+    output       position of the attention among the outputs of the node; None where the node yields just that
+    dtype        of the computation, where operands are cast to it; None: the operands' own
+    inner        other nodes that serve this attention alone (scores, softmax), in order; they go with it
+    refusal      why this spelling can't be rewritten; empty if it can
+    """
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+    layouts: tuple[str, str, str, str] = ("bhsd", "bhsd", "bhsd", "bhsd")
+    mask_layout: str = "bhqk"
+    mask_is: str = "keep"
+    output: int | None = None
+    sequences: int | None = None
+    dtype: torch.dtype | None = None
+    inner: tuple[fx.Node, ...] = ()
+    projections: Projections | None = None
+    refusal: str = ""
+
+
+@dataclass
+class Site:
+    """One attention call on its way through the passes; each pass fills its own fields."""
+
+    node: fx.Node
+    call: AttentionCall
+    path: str
+    q_shape: tuple[int, ...] | None = None
+    kv_length: int | None = None
+    data_dependent: bool = False  # the number of tokens is known only when the graph runs; sizes here are stand-ins
+    labels: tuple[list[Label], list[Label]] | None = None  # of query and key; None where tracing did not reach
+    same_tokens: bool = True  # query and key were computed from the same tokens by the same steps; see _streams.py
+    role: str = UNKNOWN
+    reason: str = ""  # why it stays dense; empty if nothing speaks against replacing it
+    grid: tuple[int, int, int] | None = None
+    grid_axes: Label = ()  # its three axes where the grid was traced
+    text: TextTokens = TextTokens(0, 0)
+    plan: PlanTable | None = None  # for the sizes at hand
+    plan_spec: str = ""  # how to make the plan for other sizes; see dynamicrad_compile.plans.table
+    stats: torch.Tensor | None = None  # what its calls computed; see dynamicrad_compile.runtime.account
+    replaced: bool = False
+    overhead: float = 0.0  # share of dense attention that covariances of dropped blocks add
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Inputs of a graph that condition a call: timestep, prompt embedding [B, L, C], its mask [B, L]; None if none."""
+
+    timestep: fx.Node | None = None
+    prompt: fx.Node | None = None
+    mask: fx.Node | None = None
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Features of the prompt embedding."""
+        return None if self.prompt is None else hint(value_of(self.prompt).shape[-1])
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a graph decides when it runs.
+
+    router          tensors of the motion router, which chooses a plan's regime (Router.tensors); None: one regime
+    masked          the router takes the prompt's mask
+    dense_steps     this many first denoising steps stay dense
+    dense_timestep  steps on the noisy side of this timestep stay dense; None: none
+    refresh_steps   select_blocks chooses anew at every so many steps; 0: at every call
+    clock           that something outside the graph keeps; None: the graph keeps its own
+    regimes         int64 [MAX_BATCH] that something outside the graph keeps; None: the graph finds them
+    """
+
+    router: tuple[torch.Tensor, ...] | None = None
+    masked: bool = False
+    dense_steps: int = 0
+    dense_timestep: float | None = None
+    refresh_steps: int = 0
+    clock: torch.Tensor | None = None
+    regimes: torch.Tensor | None = None
+
+    @property
+    def gates(self) -> bool:
+        """Whether some steps stay dense."""
+        return self.dense_steps > 0 or self.dense_timestep is not None
+
+
+PlanBuilder = Callable[[Site], "PlanTable | BlockPlan | None"]
+
+
+@dataclass
+class PassContext:
+    """State of one run of the passes over one graph.
+
+    build_plan    makes the plan of a classified site; may set `site.reason` and return None to leave it dense
+    plan_control  says what the graph decides when it runs, once all sites have their plans
+    grid          the user's grid, or None
+    training      the graph will be differentiated
+    example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
+    qk_int8       scores from queries and keys rounded to int8
+    covariance    compensation by means and covariances
+    is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
+    """
+
+    build_plan: PlanBuilder
+    grid: tuple[int, int, int] | None = None
+    training: bool = False
+    example_inputs: Sequence[Any] = ()
+    qk_int8: bool = False
+    covariance: bool = False
+    is_final: bool = False
+    sites: list[Site] = field(default_factory=list)
+    node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
+    plan_control: Callable[[Conditions], Control] = lambda _: Control()
+    control: Control = Control()
+    conditions: Conditions = Conditions()
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Pass = Callable[[torch.fx.GraphModule, PassContext], int]

@@ -1,0 +1,1 @@
+"""Nodes that the passes write: plans, control, selection, operands."""

@@ -1,0 +1,145 @@
+"""Nodes that decide, when a graph runs, in which regime and at which step it is; see `runtime`.
+
+    %clock = advance(%timestep, %state)                            once a graph, behind its inputs
+    %dense = stays_dense(%clock, dense_steps, dense_timestep)
+    %regime = latch(route(%prompt, %mask, *tensors of the router), %clock, %latched)
+
+    %counts = index_select(%table_of_counts, 0, %regime)           once a plan: each row of the batch in its regime
+    %counts = gated(%counts, %dense, number of kv blocks)          a full count is dense attention
+
+Nothing is added to a graph whose plan has one regime and no dense steps. An exported program keeps no regime from call
+to call: it routes the prompt that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from dynamicrad_compile.runtime import clock, state
+from dynamicrad_compile.runtime.router import route
+
+from ..graph import shape_hint
+from ..site import PassContext, Site
+from .buffers import buffer_node
+
+
+@dataclass(frozen=True)
+class PlanNodes:
+    """Nodes of a plan table's tensors (see PlanTable.tensors), and of the weights of compensation."""
+
+    counts: fx.Node
+    indices: fx.Node
+    forced: fx.Node | None = None
+    near: fx.Node | None = None
+    thresholds: fx.Node | None = None
+    compensate: fx.Node | None = None
+
+    def each(self, change: Callable[[fx.Node], fx.Node]) -> PlanNodes:
+        """The same with `change` applied to every node."""
+        return PlanNodes(*(None if node is None else change(node) for node in vars(self).values()))
+
+
+def gated(counts: torch.Tensor, dense: torch.Tensor, indices: torch.Tensor, num_kv: int | None) -> torch.Tensor:
+    """kv_counts with full rows where `dense`; num_kv None: the width of the indices is the number of kv blocks."""
+    full = indices.shape[-1] if num_kv is None else num_kv
+    return torch.where(dense, torch.full_like(counts, full), counts)
+
+
+def safest(regimes: torch.Tensor) -> torch.Tensor:
+    """int64 [1]: the regime of most motion."""
+    return regimes.amax(0, keepdim=True)
+
+
+class Controls:
+    """Makes the nodes of one graph, each once, when a plan first needs them."""
+
+    def __init__(self, gm: fx.GraphModule, context: PassContext, device: torch.device):
+        self.gm, self.graph, self.device = gm, gm.graph, device
+        self.control, self.conditions = context.control, context.conditions
+        prompts = shape_hint(context.conditions.prompt) if context.conditions.prompt is not None else None
+        few = prompts is not None and prompts[0] <= state.MAX_BATCH
+        self.latches = few and context.conditions.timestep is not None and not context.is_final
+        self.made: dict[str, fx.Node] = {}
+        inputs = gm.graph.find_nodes(op="placeholder")
+        self.begin = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
+
+    def choose(self, nodes: PlanNodes, site: Site, num_kv: int | None) -> PlanNodes:
+        """The plan of this call out of a table: rows in their regime, dense at dense steps.
+
+        The graph's insertion point must be behind `nodes`. num_kv: number of kv blocks, None where it is symbolic.
+        """
+        call = self.graph.call_function
+        assert site.plan is not None
+        weights = site.plan.plan.compensation()
+        if weights is not None:
+            nodes = replace(nodes, compensate=buffer_node(self.gm, "compensate", weights.to(self.device)))
+        if len(site.plan.plan.kv_counts) > 1:
+            regime = self._regime_for(site)
+            nodes = nodes.each(lambda node: call(torch.index_select, (node, 0, regime)))
+        if self.control.gates:
+            nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
+        return nodes
+
+    def refresh(self) -> fx.Node:
+        """Node of bool [1]: whether blocks are to be chosen anew."""
+        control = self.control
+        return self._once(
+            "refresh", clock.is_refresh, lambda: (self._clock(), control.dense_steps, control.refresh_steps)
+        )
+
+    def _dense(self) -> fx.Node:
+        control = self.control
+        return self._once(
+            "dense", clock.stays_dense, lambda: (self._clock(), control.dense_steps, control.dense_timestep)
+        )
+
+    def _clock(self) -> fx.Node:
+        if self.control.clock is not None:
+            return buffer_node(self.gm, "clock", self.control.clock)
+        return self._once(
+            "clock",
+            clock.advance,
+            lambda: (self.conditions.timestep, buffer_node(self.gm, "clock", clock.new_clock(self.device))),
+        )
+
+    def _regime_for(self, site: Site) -> fx.Node:
+        """int64 [batch] or [1]; one for all where the prompts are another batch than the site's queries."""
+        assert site.q_shape is not None
+        batch = site.q_shape[0]
+        kept = self.control.regimes
+        if kept is not None:
+            return self._once(
+                f"regimes of {batch}", torch.narrow, lambda: (buffer_node(self.gm, "regimes", kept), 0, 0, batch)
+            )
+        prompts = shape_hint(self.conditions.prompt) if self.conditions.prompt is not None else None
+        assert prompts is not None
+        if prompts[0] in (1, batch):
+            return self._regimes()
+        return self._once("safest", safest, lambda: (self._regimes(),))
+
+    def _regimes(self) -> fx.Node:
+        conditions = self.conditions
+        mask = conditions.mask if self.control.masked else None
+        routed = self._once("routed", route, lambda: (conditions.prompt, mask, *self._router()))
+        if not self.latches:
+            return routed
+        return self._once(
+            "regimes",
+            state.latch,
+            lambda: (routed, self._clock(), buffer_node(self.gm, "regimes", state.new_regimes(self.device))),
+        )
+
+    def _router(self) -> list[fx.Node]:
+        assert self.control.router is not None
+        return [buffer_node(self.gm, "router", tensor.to(self.device)) for tensor in self.control.router]
+
+    def _once(self, name: str, function: Any, arguments: Callable[[], tuple[Any, ...]]) -> fx.Node:
+        if name not in self.made:
+            with self.graph.inserting_before(self.begin):
+                self.made[name] = self.graph.call_function(function, arguments())
+        return self.made[name]

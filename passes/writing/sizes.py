@@ -1,0 +1,103 @@
+"""Symbolic sizes of a graph: which of them a plan rests on, and where the graph holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..axes.labels import Axis, parts_of, resolve
+from ..graph import specialise, value_of
+from ..site import CROSS, PassContext, Site
+
+Home = tuple[fx.Node, int] | int
+
+
+def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymInt]:
+    """Symbolic sizes among the graph's inputs that may change a plan.
+
+    All but those that are only batch sizes, or lengths of prompts that are not part of a video's sequence.
+    """
+    harmless: set[Axis] = set()
+    for site in context.sites:
+        if site.labels is None:
+            continue
+        if site.plan is not None:
+            harmless.update(resolve(site.labels[0][0]))
+        if site.role == CROSS:
+            harmless.update(resolve(site.labels[1][-2]))
+    for site in context.sites:
+        if site.plan is not None and site.labels is not None:
+            harmless.difference_update(resolve(site.labels[0][-2]))
+    sizes = list(_input_sizes(gm, context))
+    free = {str(size) for size, axes in sizes if axes and harmless.issuperset(axes)}
+    return [size for size, _ in sizes if str(size) not in free]
+
+
+def _input_sizes(gm: fx.GraphModule, context: PassContext) -> Iterator[tuple[torch.SymInt, set[Axis]]]:
+    """(size, axes) of each symbolic dimension of an input; no axes for inputs that are sizes themselves."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            yield value, set()
+        elif isinstance(value, torch.Tensor):
+            labels = context.node_labels.get(node, [()] * value.dim())
+            for size, label in zip(value.shape, labels, strict=True):
+                if isinstance(size, torch.SymInt):
+                    yield size, set(resolve(label))
+
+
+def make_constant(sizes: list[torch.SymInt]) -> None:
+    """Guard sizes to their present values: other values compile again."""
+    for size in sizes:
+        specialise(size)
+
+
+@dataclass(frozen=True)
+class RuntimeSizes:
+    """Where a graph holds the sizes of one site, as (node, dimension) pairs, or as numbers that it was compiled for.
+
+    grid     frames, height and width
+    before   axes whose products are the pieces in front of the video; None: whatever the video leaves of the sequence
+    """
+
+    grid: tuple[Home, Home, Home]
+    before: tuple[tuple[Home, ...], ...] | None = ()
+
+
+def runtime_sizes(site: Site, context: PassContext, fixed_inputs: bool) -> RuntimeSizes | None:
+    """Nodes from which the sizes of a site can be read when the graph runs; None if an axis is in no shape.
+
+    With `fixed_inputs` (no input has a symbolic size) an axis that only a later reshape shows has a fixed size.
+    """
+    assert site.labels is not None
+    homes: dict[Axis, Home] = {}
+    for node, labels in context.node_labels.items():
+        if node is site.node:
+            break
+        for dim, label in enumerate(labels):
+            axes = resolve(label)
+            if len(axes) == 1:
+                homes.setdefault(axes[0], (node, dim))
+    for axis in site.grid_axes:
+        if fixed_inputs and axis.table is None:
+            homes.setdefault(axis, axis.size)
+    if len(site.grid_axes) != 3 or any(axis not in homes for axis in site.grid_axes):
+        return None
+    frames, height, width = (homes[axis] for axis in site.grid_axes)
+    grid = (frames, height, width)
+    if not site.text.before:
+        return RuntimeSizes(grid)
+    if not site.text.after:
+        return RuntimeSizes(grid, None)
+    pieces: list[tuple[Home, ...]] = []
+    for part in parts_of(site.labels[0][-2]):
+        axes = resolve(part.label)
+        if axes == resolve(site.grid_axes):
+            return RuntimeSizes(grid, tuple(pieces))
+        if not part.whole or any(axis not in homes for axis in axes):
+            return None
+        pieces.append(tuple(homes[axis] for axis in axes))
+    return None

@@ -1,0 +1,72 @@
+"""A plan that holds only while a position table shows its grid; see decode_positions.
+
+    %ok = %table has the structure of grid                          (a few comparisons, on the device)
+    %counts = where(%ok, %counts_of_grid, number of kv blocks)      (a full count is dense attention)
+
+Portrait and landscape have the same number of tokens, so the plan of the transposed grid is carried along.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from dynamicrad_compile.plans.table import PlanSpec, PlanTable
+
+from ..decode_positions import PositionTable, columns_of
+from ..site import Site
+from .control import PlanNodes
+
+
+def grids_of(site: Site) -> list[tuple[int, int, int]]:
+    """The grids that get sparse attention in a graph whose grid was read from a table."""
+    assert site.grid is not None
+    frames, height, width = site.grid
+    return [site.grid] if height == width else [site.grid, (frames, width, height)]
+
+
+def table_of(site: Site) -> PositionTable | None:
+    """The table from which the site's grid was read, None if it was in a shape."""
+    return next((axis.table for axis in site.grid_axes if axis.table is not None), None)
+
+
+def guarded_plan(
+    gm: fx.GraphModule, site: Site, table: PositionTable, constant: Callable[[tuple[torch.Tensor, ...]], PlanNodes]
+) -> PlanNodes:
+    """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
+    call = gm.graph.call_function
+    spec = PlanSpec.from_json(site.plan_spec)
+    grids = grids_of(site)
+    plans: list[PlanTable] = [spec.build(grid, *site.text) for grid in grids]
+    width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
+    found: PlanNodes | None = None
+    for grid, plan in reversed(list(zip(grids, plans, strict=True))):
+        counts, indices, *rest = plan.tensors()
+        nodes = constant((counts, torch.nn.functional.pad(indices, (0, width - indices.shape[-1])), *rest))
+        ok = _shows(gm.graph, table, grid)
+        if found is None:
+            dense = call(torch.full_like, (nodes.counts, plan.plan.num_kv_blocks))
+            found = PlanNodes(call(torch.where, (ok, nodes.counts, dense)), *list(vars(nodes).values())[1:])
+        else:
+            pairs = zip(vars(nodes).values(), vars(found).values(), strict=True)
+            found = PlanNodes(*(None if a is None else call(torch.where, (ok, a, b)) for a, b in pairs))
+    assert found is not None
+    return found
+
+
+def _shows(graph: fx.Graph, table: PositionTable, grid: tuple[int, int, int]) -> fx.Node:
+    """Node of a bool scalar: each of the table's three columns varies with its own axis of `grid` alone."""
+    call = graph.call_function
+    value = call(columns_of, (table.node, table.dim))
+    checks = []
+    for d, column in enumerate(table.columns):
+        cube = call(torch.reshape, (call(torch.select, (value, 1, column)), grid))
+        line = call(operator.getitem, (cube, tuple(slice(None) if k == d else slice(0, 1) for k in range(3))))
+        checks.append(call(torch.all, (call(torch.eq, (cube, line)),)))
+        rest = call(torch.narrow, (line, d, 1, grid[d] - 1))
+        checks.append(call(torch.all, (call(torch.ne, (rest, call(torch.narrow, (line, d, 0, 1)))),)))
+    return functools.reduce(lambda a, b: call(torch.logical_and, (a, b)), checks)

@@ -1,0 +1,151 @@
+"""The command line: what each command prints and writes, and that a user's mistake gives a message, not a traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dynamicrad_compile import cli, doctor
+from dynamicrad_compile.models.fake import build
+from dynamicrad_compile.models.presets import PRESETS
+
+SMALL = ["--frames", "17", "--height", "256", "--width", "256"]
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_doctor_passes_here(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0, out
+    for expected in (
+        "torch",
+        "compiler",
+        "dynamicrad::block_sparse_attention on cpu",
+        'backend="dynamicrad"',
+        "profiles",
+    ):
+        assert expected in out
+
+
+def test_doctor_says_what_to_do(capsys, monkeypatch):
+    def unknown_backend(name):
+        raise torch._dynamo.exc.InvalidBackend(name)
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", unknown_backend)
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "fail  torch.compile does not know" in out
+    assert "-> install the package" in out
+    assert "1 problem." in out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_explain_preset(capsys, name):
+    code, out, err = run(capsys, "explain", "--model", name, *SMALL, "--set", "min_tokens=0", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    video = [site for site in report["sites"] if site["role"] == "video_self_attention"]
+    assert all(site["replaced"] for site in video)
+    # Sana-Video's self-attention is linear: there is no softmax to make sparse.
+    assert bool(video) == (name != "sana-video")
+
+
+def test_explain_takes_pixels(capsys):
+    code, out, _ = run(capsys, "explain", "--model", "wan-1.3b", "--frames", "33", "--height", "240", "--width", "416")
+    assert code == 0
+    assert "9x15x26" in out  # 4 frames and 8 x 8 pixels a latent, patches of 2 x 2
+    assert "2 of 2 video self-attentions replaced" in out
+
+
+def test_explain_options_and_page(capsys, tmp_path):
+    page = tmp_path / "report.html"
+    options = ["--set", "sparsity=0.5", "--set", "grid=5,16,16", "--set", "regime=high", "--set", "min_tokens=100"]
+    code, out, _ = run(
+        capsys, "explain", "--model", "WanTransformer3DModel", *SMALL, *options, "--html", str(page), "--json"
+    )
+    assert code == 0
+    sites = [site for site in json.loads(out)["sites"] if site["replaced"]]
+    assert [round(site["sparsity"], 1) for site in sites] == [0.5, 0.5]
+    assert "blocks.*.attn1" in page.read_text()
+
+
+@pytest.mark.parametrize("place", ["pipeline", "transformer", "file"])
+def test_explain_path(capsys, tmp_path, place):
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+    )
+    folder = tmp_path / "transformer"
+    model.save_config(folder)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"scale_factor_temporal": 4, "scale_factor_spatial": 16}')
+    path = {"pipeline": tmp_path, "transformer": folder, "file": folder / "config.json"}[place]
+    command = ["explain", "--model", str(path), *SMALL, "--layers", "0", "--json", "--set", "min_tokens=0"]
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    replaced = [site for site in json.loads(out)["sites"] if site["replaced"]]
+    assert [site["grid"] for site in replaced] == [[5, 8, 8]] * 3  # 16 pixels a latent, patches of 2
+
+
+def test_layers_are_cut_without_weights():
+    model, _ = build("hunyuan", layers=1)
+    assert len(model.transformer_blocks) == len(model.single_transformer_blocks) == 1
+    assert build("wan-14b", layers=0)[0].config.num_layers == 40
+
+
+def test_plot(capsys, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "mask.png"
+    options = ["--text-before", "7", "--sparsity", "0.7", "--block-size", "16", "-o", str(picture)]
+    code, out, _ = run(capsys, "plot", "--grid", "5", "6", "8", *options)
+    assert code == 0
+    assert "16 x 16 blocks of 16 tokens" in out
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+MISTAKES = {
+    "no command": ([], "required"),
+    "preset": (["explain", "--model", "wan-13b"], "Did you mean 'wan-1.3b'?"),
+    "no config": (["explain", "--model", "{tmp}"], "neither transformer/config.json nor config.json"),
+    "not json": (["explain", "--model", "{tmp}/broken.json"], "can't be read as JSON"),
+    "not a transformer": (["explain", "--model", "{tmp}/other.json"], "holds a UNet2DModel"),
+    "frames": (["explain", "--model", "wan-1.3b", "--frames", "80"], "frames must be 4 x n + 1"),
+    "height": (["explain", "--model", "ltx", "--height", "500"], "multiple of 32"),
+    "set": (["explain", "--model", "ltx", "--set", "sparsity"], "KEY=VALUE"),
+    "option": (["explain", "--model", "ltx", "--set", "sparcity=1"], "Did you mean 'sparsity'?"),
+    "grid": (["explain", "--model", "wan-1.3b", *SMALL, "--set", "grid=5,16,17"], "does not fit the 1280"),
+    "page": (["explain", "--model", "wan-1.3b", *SMALL, "--html", "{tmp}/no/page.html"], "No such file"),
+    "pattern": (["plot", "--grid", "3", "4", "5", "--pattern", "radail"], "Did you mean 'radial'?"),
+    "grid of two": (["plot", "--grid", "3", "4"], "expected 3 arguments"),
+    "profile": (["plot", "--grid", "3", "4", "5", "--profile", "none"], "no profile is called"),
+    "output": (["plot", "--grid", "3", "4", "5", "-o", "{tmp}/no/mask.png"], "No such file"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(capsys, tmp_path, argv, message):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text('{"_class_name": "UNet2DModel"}')
+    code, _, err = run(capsys, *(text.format(tmp=tmp_path) for text in argv))
+    assert code == 2
+    assert message in err

@@ -1,0 +1,101 @@
+"""Real diffusers classes: the right sites, grid and text are found, and nothing else is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.graphs import call, capture, compile_sparse, drad, make, masked_dense, relative_error, sites_of
+from zoo.models import ZOO
+
+NOT_YET = {"hunyuan_video15", "mochi", "mochi_b2"}  # lengths that depend on data, per-block graphs
+SUPPORTED = [name for name in ZOO if name not in NOT_YET]
+# Numerics are checked on one model of each way to build a sequence.
+NUMERICS = ["wan_t2v", "wan_i2v", "hunyuan_video", "cogvideox_5b", "ltx", "cosmos1", "allegro"]
+VIDEO = [name for name in SUPPORTED if name not in ("latte", "sana_video", "neg_flux", "neg_temporal")]
+
+
+def check_sites(name, sites, expected):
+    video = [site for site in sites if site.role == "video_self_attention"]
+    assert len(sites) == expected["n_attn_nodes"]
+    assert len(video) == expected["n_video_self_attn_nodes"], [(s.path, s.role, s.reason) for s in sites]
+    for site in video:
+        assert site.grid == expected["grid"]
+        assert tuple(site.text) == (expected["n_text_before"], expected["n_text_after"])
+        assert not site.reason
+    for site in sites:
+        assert site.role == "video_self_attention" or site.reason
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_sites_grid_and_text(name):
+    model, kwargs, expected = make(name)
+    check_sites(name, sites_of(capture(model, **kwargs)), expected)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_sites_on_another_grid(name):
+    sizes = dict(f=6, h=6, w=6) if name in NUMERICS else dict(f=3, h=5, w=7, batch=2)
+    model, kwargs, expected = make(name, **sizes)
+    check_sites(name, sites_of(capture(model, **kwargs)), expected)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_YET))
+def test_what_is_not_understood_stays_dense_with_a_reason(name):
+    model, kwargs, _ = make(name)
+    report = drad.explain(model, options={"min_tokens": 0}, **kwargs)
+    assert report.sites
+    assert not report.replaced
+    assert all(site.reason for site in report.sites)
+
+
+@pytest.mark.parametrize("name", NUMERICS)
+def test_keep_everything_equals_eager(name):
+    model, kwargs, expected = make(name, batch=2)
+    compiled = compile_sparse(model, sparsity=0.0)
+    eager = call(model, kwargs)
+    assert relative_error(call(compiled, kwargs), eager) < 1e-5
+    assert len(drad.report(compiled).replaced) == expected["n_video_self_attn_nodes"]
+
+
+@pytest.mark.parametrize("name", NUMERICS)
+def test_any_plan_equals_masked_dense(name):
+    options = dict(pattern="radial", decay_factor=0.3) if name == "wan_t2v" else dict(sparsity=0.6)
+    model, kwargs, _ = make(name)
+    compiled = compile_sparse(model, **options)
+    sparse = call(compiled, kwargs)
+    plan = drad.report(compiled).replaced[0].plan
+    assert plan.sparsity > 0.05
+    with masked_dense(plan):
+        expected = call(model, kwargs)
+    assert relative_error(sparse, expected) < 1e-5
+    assert relative_error(sparse, call(model, kwargs)) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["latte", "neg_flux", "neg_temporal", "sana_video"])
+def test_other_models_are_left_untouched(name):
+    model, kwargs, _ = make(name)
+    captured = capture(model, build_plan=lambda site: pytest.fail("planned"), **kwargs)
+    for context, gm in captured:
+        assert not any(site.replaced for site in context.sites)
+        assert "dynamicrad" not in gm.code
+    roles = {site.role for site in sites_of(captured)}
+    if name == "latte":
+        assert {"spatial_attention", "temporal_attention"} <= roles
+
+
+@pytest.mark.parametrize("name", ["wan_t2v", "hunyuan_video"])
+def test_inductor_agrees_with_eager(name):
+    model, kwargs, _ = make(name)
+    compiled = compile_sparse(model, sparsity=0.5, inner="inductor")
+    sparse = call(compiled, kwargs)
+    plan = drad.report(compiled).replaced[0].plan
+    with masked_dense(plan):
+        assert relative_error(sparse, call(model, kwargs)) < 1e-5
+
+
+def test_half_precision_model():
+    model, kwargs, _ = make("wan_t2v")
+    model = model.to(torch.bfloat16)
+    kwargs = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    compiled = compile_sparse(model, sparsity=0.0)
+    assert relative_error(call(compiled, kwargs), call(model, kwargs)) < 2e-2  # bf16 rounds to 2^-8

@@ -1,0 +1,40 @@
+"""More diffusers classes, and models as the original repositories write them: exact, or dense with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.graphs import capture, sites_of
+from zoo.more import ZOO_MORE
+from zoo.original import ZOO_ORIGINAL
+
+from dynamicrad_compile.compiling import CAPTURE
+
+# Masks or caches that a plan can't express yet, tiled token orders, grids lost at graph breaks or in packed buffers.
+DENSE = {
+    "skyreels_v2_df",
+    "anyflow_far_train",
+    "anyflow_far_infer",
+    "wan_animate2_extract",
+    "wan_animate2_cached",
+    "minimax_h3",
+    "cosmos3",
+    "sana_wm_refiner",
+    "kandinsky5_nabla",
+    "kandinsky6_sr",
+}
+CASES = {**ZOO_MORE, **ZOO_ORIGINAL}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_exact_or_dense_with_a_reason(name):
+    model, kwargs, expected = CASES[name]()
+    with torch._dynamo.config.patch(CAPTURE):
+        sites = sites_of(capture(model, **kwargs))
+    planned = [site for site in sites if site.role == "video_self_attention" and not site.reason]
+    for site in planned:
+        assert site.grid == expected["grid"]
+        if not site.data_dependent:
+            assert tuple(site.text) == (expected["n_text_before"], expected["n_text_after"])
+    assert len(planned) == (0 if name in DENSE else expected["n_video_self_attn_nodes"])
+    assert all(site.reason for site in sites if site not in planned)

@@ -1,0 +1,113 @@
+"""The examples at a small size: they run, replace what they should, and write their files."""
+
+from __future__ import annotations
+
+import pytest
+import quickstart
+import torch
+import wan_pipeline
+from tiny_video import model
+
+
+@pytest.fixture
+def one_layer(tmp_path, monkeypatch):
+    """A checkpoint of one layer with random weights in place of the shipped one."""
+    monkeypatch.setitem(model.TRANSFORMER, "num_layers", 1)
+    transformer, text = model.create()
+    model.save(tmp_path / "model.safetensors", model.state(transformer, text), {
+        "transformer": model.TRANSFORMER, "vocabulary": list(text.ids),
+    })  # fmt: skip
+    monkeypatch.setattr(quickstart, "CHECKPOINT", tmp_path)
+
+
+def test_quickstart_with_the_small_model(tmp_path, one_layer, capsys):
+    from PIL import Image
+
+    prompt = "A red circle bounces quickly on a gray background."
+    arguments = ["--frames", "8", "--steps", "3", "--device", "cpu", "--prompt", prompt]
+    quickstart.main([*arguments, "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "512 video tokens" in out
+    assert "1 of 1 video self-attentions replaced" in out
+    assert f"dB  {prompt}" in out
+    assert "This costs time instead of saving it" in out
+    with Image.open(tmp_path / "comparison.webp") as video:
+        assert video.width >= 3 * 160
+    assert (tmp_path / "mask.png").is_file()
+    assert "blocks.0.attn1" in (tmp_path / "report.html").read_text()
+
+
+def test_quickstart_names_the_words_it_does_not_know(one_layer):
+    with pytest.raises(SystemExit, match="does not know cat, surfs; its words are a, an, and, as"):
+        quickstart.main(["--prompt", "A cat surfs.", "--device", "cpu"])
+
+
+def test_quickstart_with_random_weights(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    widths = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 32}
+    monkeypatch.setattr(wan_pipeline, "WIDTHS", widths)
+    size = ["--frames", "29", "--height", "256", "--width", "256", "--steps", "2", "--layers", "1", "--device", "cpu"]
+    quickstart.main(["--random", *size, "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2,048 video tokens" in out
+    assert "1 of 1 video self-attentions replaced" in out
+    assert "relative difference of the latents: 0." in out
+    assert "says nothing about quality" in out
+    with Image.open(tmp_path / "comparison.webp") as video:
+        assert video.size == (512, 256)
+        assert video.n_frames == 29
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert mask.format == "PNG"
+    assert "blocks.0.attn1" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--random", "--frames", "50"], "must be 4 n + 1"),
+        (["--model", "x", "--width", "500"], "multiples of 16"),
+        (["--steps", "1"], "must be at least 2"),
+        (["--frames", "0"], "must be at least 1"),
+        (["--height", "64"], "need --model or --random"),
+        (["--random", "--prompt", "a"], "no text encoder"),
+        (["--model", "x", "--prompt", "a", "cat"], "takes one prompt"),
+        (["--model", "x", "--random"], "not allowed with"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_quickstart_refuses(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quickstart.parse(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lora_finetune(tmp_path, capsys):
+    """All stages on a model of one layer without training: files, table, and an adapter that is resumed."""
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    import lora_finetune
+    from PIL import Image
+
+    model, data = lora_finetune.model, lora_finetune.data
+    config = {**model.TRANSFORMER, "num_layers": 1}
+    transformer, text = model.create(config)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    written = {"transformer": config, "vocabulary": data.vocabulary()}
+    model.save(tmp_path / "model.safetensors", model.state(transformer, text), written)
+    size = ["--frames", "8", "--steps", "2", "--clips", "2", "--levels", "1", "--rounds", "1", "--sample-steps", "1"]
+    command = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--inner", "eager", *size]
+    lora_finetune.main([*command, "--stages", "train", "--kinds", "sparse"])
+    lora_finetune.main(command)
+    out = capsys.readouterr().out
+    assert "sparse LoRA, resumed" in out
+    assert "sparsity that ran: 6" in out  # four fifths of the blocks, less what covariances cost at 512 tokens
+    assert "The LoRA closes" in out
+    assert "| dense + dense LoRA |" in out
+    assert "| gain | " in out
+    with Image.open(tmp_path / "out" / "comparison.gif") as video:
+        assert video.size == (3 * 32 * 4, 3 * 32 * 4)
+        assert video.n_frames > 1
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files >= {"sparse", "dense", "results.json", "time.json", "table.md", "curves.png", "comparison.png"}

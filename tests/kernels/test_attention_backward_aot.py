@@ -1,0 +1,83 @@
+"""The Triton backward kernels compile ahead of time, without a GPU, and no tile tested spills or overflows.
+
+`pytest -s` prints registers, spilled bytes, shared memory and the number of wgmma instructions of each build.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from dynamicrad_compile.kernels import ahead_of_time  # noqa: E402
+from dynamicrad_compile.kernels import attention_backward_triton_kernels as kernels  # noqa: E402
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_backward_tiles  # noqa: E402
+
+KERNELS = {"dq": kernels._dq, "dk_dv": kernels._dk_dv, "dmeans": kernels._dmeans}
+POINTERS = dict.fromkeys(("counts", "indices", "n_valid", "kept"), "*i32") | dict.fromkeys(
+    ("lse2", "delta", "weight", "dmean_k", "dmean_v"), "*fp32"
+)
+OPERANDS = ("q", "k", "v", "grad_out", "mean_k", "mean_v", "dq", "dk", "dv")
+
+
+def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) -> ahead_of_time.Build:
+    """Compile with 128 x 128 blocks; `full` adds ragged tails, a key mask, compensation and shared key heads."""
+    function = KERNELS[kernel]
+    names = function.arg_names
+    constants = {
+        "D": dim,
+        "BLOCK_D": triton.next_power_of_2(dim),
+        "BLOCK_Q": 128,
+        "BLOCK_KV": 128,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "RAGGED": full,
+        "HAS_MASK": full,
+        "COMPENSATE": full,
+        "WIDEN": False,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        # What the launcher specialises because it is 1.
+        "stride_cm": 1,
+        **({} if full else {"KV_GROUP": 1}),
+    }
+    constants = {name: value for name, value in constants.items() if name in names}
+    pointers = POINTERS | {"key_mask": "*i1"} | dict.fromkeys(OPERANDS, f"*{dtype}")
+    signature = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in names}
+    # As at run time: pointers and the strides of q, k, v, grad_out divide by 16, or loads would be scalar.
+    aligned = [n for n in names if n in pointers or re.match("stride_[qkvg]", n)]
+    return ahead_of_time.build(function, signature, constants, aligned, arch, tile)
+
+
+CASES = [
+    (arch, *case)
+    for arch in (80, 90)
+    for case in (
+        ("dq", "bf16", 64, True),
+        ("dq", "bf16", 128, False),
+        ("dq", "bf16", 128, True),
+        ("dk_dv", "bf16", 64, True),
+        ("dk_dv", "bf16", 128, False),
+        ("dk_dv", "bf16", 128, True),
+        ("dk_dv", "fp32", 64, True),
+        ("dmeans", "bf16", 64, True),
+        ("dmeans", "bf16", 128, True),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernel", "dtype", "dim", "full"),
+    CASES,
+    ids=[f"sm_{arch}-{kernel}-{dtype}-{dim}-{'full' if full else 'plain'}" for arch, kernel, dtype, dim, full in CASES],
+)
+def test_tile_compiles_without_spills(arch: int, kernel: str, dtype: str, dim: int, full: bool):
+    tile = getattr(choose_backward_tiles(divmod(arch, 10), dtype != "fp32", dim, 128, 128), kernel)
+    built = build(kernel, arch, dtype, dim, tile, full)
+    print(f"\nsm_{arch} {kernel} {dtype} head_dim {dim} {'full' if full else 'plain'} {tile} {built}")
+    assert built.spilled == 0
+    # sm_86, sm_89 and sm_120 share the entries of sm_80 and have the least.
+    assert built.shared <= SHARED_MEMORY[86 if arch == 80 else arch]
+    if arch == 90 and dtype != "fp32":
+        assert built.wgmma > 0

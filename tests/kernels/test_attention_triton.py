@@ -1,0 +1,219 @@
+"""The Triton forward kernel equals the fp64 reference: under Triton's interpreter, and on CUDA where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.attention_cases import CASES, VARIANTS, Case, build, check, check_int8
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile, read_table, table
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Results of all cases. Another process, because the interpreter is chosen when Triton is imported."""
+    path = tmp_path_factory.mktemp("interpreter") / "results.npz"
+    tests = Path(__file__).parents[1]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "support.attention_cases", str(path)], cwd=tests, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreter_matches_reference(case: Case, interpreted):
+    out = torch.from_numpy(interpreted[f"{case.name}.out"])
+    lse = torch.from_numpy(interpreted[f"{case.name}.lse"])
+    check(out, lse, build(case), case.dtype)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [(variant, name) for variant, names in VARIANTS.items() for name in names]
+)
+def test_interpreter_matches_reference_however_launched(variant: str, name: str, interpreted):
+    case = next(case for case in CASES if case.name == name)
+    out, lse = (torch.from_numpy(interpreted[f"{name}.{variant}.{part}"]) for part in ("out", "lse"))
+    if variant == "int8":
+        check_int8(out, lse, build(case), case.dtype)
+    else:
+        check(out, lse, build(case), case.dtype, variant == "dropped")
+
+
+GPU_ONLY = [
+    Case("gpu_dim_128_bf16", batch=2, heads=4, kv_heads=4, q_len=1013, kv_len=1013, dim=128, block_q=128, block_kv=128,
+         dtype=torch.bfloat16, layout="bshd"),
+    Case("gpu_dim_64_fp16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=777, dim=64, block_q=128, block_kv=64,
+         dtype=torch.float16, plan_heads=4, mask="padding", mask_start=500),
+    Case("gpu_dim_128_fp32", heads=2, q_len=519, kv_len=519, dim=128, block_q=128, block_kv=128),
+    Case("gpu_mean_dim_128_bf16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=5000, dim=128, block_q=128,
+         block_kv=128, dtype=torch.bfloat16, layout="bshd", compensate=(1.0, 0.3), keep=0.2),
+    Case("gpu_mean_dim_64_fp16", heads=2, q_len=519, kv_len=1519, dim=64, block_q=64, block_kv=32, dtype=torch.float16,
+         mask="padding", compensate=(1.0,), keep=0.2),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES + GPU_ONLY, ids=str)
+def test_cuda_matches_reference(case: Case):
+    args = build(case)
+    on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    out, lse = torch.ops.dynamicrad.block_sparse_attention(*on_cuda)
+    assert out.is_contiguous()
+    check(out.cpu(), lse.cpu(), args, case.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("case", GPU_ONLY, ids=str)
+def test_cuda_matches_reference_however_launched(case: Case, variant: str):
+    from dynamicrad_compile.kernels.attention_triton import launch_forward
+    from dynamicrad_compile.kernels.means import means_of
+
+    args = build(case)
+    q, k, v, counts, indices, _, block_q, block_kv, mask, start, weight = (
+        x.cuda() if isinstance(x, torch.Tensor) else x for x in args
+    )
+    capability = torch.cuda.get_device_capability()
+    if variant == "tma" and capability < (9, 0):
+        pytest.skip("the copy engine needs sm_90")
+    means = None if weight is None else means_of(k, v, counts, indices, block_kv, mask, weight)
+    tile = choose_tile(capability, case.dtype != torch.float32, case.dim, block_q, block_kv)
+    tile = dataclasses.replace(tile, tma=variant == "tma")
+    plan = (counts, indices, case.dim**-0.5, block_q, block_kv)
+    kind = {"splits": 3 if variant == "splits" else 1, "qk_int8": variant == "int8"}
+    out, lse = launch_forward(q, k, v, *plan, mask, start, means, tile, **kind)
+    (check_int8 if variant == "int8" else check)(out.cpu(), lse.cpu(), args, case.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16", "mean_ragged", "mean_mask_padding"])
+def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
+    args = build(next(case for case in CASES if case.name == name))
+    on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, on_cuda)
+    compiled = torch.compile(lambda *x: torch.ops.dynamicrad.block_sparse_attention(*x), fullgraph=True)
+    for got, want in zip(compiled(*on_cuda), torch.ops.dynamicrad.block_sparse_attention(*on_cuda), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "means"])
+def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.MonkeyPatch):
+    """On CUDA the op decomposes into the kernel, which is known to write nothing but out and lse."""
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    monkeypatch.setattr(type(driver), "active", property(lambda self: target))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
+
+    class Attention(torch.nn.Module):
+        def forward(self, *args):
+            return torch.ops.dynamicrad.block_sparse_attention(*args[:5], None, 32, 32, None, 0, *args[5:])
+
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(3))
+        counts = torch.empty(1, 1, 4, device="cuda", dtype=torch.int32)
+        indices = torch.empty(1, 1, 4, 2, device="cuda", dtype=torch.int32)
+        weight = [torch.empty(2, device="cuda")] if compensate else []
+        graph, _ = aot_export_module(Attention(), (q, k, v, counts, indices, *weight), trace_joint=False)
+    kernels = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    *pooling, order, kernel = kernels
+    assert [n.kwargs["tensors_to_clone"] for n in pooling] == [["mean"]] * 2 * compensate
+    assert order.kwargs["tensors_to_clone"] == ["order"]
+    assert kernel.kwargs["grid"] == [(32, 1, 1)]
+    assert kernel.kwargs["tensors_to_clone"] == ["out", "lse"]
+    assert "local_scalar_dense" not in str(graph.graph)
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 80, 128, 256])
+def test_tile_divides_the_blocks(arch: int, half: bool, block: int):
+    for dim in (8, 24, 64, 65, 128, 200, 256):
+        tile = choose_tile(divmod(arch, 10), half, dim, block, block)
+        assert block % tile.block_m == 0
+        assert block % tile.block_n == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 86)]
+)
+def test_architecture_falls_back_to_an_older_entry(capability, arch):
+    assert architecture(capability) == arch
+    assert arch in SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: choose_tile((7, 5), True, 64, 128, 128), r"compute capability 8\.0 or newer, got 7\.5"),
+        (lambda: choose_tile((8, 0), True, 257, 128, 128), "head_dim must be at most 256, got 257"),
+        (lambda: choose_tile((8, 0), True, 64, 24, 128), "block_q must be a multiple of 16 up to 256 on CUDA, got 24"),
+        (lambda: choose_tile((8, 0), True, 64, 128, 512), "block_kv must be a multiple of 16 up to 256 on CUDA"),
+        (lambda: Tile(96, 64, 4, 2), "block_m must be a power of two from 16 to 256, got 96"),
+        (lambda: Tile(64, 64, 3, 2), "num_warps must be 1, 2, 4, 8 or 16, got 3"),
+        (lambda: Tile(64, 64, 4, 0), "num_stages must be 1 to 8, got 0"),
+    ],
+    ids=["old_device", "head_dim", "block_q", "block_kv", "block_m", "num_warps", "num_stages"],
+)
+def test_tile_errors(call, message):
+    with pytest.raises(PlanError, match=message):
+        call()
+
+
+def test_every_entry_of_the_table_says_where_it_is_from():
+    for arch, dtypes in table().items():
+        assert arch in SHARED_MEMORY
+        for dims in dtypes.values():
+            for tiles in dims.values():
+                assert all(tile.source for tile in tiles.values())
+                assert all(not tile.tma or arch >= 90 for tile in tiles.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[sm_90.half.x]", r"bad.toml: \[sm_90.half.x\] is not \[sm_ARCH.half or float.HEAD_DIM\]"),
+        ("[sm_90.double.64]", r"\[sm_90.double.64\] is not"),
+        ("[sm_90.half.64]\nforwards = {tile = [64, 64, 4, 2]}", "forwards: the kernels are forward, dq, dk_dv, dmeans"),
+        (
+            "[sm_90.half.64]\nforward = {tile = [64, 64, 4]}",
+            r"forward needs tile = \[block_m, block_n, ",
+        ),
+        ("[sm_90.half.64]\nforward = {tile = [60, 64, 4, 2]}", "forward: block_m must be a power of two .*, got 60"),
+        ("[sm_90.half.64]\nforward = {tile = [64, 64, 4, 2], tna = true}", "unknown tna; known are tile, tma"),
+        ("sm_90 = 3", "bad.toml: "),
+        ("= 3", "bad.toml: "),
+    ],
+)
+def test_errors_of_the_table(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("programs", "width", "splits"), [(1000, 50, 1), (66, 50, 2), (10, 50, 8), (10, 9, 2), (10, 3, 1), (0, 9, 2)]
+)
+def test_splits(programs: int, width: int, splits: int):
+    from dynamicrad_compile.kernels.splits_triton import choose_splits
+
+    assert choose_splits(programs, width, 132) == splits

@@ -1,0 +1,284 @@
+"""Compensation by covariances: the formula written out, its gradient, its cost, and the option of the backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.attention_cases import BF16, CASES, HALF, Case, build, check
+from support.backward_cases import build_backward
+from support.graphs import OPTIONS, drad, first_output, make, relative_error
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.kernels import moments_op as second_order
+from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
+from dynamicrad_compile.kernels.attention_reference import kept_blocks
+
+OP = torch.ops.dynamicrad.second_order_attention
+ATTENTION = torch.ops.dynamicrad.block_sparse_attention
+COMPENSATED = [case for case in CASES if case.compensate is not None]
+BY_NAME = {case.name: case for case in CASES}
+TOLERANCE = {torch.float32: (2e-5, 5e-6), HALF: (2e-3, 1e-3), BF16: (1.6e-2, 8e-3)}  # as attention_cases.check
+
+
+def written_out(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) fp64 of the op's arguments, one block of queries after the other; differentiable."""
+    q, k, v, counts, indices, scale, block_q, block_kv, mask, _, weight = args
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.double() for x in (q, k, v))
+    batch, heads, length, dim = q.shape
+    keys = k.shape[2]
+    starts = range(0, keys, block_kv)
+    kept = kept_blocks(counts, indices, len(starts)).expand(batch, heads, -1, -1)
+    usable = torch.ones(batch, keys, dtype=torch.bool) if mask is None else mask.expand(batch, -1)
+    weight = weight.double().expand(batch)
+    out, lse = [], []
+    for b in range(batch):
+        for h in range(heads):
+            own = h // (heads // k.shape[1])
+            blocks = [(slice(s, s + block_kv), usable[b, s : s + block_kv]) for s in starts]
+            blocks = [(k[b, own, part][good], v[b, own, part][good]) for part, good in blocks]
+            for row in range(kept.shape[2]):
+                queries = q[b, h, row * block_q : (row + 1) * block_q]
+                here = [pair for pair, keep in zip(blocks, kept[b, h, row], strict=True) if keep and len(pair[0])]
+                gone = [pair for pair, keep in zip(blocks, kept[b, h, row], strict=True) if not keep and len(pair[0])]
+                scores = [scale * queries @ x.T for x, _ in here]
+                values = [y.expand(len(queries), -1, -1) for _, y in here]
+                if gone and weight[b] > 0:
+                    means = [(x.mean(0), y.mean(0)) for x, y in gone]
+                    apart = [(x - m, y - n) for (x, y), (m, n) in zip(gone, means, strict=True)]
+                    logits = [scale * queries.mean(0) @ m for m, _ in means]
+                    share = (torch.stack(logits) + torch.tensor([len(x) for x, _ in gone]).log()).softmax(0)
+                    of_keys = sum(s * x.T @ x / len(x) for s, (x, _) in zip(share, apart, strict=True))
+                    of_both = sum(s * y.T @ x / len(x) for s, (x, y) in zip(share, apart, strict=True))
+                    u = scale**2 / 2 * ((queries @ of_keys) * queries).sum(-1, keepdim=True)
+                    shift = scale * queries @ of_both.T / (1 + u)
+                    for (x, _), (m, n) in zip(gone, means, strict=True):
+                        scores.append((scale * queries @ m)[:, None] + (len(x) * weight[b] * (1 + u)).log())
+                        values.append((n + shift)[:, None])
+                if not scores:
+                    out.append(torch.zeros_like(queries))
+                    lse.append(torch.full((len(queries),), -float("inf"), dtype=torch.float64))
+                    continue
+                scores, values = torch.cat(scores, 1), torch.cat(values, 1)
+                out.append((scores.softmax(-1)[:, None] @ values)[:, 0])
+                lse.append(scores.logsumexp(-1))
+    return torch.cat(out).view(batch, heads, length, dim), torch.cat(lse).view(batch, heads, length)
+
+
+@pytest.mark.parametrize("case", COMPENSATED, ids=str)
+def test_the_formula(case: Case):
+    args = build(case)
+    out, lse = OP(*args)
+    expected, expected_lse = written_out(args)
+    assert out.dtype == case.dtype
+    assert lse.dtype == torch.float32
+    rtol, atol = TOLERANCE[case.dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
+    exact = case.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5 if exact else 2e-3, atol=1e-5 if exact else 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", COMPENSATED, ids=str)
+def test_the_formula_on_cuda(case: Case):
+    args = build(case)
+    out, lse = OP(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args))
+    expected, expected_lse = written_out(args)
+    rtol, atol = TOLERANCE[case.dtype]
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("case", [case for case in COMPENSATED if case.dtype == torch.float32], ids=str)
+def test_its_gradient(case: Case):
+    args = build(case)
+    wanted = [x.detach().double().requires_grad_() for x in args[:3]]
+    got = [x.detach().clone().requires_grad_() for x in args[:3]]
+    generator = torch.Generator().manual_seed(1)
+    out, lse = written_out((*wanted, *args[3:]))
+    grad, grad_lse = (torch.randn(x.shape, generator=generator) for x in (out, lse))
+    seen = ~lse.isinf()
+
+    def gradients(leaves, out, lse):
+        return torch.autograd.grad((out * grad).sum() + (lse * grad_lse)[seen].sum(), leaves, allow_unused=True)
+
+    expected = gradients(wanted, out, lse)
+    for name, a, b in zip("qkv", gradients(got, *OP(*got, *args[3:])), expected, strict=True):
+        assert a.isfinite().all(), name
+        b = torch.zeros_like(a) if b is None else b
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max().clamp(min=1e-6), name
+
+
+@pytest.mark.parametrize("case", COMPENSATED, ids=str)
+def test_means_of_the_dropped_blocks_alone(case: Case):
+    args = build(case)
+    out, lse = ATTENTION(*args, False, True)
+    check(out, lse, args, case.dtype, dropped_only=True)
+
+
+@pytest.mark.parametrize("name", ["mean_ragged", "mean_per_sample", "mean_gqa", "mean_mask_random", "mean_many_blocks"])
+def test_gradient_of_the_means_alone(name: str):
+    args = build(BY_NAME[name])
+    leaves = [x.detach().clone().requires_grad_() for x in args[:3]]
+    out, lse = ATTENTION(*leaves, *args[3:], False, True)
+    grad_out, grad_lse = build_backward(BY_NAME[name])[5:7]
+    seen = ~lse.isinf()
+    got = torch.autograd.grad((out * grad_out).sum() + (lse * grad_lse)[seen].sum(), leaves)
+    grad_lse = torch.where(seen, grad_lse, 0.0)
+    given = (*args[3:9], args[10], True)
+    expected = block_sparse_attention_backward_reference(*args[:3], grad_out, grad_lse, *given)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_the_means_alone_need_a_weight():
+    args = build(BY_NAME["mean_even"])
+    with pytest.raises(PlanError, match="dropped_only needs compensate"):
+        ATTENTION(*args[:10], None, False, True)
+
+
+@pytest.mark.parametrize("name", ["mean_ragged", "mean_per_sample", "mean_mask_random"])
+def test_opcheck_of_the_means_alone(name: str):
+    torch.library.opcheck(ATTENTION.default, (*build(BY_NAME[name]), False, True))
+
+
+def test_a_plan_that_keeps_everything_is_dense_attention():
+    q, k, v = torch.randn(3, 2, 2, 101, 16)
+    plan = drad.BlockPlan.from_mask(torch.ones(4, 4, dtype=torch.bool), block_q=32, block_kv=32, q_len=101, kv_len=101)
+    given = (plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.ones(1))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(OP(q, k, v, *given)[0], dense, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", ["mean_gqa", "mean_per_batch_and_head", "mean_mask_random"])
+def test_heads_one_by_one_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    args = build(BY_NAME[name])
+    expected = OP(*args)
+    monkeypatch.setattr(second_order, "MOMENT_BYTES", 1)
+    for got, want in zip(OP(*args), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_argument_of_the_function():
+    q, k, v = torch.randn(3, 1, 2, 101, 16)
+    mask = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.4
+    plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=101, kv_len=101)
+    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.tensor([0.7]))
+    got = drad.block_sparse_attention(q, k, v, plan, compensate=0.7, covariance=True, return_lse=True)
+    for a, b in zip(got, OP(*given), strict=True):
+        assert torch.equal(a, b)
+    plain = drad.block_sparse_attention(q, k, v, plan, compensate=0.0)
+    assert torch.equal(drad.block_sparse_attention(q, k, v, plan, compensate=0.0, covariance=True), plain)
+
+
+def test_large_scores_do_not_overflow():
+    args = list(build(BY_NAME["mean_ragged"]))
+    args[:3] = [100 * x for x in args[:3]]
+    out, lse = OP(*args)
+    assert out.isfinite().all()
+    expected, expected_lse = written_out(tuple(args))
+    assert relative_error(out, expected) < 1e-4
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+
+
+def test_what_covariances_cost_is_what_is_counted():
+    """The products that are added to those of compensation, against share_of_dense; whole blocks, so exact."""
+    q, k, v = torch.randn(3, 1, 2, 256, 16)
+    mask = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=256, kv_len=256)
+    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.ones(1))
+    totals = []
+    for op in (OP, ATTENTION):
+        with FlopCounterMode(display=False) as counter:
+            op(*given)
+        totals.append(counter.get_total_flops())
+    dense = 4 * 2 * 256 * 256 * 16
+    weights = 2 * 2 * 8 * 8 * 16 + 3 * 2 * 256 * 16  # mean queries times mean keys, and the means: not in the share
+    assert totals[0] - totals[1] == second_order.share_of_dense(16, 256, 32, 32) * dense + weights
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return make("wan_t2v")[:2]
+
+
+def compiled(wan, **options):
+    """(output, report) of the compiled model."""
+    model, kwargs = wan
+    given = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, **options}
+    sparse = torch.compile(model, backend="dynamicrad", options=given, fullgraph=True)
+    with torch.no_grad():
+        found = first_output(sparse(**kwargs)), drad.report(sparse)
+    torch._dynamo.reset()
+    return found
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_option_covariance(inner: str, wan):
+    """Nearer to dense than means alone, the same from both inner compilers; the report takes its cost off."""
+    means, plain = compiled(wan, inner=inner)
+    out, found = compiled(wan, inner=inner, covariance=True)
+    eager, _ = compiled(wan, covariance=True, inner="eager")
+    assert relative_error(out, eager) < 1e-5
+    dense = first_output(wan[0](**wan[1]))
+    assert relative_error(out, dense) < relative_error(means, dense)
+    site, before = found.replaced[0], plain.replaced[0]
+    block = site.plan.block_kv
+    cost = second_order.share_of_dense(site.shape[3], site.shape[2], block, block)
+    assert site.sparsity == pytest.approx(before.sparsity - cost)
+
+
+def test_a_plan_that_compensates_nothing_says_that_covariance_does_nothing(wan):
+    out, found = compiled(wan, compensate=0.0, covariance=True)
+    plain, _ = compiled(wan, compensate=0.0)
+    assert torch.equal(out, plain)
+    assert "option covariance does nothing here" in str(found)
+
+
+def test_training_through_it_matches_eager():
+    model, kwargs, _ = make("wan_t2v")
+    grads = []
+    for inner in ("eager", "aot_eager"):
+        options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True, "inner": inner}
+        run = torch.compile(model, backend="dynamicrad", options=options)
+        model.zero_grad()
+        first_output(run(**kwargs)).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        torch._dynamo.reset()
+    assert relative_error(*grads) < 1e-5
+
+
+def test_symbolic_sizes(wan):
+    """One graph for several lengths, each as if compiled for it alone."""
+    model, kwargs = wan
+    inputs = [{**kwargs, "hidden_states": torch.randn(1, 4, frames, 12, 16)} for frames in (5, 6, 7)]
+    alone = [compiled((model, given), covariance=True, inner="eager")[0] for given in inputs]
+    options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True, "inner": "aot_eager"}
+    run = torch.compile(model, backend="dynamicrad", options=options)
+    for given, expected in zip(inputs, alone, strict=True):
+        torch._dynamo.mark_dynamic(given["hidden_states"], 2)
+        with torch.no_grad():
+            assert relative_error(first_output(run(**given)), expected) < 1e-5
+    assert len(drad.report(run).graphs) == 1
+
+
+def test_it_traces_for_cuda_where_there_is_none():
+    """Every dtype, with and without a key mask: no operation asks for a device."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with FakeTensorMode():
+            q, k, v = (torch.empty(2, 4, 101, 16, dtype=dtype, device="cuda") for _ in range(3))
+            counts = torch.empty(1, 1, 4, dtype=torch.int32, device="cuda")
+            indices = torch.empty(1, 1, 4, 3, dtype=torch.int32, device="cuda")
+            weight, mask = torch.ones(1, device="cuda"), torch.ones(2, 101, dtype=torch.bool, device="cuda")
+            for hidden in (None, mask):
+                out, lse = OP(q, k, v, counts, indices, None, 32, 32, hidden, 0, weight)
+                assert (out.dtype, out.shape, lse.dtype) == (dtype, q.shape, torch.float32)
+
+
+def test_export_with_covariances(wan, tmp_path):
+    """A torch program, run in a fresh process, gives what the compiled model gives."""
+    options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True}
+    done = drad.export(wan[0], (), wan[1], tmp_path / "wan", "torch", options, check=True)
+    assert done.card["check"]["relative_error"] < 1e-5

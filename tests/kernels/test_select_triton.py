@@ -1,0 +1,171 @@
+"""The Triton kernel of select_blocks: equal to the reference under the interpreter and on CUDA; no spills.
+
+`pytest -s` prints registers, spilled bytes and shared memory of each build.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.select_cases import CASES, CRITERIA, INTERPRETED_CASES, Case, build, check
+
+from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dynamicrad_compile.kernels import select_op as select_blocks  # noqa: E402
+from dynamicrad_compile.kernels import select_triton as triton_select  # noqa: E402
+from dynamicrad_compile.kernels.select_triton import _select_blocks, shape_of_program  # noqa: E402
+
+assert select_blocks.launch_select is not None  # importing it defines the ops
+OP = torch.ops.dynamicrad.select_blocks
+OP_STATE = torch.ops.dynamicrad.select_blocks_
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Results of the cases. Another process, because the interpreter is chosen when Triton is imported."""
+    path = tmp_path_factory.mktemp("interpreter") / "results.npz"
+    tests = Path(__file__).parents[1]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "support.select_cases", str(path)], cwd=tests, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.mark.parametrize(("case", "criterion"), INTERPRETED_CASES, ids=str)
+def test_interpreter_matches_reference(case: Case, criterion: str, interpreted):
+    out = (torch.from_numpy(interpreted[f"{case}.{criterion}.{name}"]) for name in ("counts", "indices"))
+    close = check(*out, build(case, criterion))
+    if case.dtype == torch.float32:
+        assert close <= 0.02
+
+
+def build_kernel(arch: int, dtype: str, dim: int, width: int, criterion: str, refresh: bool) -> dict[str, int]:
+    """Compile for `arch`; blocks and heads do not matter."""
+    block_w, block_d, warps = shape_of_program(width, dim)
+    constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_W": block_w, "CRITERION": CRITERIA.index(criterion)}
+    # What the launcher specialises because it is 1.
+    constants |= {"HAS_REFRESH": refresh, "KV_GROUP": 1} | dict.fromkeys(("stride_cm", "stride_fm", "stride_em"), 1)
+    names = _select_blocks.arg_names
+    pointers = dict.fromkeys(("q_mean", "k_mean"), f"*{dtype}") | {"thresholds": "*fp32", "refresh": "*i1"}
+    tables = ("n_keys", "counts", "indices", "forced", "near", "out_counts", "out_indices")
+    pointers |= dict.fromkeys(tables, "*i32")
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "fp32" if name == "scale" else "i32")
+        for name in names
+    }
+    source = ASTSource(
+        fn=_select_blocks,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    ptxas = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", "-o", "/dev/null", "-"]
+    log = subprocess.run(ptxas, input=ptx, capture_output=True, text=True).stderr
+    return {
+        "warps": warps,
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
+        "shared": compiled.metadata.shared,
+    }
+
+
+BUILDS = [
+    (arch, dtype, dim, width, criterion, refresh)
+    for arch in (80, 90)
+    for dtype, dim, width, criterion, refresh in (
+        ("bf16", 128, 100, "threshold", False),
+        ("bf16", 128, 256, "mass", True),
+        ("bf16", 64, 1110, "mass", False),
+        ("fp16", 80, 300, "ratio", False),
+        ("fp32", 128, 256, "ratio", True),
+        ("fp32", 128, 4096, "mass", False),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "options", BUILDS, ids=[f"sm_{x[0]}-{'-'.join(map(str, x[1:5]))}{'-refresh' * x[5]}" for x in BUILDS]
+)
+def test_compiles_without_spills(options: tuple):
+    built = build_kernel(*options)
+    print(f"\nsm_{options[0]} {options[1:]} {built}")
+    assert built["spilled"] == 0
+    assert built["shared"] <= SHARED_MEMORY[options[0]]
+
+
+def test_too_many_candidates_are_an_error():
+    x, wide = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 4097, dtype=torch.int32)
+    count = wide[..., 0]
+    arguments = (x, x, count[0], count, wide, count, count, torch.zeros(1, 2), 1.0, "mass", count, wide)
+    with pytest.raises(PlanError, match="at most 4096 candidates on CUDA, got 4097"):
+        triton_select.launch_select(*arguments)
+
+
+# ---- with a GPU
+
+
+def on_cuda(args: tuple) -> list:
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+
+
+GPU_ONLY = [
+    Case("gpu_bf16", batch=2, heads=4, kv_heads=2, q_len=8123, kv_len=9001, dim=128, block_q=128, block_kv=64,
+         dtype=torch.bfloat16, mask="padding", layout="bshd"),
+    Case("gpu_wide", heads=1, kv_heads=1, q_len=600, kv_len=30000, dim=64, block_q=128, block_kv=16),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("case", CASES + GPU_ONLY, ids=str)
+def test_cuda_matches_reference(case: Case, criterion: str):
+    args = build(case, criterion)
+    out = OP(*on_cuda(args))
+    check(*(x.cpu() for x in out), args)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_follows_thresholds_and_refresh():
+    """A captured graph of both ops replays with other thresholds and another refresh, without the host."""
+    args = on_cuda(build(CASES[0], "mass"))
+    fresh = OP(*args)
+    state = [torch.full_like(x, 7) for x in fresh]
+    refresh = torch.tensor([True], device="cuda")
+
+    def both() -> tuple[torch.Tensor, ...]:
+        OP_STATE(*args[:11], *state, refresh, args[11])
+        return OP(*args)
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts, indices = both()
+    for flag, threshold in ((True, 0.9), (False, 0.2), (True, 0.1)):
+        before = [x.clone() for x in state]
+        refresh.fill_(flag)
+        args[6].fill_(threshold)
+        graph.replay()
+        expected = OP(*args)
+        assert torch.equal(counts, expected[0])
+        assert torch.equal(indices, expected[1])
+        for got, want in zip(state, expected if flag else before, strict=True):
+            assert torch.equal(got, want)

@@ -1,0 +1,140 @@
+"""The axis algebra: products, splits, concatenations and what is learnt when two labels meet."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamicrad_compile.passes.axes.labels import (
+    Axis,
+    Part,
+    Source,
+    are_mirrored,
+    coarsest,
+    concat,
+    label_size,
+    mirrored,
+    parts_of,
+    resolve,
+    same,
+    slice_label,
+    unify,
+)
+from dynamicrad_compile.passes.axes.reshape import reshape
+
+
+def axis(size, node="x", dim=0, kind="op", rank=0):
+    return Axis(size, Source(node, dim, kind, rank))
+
+
+SRC = Source("op", 0, "op")
+
+
+def sizes(label):
+    return [a.size for a in resolve(label)]
+
+
+def test_merge_and_split_give_the_same_axes_back():
+    b, f, hw = axis(2), axis(5), axis(48)
+    (merged,) = reshape([(b,), (f,), (hw,)], [480], SRC)
+    assert [resolve(label) for label in reshape([merged], [2, 5, 48], SRC)] == [(b,), (f,), (hw,)]
+
+
+def test_split_of_an_unknown_axis_is_learnt_everywhere():
+    s = axis(240)
+    elsewhere = (s,)
+    reshape([(s,)], [5, 6, 8], SRC)
+    assert sizes(elsewhere) == [5, 6, 8]
+
+
+def test_halves_side_by_side_are_the_whole_again():
+    h = axis(12)
+    halves = reshape([(h,)], [6, 2], SRC)
+    assert coarsest((*halves[0], *halves[1])) == (h,)
+    assert len(coarsest(halves[0])) == 1
+
+
+def test_reshape_that_cuts_across_axes_goes_on_behind_them():
+    a, b, c = axis(6), axis(10), axis(7)
+    labels = reshape([(a,), (b,), (c,)], [4, 15, 7], SRC)
+    assert resolve(labels[2]) == (c,)
+    assert resolve(labels[0])[0].conflict
+    assert resolve(labels[0])[0] not in (a, b)
+
+
+@pytest.mark.parametrize("shape", [[0, 5], [5, 0, 3]], ids=["leading", "inner"])
+def test_reshape_with_empty_dimensions(shape):
+    labels = reshape([(axis(0),)], shape, SRC)
+    assert [label_size(label) for label in labels] == shape
+
+
+def test_unify_splits_the_coarser_side():
+    s, f, h, w = axis(240), axis(5), axis(6), axis(8)
+    unify((s,), (f, h, w), "mul")
+    assert resolve((s,)) == (f, h, w) or sizes((s,)) == [5, 6, 8]
+    assert same((s,), (f, h, w))
+
+
+def test_unify_keeps_the_latent_input():
+    latent, table = axis(5, "latents", 2, "input", 5), axis(5, "arange", 0)
+    unify((table,), (latent,), "mul")
+    assert resolve((table,)) == (latent,)
+
+
+def test_unify_reports_contradicting_structures():
+    f, hw, wrong, rest = axis(5), axis(48), axis(48), axis(5)
+    unify((f, hw), (wrong, rest), "add_3")
+    assert "add_3" in (f.conflict or hw.conflict or "")
+
+
+def test_concat_slice_and_glue():
+    text, f, hw = axis(7), axis(5), axis(48)
+    video = (f, hw)
+    joined = concat([Part((text,), 0, 7), Part(video, 0, 240)], SRC)
+    assert label_size(joined) == 247
+    assert resolve(slice_label(joined, 7, 247, SRC)) == video
+    first, rest = slice_label(video, 0, 48, SRC), slice_label(video, 48, 240, SRC)
+    glued = concat([*parts_of(first), *parts_of(rest)], SRC)
+    assert resolve(glued) == video
+    swapped = concat([*parts_of(rest), *parts_of(first)], SRC)
+    assert resolve(swapped) != video
+
+
+def test_slice_across_pieces_keeps_partial_pieces():
+    a, b = axis(10), axis(20)
+    joined = concat([Part((a,), 0, 10), Part((b,), 0, 20)], SRC)
+    middle = parts_of(slice_label(joined, 4, 15, SRC))
+    assert [(p.start, p.stop) for p in middle] == [(4, 10), (0, 5)]
+    assert not same(slice_label(joined, 4, 15, SRC), slice_label(joined, 5, 16, SRC))
+
+
+def test_two_concatenations_of_the_same_pieces_are_the_same():
+    a, b = axis(3), axis(4)
+    one = concat([Part((a,), 0, 3), Part((b,), 0, 4)], SRC)
+    two = concat([Part((a,), 0, 3), Part((b,), 0, 4)], SRC)
+    other = concat([Part((b,), 0, 4), Part((a,), 0, 3)], SRC)
+    assert same(one, two)
+    assert not same(one, other)
+
+
+def test_a_reversed_axis_is_another_until_it_is_reversed_again():
+    f, hw, s = axis(5), axis(48), axis(240)
+    video = (f, hw)
+    back = mirrored(video, SRC)
+    assert not same(video, back)
+    assert mirrored(back, SRC) == video
+    unify(video, back, "add")
+    assert not same(video, back)
+    unify((s,), back, "add_1")
+    assert same((s,), back)
+    unify((s,), video, "add_2")
+    assert not same((s,), video)
+
+
+def test_parts_of_a_reversed_axis_are_reversed_too():
+    s = axis(240)
+    back = mirrored((s,), SRC)
+    f, h, w = axis(5), axis(6), axis(8)
+    unify((s,), (f, h, w), "mul")
+    unify(back, (f, h, w), "mul_1")
+    assert are_mirrored((s,), back)
+    assert not same((s,), back)

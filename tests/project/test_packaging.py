@@ -1,0 +1,118 @@
+"""What is installed and what an import does: no GPU, no heavy modules, one clean namespace, any working directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code, cwd):
+    """JSON that a fresh interpreter prints as its last line."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_is_lean(tmp_path):
+    code = """
+import json, sys
+import torch
+import dynamicrad_compile
+names = ["diffusers", "transformers", "nevergrad", "onnx", "matplotlib", "PIL", "torch._inductor.compile_fx"]
+loaded = [name for name in names if name in sys.modules]
+print(json.dumps([loaded, torch.cuda.is_initialized()]))
+"""
+    assert python(code, tmp_path) == [[], False]
+
+
+def test_profiles_import_no_torch(tmp_path):
+    # The package itself imports torch, so the folder is imported under another parent.
+    code = f"""
+import importlib, json, sys, types
+for name in ("dynamicrad_compile",):
+    parent = types.ModuleType(name)
+    parent.__path__ = [{str(ROOT / "dynamicrad_compile")!r}]
+    sys.modules[name] = parent
+profiles = importlib.import_module("dynamicrad_compile.profiles")
+print(json.dumps([profiles.list_profiles() != [], "torch" in sys.modules]))
+"""
+    assert python(code, tmp_path) == [True, False]
+
+
+def test_backend_by_name_without_importing_us(tmp_path):
+    code = """
+import json, torch
+compiled = torch.compile(lambda x: x + 1, backend="dynamicrad", options={"inner": "eager"})
+print(json.dumps(compiled(torch.zeros(2)).tolist()))
+"""
+    assert python(code, tmp_path) == [1.0, 1.0]
+
+
+def test_no_top_level_kernels_package():
+    """With the repository on sys.path, as `python -c` puts it, diffusers must not take our folder for `kernels`."""
+    code = """
+import importlib.util, json
+spec = importlib.util.find_spec("kernels")
+from diffusers import WanPipeline  # probes for that package
+print(json.dumps("" if spec is None else spec.origin or ""))
+"""
+    assert not python(code, ROOT).startswith(str(ROOT / "kernels"))
+
+
+def test_entry_points():
+    (backend,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="dynamicrad")
+    assert backend.load().__module__ == "dynamicrad_compile.backend"
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="dynamicrad")
+    assert script.load().__module__ == "dynamicrad_compile.cli.main"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the tree, so that nothing is left behind in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "docs", "tests")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skipped)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_content(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"dynamicrad_compile", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    for folder in ("kernels", "passes", "profiles"):
+        expected = {f"dynamicrad_compile/{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
+        assert expected
+        assert expected <= set(names)
+    profiles = {f"dynamicrad_compile/profiles/{file.name}" for file in (ROOT / "profiles").glob("*.toml")}
+    assert profiles <= set(names)
+    assert {"dynamicrad_compile/py.typed", "dynamicrad_compile/crossover.toml"} <= set(names)
+    assert not [name for name in names if "test" in name or name.endswith(".pyc")]
+
+
+def test_wheel_works_on_its_own(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+import dynamicrad_compile as drad, torch
+plan = drad.make_plan("dynamicrad", grid=(3, 4, 5), block_size=16, profile="default")
+q = torch.randn(1, 2, 60, 8)
+print(json.dumps([drad.__file__, list(drad.block_sparse_attention(q, q, q, plan).shape)]))
+"""
+    file, shape = python(code, tmp_path)
+    assert Path(file).is_relative_to(tmp_path)
+    assert shape == [1, 2, 60, 8]

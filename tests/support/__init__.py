@@ -1,0 +1,1 @@
+"""What several test files need: cases, references, captured graphs."""

@@ -1,0 +1,86 @@
+"""Cases of the backward of block-sparse attention, for the CPU and Triton tests; plans and layouts as forward.
+
+Run as a script with TRITON_INTERPRET=1 it computes every case with the Triton kernels and writes the results to the
+.npz file named on the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from support.attention_cases import BF16, CASES, HALF, Case, build, reference
+
+# The interpreter is slow: one case of each kind.
+_INTERPRETED = """
+    ragged_both one_block cross_lengths blocks_differ blocks_differ_other_way block_not_power_of_two gqa_per_head
+    per_batch_and_head permuted dim_24 dim_256 mask_start mask_all fp16 bf16
+    mean_ragged mean_one_block mean_per_sample mean_many_blocks mean_gqa mean_sliced mean_mask_random mean_mask_all
+    mean_fp16 mean_bf16 mean_keeps_nothing
+"""
+INTERPRETED_CASES = [case for case in CASES if case.name in set(_INTERPRETED.split())]
+
+
+def build_backward(case: Case) -> tuple:
+    """Positional arguments of the backward op; out and lse are those of the fp64 reference, rounded."""
+    q, k, v, *plan = args = build(case)
+    generator = torch.Generator().manual_seed(len(case.name))
+    out, lse = reference(args)
+    grad_out = torch.randn(q.shape, generator=generator).to(q.dtype)
+    if case.layout != "contiguous":
+        grad_out = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
+    grad_lse = torch.randn(lse.shape, generator=generator)
+    return (q, k, v, out.to(q.dtype), lse.float(), grad_out, grad_lse, *plan)
+
+
+def expected_gradients(args: tuple) -> tuple[torch.Tensor, ...]:
+    from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
+
+    q, k, v, _, _, grad_out, grad_lse, *plan = args
+    return block_sparse_attention_backward_reference(q, k, v, grad_out, grad_lse, *plan[:6], plan[7])
+
+
+def check_gradients(got: tuple[torch.Tensor, ...], args: tuple) -> None:
+    """Compare with the fp64 reference: the largest error against the largest value of a gradient.
+
+    fp32: 1e-5. fp16 and bf16 round out, and so delta, to 11 and 8 bits, the result, and on CUDA P and dS.
+    """
+    tolerance = {torch.float32: 1e-5, HALF: 2e-3, BF16: 1.6e-2}[args[0].dtype]
+    for name, grad, want, x in zip(("dq", "dk", "dv"), got, expected_gradients(args), args, strict=False):
+        assert grad.shape == x.shape
+        assert not grad.isnan().any(), name
+        error = (grad.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        assert error <= tolerance, f"{name}: {error:.2e}"
+    if (mask := args[12]) is not None:
+        hidden = ~mask.expand(args[0].shape[0], -1)
+        for grad in got[1:]:
+            assert (grad.transpose(1, 2)[hidden] == 0).all()
+
+
+def main() -> None:
+    import numpy as np
+
+    from dynamicrad_compile.kernels.attention_backward_triton import INTERPRETED, launch_backward
+    from dynamicrad_compile.kernels.means import Means, kept_bits
+    from dynamicrad_compile.kernels.pool_op import _pool_cpu
+
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    results = {}
+    for case in INTERPRETED_CASES:
+        *args, weight = build_backward(case)
+        k, v, counts, indices, block_kv, mask = args[1], args[2], args[7], args[8], args[11], args[12]
+        args[9] = case.dim**-0.5 if args[9] is None else args[9]
+        means = None
+        if weight is not None:
+            (mean_k, n), (mean_v, _) = (_pool_cpu(x, block_kv, mask) for x in (k, v))
+            means = Means(mean_k, mean_v, n, weight, kept_bits(counts, indices, mean_k.shape[2]))
+        for name, grad in zip(("dq", "dk", "dv"), launch_backward(*args, means), strict=True):
+            assert grad.is_contiguous()
+            assert grad.dtype == case.dtype
+            results[f"{case.name}.{name}"] = grad.float().numpy()
+    np.savez(sys.argv[1], **results)
+
+
+if __name__ == "__main__":
+    main()

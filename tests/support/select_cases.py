@@ -1,0 +1,218 @@
+"""Cases of `select_blocks` shared by the CPU and Triton tests: odd lengths, layouts, masks, shared and own plans.
+
+Run as a script with TRITON_INTERPRET=1 it computes every case with the Triton kernels and writes the results to the
+.npz file named on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dynamicrad_compile.plans.plan import cdiv
+
+CRITERIA = ("threshold", "mass", "ratio")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    q_len: int = 160
+    kv_len: int = 320
+    dim: int = 32
+    block_q: int = 32
+    block_kv: int = 32
+    plan_batch: int = 1
+    plan_heads: int = 1
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"  # "bshd": permuted from [B, S, H, D]
+    mask: str = "none"  # "random": any key may be hidden; "padding": right padding; "all": one sample sees nothing
+    scale: float | None = None
+    spread: float = 1.0  # of q; the larger, the more peaked the scores
+    thresholds: tuple[tuple[float, float], ...] = ()  # one or one a sample; usual ones of the criterion if empty
+
+    def __str__(self) -> str:
+        return self.name
+
+
+HALF, BF16 = torch.float16, torch.bfloat16
+USUAL = {"threshold": (0.0, 0.3), "mass": (0.8, 0.55), "ratio": (0.7, 0.35)}
+CASES = [
+    Case("even"),
+    Case("ragged", q_len=141, kv_len=333),
+    Case("one_block", q_len=7, kv_len=13),
+    Case("blocks_differ", q_len=230, kv_len=250, block_q=64, block_kv=16),
+    Case("block_not_power_of_two", q_len=150, kv_len=470, block_q=48, block_kv=47),
+    Case("gqa", heads=4, kv_heads=2, batch=2, q_len=99, kv_len=333),
+    Case("gqa_per_head", heads=6, kv_heads=2, plan_heads=6, q_len=99, kv_len=333),
+    Case("multi_query", heads=3, kv_heads=1, batch=2, q_len=99),
+    Case("per_batch_and_head", batch=2, plan_batch=2, plan_heads=2, kv_len=601),
+    Case("permuted", layout="bshd", batch=2, kv_len=333),
+    Case("dim_24", dim=24, kv_len=333),
+    Case("dim_1", dim=1, q_len=99),
+    Case("dim_80", dim=80, heads=1, kv_heads=1, kv_len=999, block_kv=16),
+    Case("dim_128", dim=128, heads=1, kv_heads=1),
+    Case("wide", heads=1, kv_heads=1, q_len=96, kv_len=1400, block_kv=8),
+    Case("mask_random", mask="random", batch=2, kv_len=333),
+    Case("mask_padding", mask="padding", batch=2, kv_len=333),
+    Case("mask_all", mask="all", batch=2, kv_len=333),
+    Case("peaked", spread=200.0, kv_len=601),
+    Case("overflowing", spread=1e30, scale=1e30, q_len=99, kv_len=601),
+    Case("scale", scale=3.0, kv_len=333),
+    Case("fp16", dtype=HALF, kv_len=333),
+    Case("bf16", dtype=BF16, kv_len=333, mask="padding", batch=2),
+    Case("thresholds_per_sample", batch=3, kv_len=601, thresholds=((0.2, 0.3), (0.5, 0.9), (1.0, 0.0))),
+    Case("zeros", batch=2, thresholds=((0.0, 0.0), (-1.0, float("nan")))),
+]
+# The interpreter is slow: every case with one criterion, some with all.
+INTERPRETED_CASES = [
+    (case, criterion)
+    for i, case in enumerate(CASES)
+    for j, criterion in enumerate(CRITERIA)
+    if i % 3 == j or case.name in ("per_batch_and_head", "thresholds_per_sample")
+]
+
+
+def build_plan(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Counts, indices, forced, near: candidates in any order; an empty and a dense row where there is room."""
+    m_q, m_k = cdiv(case.q_len, case.block_q), cdiv(case.kv_len, case.block_kv)
+    width = max(1, m_k * 3 // 4)
+    shape = (case.plan_batch, case.plan_heads, m_q)
+
+    def random(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        return (low + torch.rand(shape, generator=generator) * (high - low + 1)).floor().minimum(high).int()
+
+    indices = torch.rand(*shape, m_k, generator=generator).argsort(-1)[..., :width].int()
+    counts = random(torch.ones(shape), torch.full(shape, float(min(width, m_k - 1) if m_k > 1 else 1)))
+    forced = random(torch.zeros(shape), counts.clamp(max=2))
+    near = random(forced, counts)
+    if m_q > 3:
+        counts[..., 0] = forced[..., 0] = near[..., 0] = 0
+        counts[..., 1], indices[..., 1, :] = m_k, 1 << 30  # dense: indices are not read
+        forced[..., 2] = 0
+        forced[..., 3] = near[..., 3] = counts[..., 3]
+    place = torch.arange(width)
+    indices = torch.where((place < counts[..., None]) | (counts >= m_k)[..., None], indices, 1 << 30)
+    return counts, indices, forced, near
+
+
+def build(case: Case, criterion: str) -> tuple[Any, ...]:
+    """Positional arguments of the op."""
+    generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
+
+    def tensor(heads: int, length: int, block: int) -> torch.Tensor:
+        shape = (case.batch, length, heads, case.dim)
+        means = torch.randn(case.batch, cdiv(length, block), heads, case.dim, generator=generator)
+        x = means.repeat_interleave(block, 1)[:, :length] + torch.randn(shape, generator=generator)
+        x = x.transpose(1, 2)
+        return (x if case.layout == "bshd" else x.contiguous()).to(case.dtype)
+
+    q, k = tensor(case.heads, case.q_len, case.block_q), tensor(case.kv_heads, case.kv_len, case.block_kv)
+    plan = build_plan(case, generator)
+    mask = None
+    if case.mask == "random":
+        mask = torch.rand(case.batch, case.kv_len, generator=generator) < 0.4
+    elif case.mask == "padding":
+        lengths = torch.randint(case.kv_len // 3, case.kv_len, (case.batch, 1), generator=generator)
+        mask = torch.arange(case.kv_len) < lengths
+    elif case.mask == "all":
+        mask = torch.ones(case.batch, case.kv_len, dtype=torch.bool)
+        mask[0] = False
+    thresholds = torch.tensor(case.thresholds or [USUAL[criterion]])
+    return (q * case.spread, k, *plan, thresholds, case.scale, case.block_q, case.block_kv, criterion, mask)
+
+
+def check(counts: torch.Tensor, indices: torch.Tensor, args: tuple[Any, ...]) -> float:
+    """Compare with the fp64 reference; returns the share of rows that differ from it within rounding.
+
+    Scores are sums of fp32 products of means that are rounded to the inputs' dtype, so a candidate whose score is
+    that near the cut may fall on either side. Everything else must hold exactly.
+    """
+    from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
+
+    q, k, kv_counts, kv_indices, kv_forced, kv_near, thresholds, scale, block_q, block_kv, criterion, mask = args
+    assert counts.dtype == indices.dtype == torch.int32
+    assert counts.is_contiguous()
+    assert indices.is_contiguous()
+    assert counts.shape == (*q.shape[:2], kv_counts.shape[2])
+    assert indices.shape == (*counts.shape, kv_indices.shape[3])
+    eps = {torch.float32: 1e-4, HALF: 1e-2, BF16: 8e-2}[q.dtype]
+    close, total = 0, 0
+    for row in candidate_rows(q, k, kv_counts, kv_indices, kv_forced, kv_near, scale, block_q, block_kv, mask):
+        count, got = int(counts[row.where]), indices[row.where].tolist()
+        assert got[0 if row.dense else count :] == [0] * (len(got) - (0 if row.dense else count)), row.where
+        if row.dense:
+            assert count == cdiv(k.shape[2], block_kv)
+            continue
+        positions = [row.ids.index(j) for j in got[:count]]
+        assert positions == sorted(set(positions)), f"the order of candidates is lost in {row.where}"
+        assert count >= min(1, len(row.ids))
+        pair = thresholds[row.where[0] % len(thresholds)].tolist()
+        total += 1
+        if positions != (expected := choose(row, tuple(pair), criterion)):
+            close += 1
+            tolerance = eps * max(1.0, max(abs(s) for s in row.scores if s > -math.inf) / 10)
+            assert _near_the_cut(row, set(positions), pair, criterion, tolerance), (row.where, positions, expected)
+    return close / max(1, total)
+
+
+def _near_the_cut(row: Any, got: set[int], pair: list[float], criterion: str, eps: float) -> bool:
+    """Whether a choice that differs from the reference's is one that rounding of scores by eps explains."""
+    from dynamicrad_compile.kernels.select_reference import choose, log_or_hidden
+
+    assert set(range(row.forced)) <= got
+    for group, threshold in zip(row.groups, pair, strict=True):
+        kept, dropped = got & set(group), set(group) - got
+        if criterion == "threshold":
+            logs = {j: log_or_hidden(len(row.ids) * share) for j, share in row.shares(range(len(row.ids))).items()}
+            fine = all(logs[j] >= threshold - eps for j in kept) and all(logs[j] < threshold + eps for j in dropped)
+            single = len(got) == 1 and all(row.scores[j] <= row.scores[next(iter(got))] + eps for j in group)
+            if not fine and not single:
+                return False
+            continue
+        low = min((row.scores[j] for j in kept), default=math.inf)
+        if low < max((row.scores[j] for j in dropped), default=-math.inf) - eps:
+            return False
+        shares = row.shares(group)
+        if criterion == "ratio" or not kept:
+            continue
+        held, last = sum(shares[j] for j in kept), min(shares[j] for j in kept)
+        if held < threshold - eps or held - last > threshold + eps:
+            return len(got) == 1
+    return criterion != "ratio" or len(got) == len(choose(row, (pair[0], pair[1]), "ratio"))
+
+
+def main() -> None:
+    import numpy as np
+
+    from dynamicrad_compile.kernels.pool_op import valid_counts
+    from dynamicrad_compile.kernels.pool_triton import launch_pooling
+    from dynamicrad_compile.kernels.select_triton import INTERPRETED, launch_select
+
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    results = {}
+    for case, criterion in INTERPRETED_CASES:
+        q, k, *plan, thresholds, scale, block_q, block_kv, _, mask = build(case, criterion)
+        n_q, n_k = (valid_counts(*x, q.device) for x in ((case.q_len, block_q, None), (case.kv_len, block_kv, mask)))
+        means = launch_pooling(q, n_q, block_q), launch_pooling(k, n_k, block_kv, mask)
+        shape = (*q.shape[:2], *plan[1].shape[2:])
+        out = torch.full(shape[:3], 77, dtype=torch.int32), torch.full(shape, 77, dtype=torch.int32)
+        scale = case.dim**-0.5 if scale is None else scale
+        arguments = (*means, n_k, *plan, thresholds, scale, criterion, *out)
+        launch_select(*arguments, torch.tensor([False]))
+        assert all(bool((x == 77).all()) for x in out), "written although refresh is False"
+        launch_select(*arguments)
+        name = f"{case.name}.{criterion}"
+        results[f"{name}.counts"], results[f"{name}.indices"] = (x.numpy().copy() for x in out)
+    np.savez(sys.argv[1], **results)
+
+
+if __name__ == "__main__":
+    main()

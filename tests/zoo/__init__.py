@@ -1,0 +1,1 @@
+"""Tiny video models that tests and benchmarks share."""
