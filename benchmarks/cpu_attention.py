@@ -29,9 +29,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dynamicrad_compile.kernels.attention_op import block_sparse_attention
 from dynamicrad_compile.kernels.attention_reference import token_mask
-from dynamicrad_compile.plans.plan import BlockPlan, cdiv
+from dynamicrad_compile.kernels.blocks import cdiv
+from dynamicrad_compile.plans.attention import block_sparse_attention
+from dynamicrad_compile.plans.plan import BlockPlan
 
 SHAPES = ["2x64", "2x128"]
 RESULTS = Path(__file__).parent / "results"

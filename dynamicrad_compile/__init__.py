@@ -21,9 +21,9 @@ from .errors import (
     StrictError,
 )
 from .exporting import export, rewrite
-from .kernels.attention_op import block_sparse_attention
 from .kernels.merge_states import merge_states
 from .options import Options
+from .plans.attention import block_sparse_attention
 from .plans.make import make_plan
 from .plans.plan import BlockPlan
 from .profiles import list_profiles, load_profile

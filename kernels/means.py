@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamicrad_compile.plans.plan import cdiv
-
 from . import pool_op as pooling  # noqa: F401  registers dynamicrad::pool_blocks
+from .blocks import cdiv
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamicrad_compile.plans.plan import cdiv
-
 from . import merge_states as _registers_merge_states  # noqa: F401
+from .blocks import cdiv
 from .pool_op import valid_counts
 from .transpose_plan import block_mask
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.plans.plan import cdiv
+
+from .blocks import cdiv
 
 try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
     from .pool_triton import launch_pooling

@@ -27,7 +27,7 @@ Reading q and k once is nearly all of it. The outputs are integers and have no g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,11 +35,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dynamicrad_compile.errors import OptionsError, PlanError, nearest
-from dynamicrad_compile.plans.plan import CRITERIA, BlockPlan, Candidates, cdiv
 
 from . import select_cpu as cpu_select
 from .attention_op import DTYPES, MAX_HEAD_DIM, _require, _validate_plan
+from .blocks import cdiv
 from .pool_op import pool_blocks, valid_counts
+from .select_criteria import CRITERIA
 
 try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
     from .pool_triton import launch_pooling
@@ -346,38 +347,3 @@ def flops(
     """FLOPs of the arguments' shapes by `cost`: every row is W wide, and a state is refreshed. Reads no value."""
     _, block_q, block_kv, criterion = args[:4]
     return cost(q[0], q[1], k[1], q[2], k[2], q[3], block_q, block_kv, indices[3], criterion).flops
-
-
-def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    candidates: Candidates,
-    thresholds: Tensor | tuple[float, float],
-    criterion: str = "threshold",
-    scale: float | None = None,
-    *,
-    kv_mask: Tensor | None = None,
-) -> BlockPlan:
-    """The plan of the blocks chosen out of `candidates` for these queries and keys.
-
-    q [B, H, Sq, D], k [B, Hkv, Sk, D], fp16, bf16 or fp32, any strides; Hkv divides H; D <= 256.
-    candidates: P is 1 or B; H' is 1 or H. A dense row stays dense; every row with a candidate keeps at least one.
-    thresholds: fp32 [1 or B, 2], near and far, on the device of q; or the two numbers.
-    criterion: "threshold", "mass" or "ratio" (see the module). scale: factor on q . k, 1 / sqrt(D) if None.
-    kv_mask: bool [B or 1, Sk], True where a key may be attended.
-    Returns a plan with counts [B, H, Mq] and indices [B, H, Mq, W], candidates in their order.
-    Raises PlanError if shapes, dtypes, devices or lengths do not fit together, OptionsError for the criterion.
-    """
-    plan = candidates.plan
-    for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
-        if tensor.dim() == 4 and tensor.shape[2] != planned:
-            raise PlanError(
-                f"the candidates are for {planned} {name}, not for {tensor.shape[2]}. Make them for this length."
-            )
-    if not isinstance(thresholds, Tensor):
-        thresholds = torch.tensor([thresholds], dtype=torch.float32, device=q.device)
-    tables = (plan.kv_counts, plan.kv_indices, candidates.kv_forced, candidates.kv_near)
-    counts, indices = torch.ops.dynamicrad.select_blocks(
-        q, k, *tables, thresholds, scale, plan.block_q, plan.block_kv, criterion, kv_mask
-    )
-    return replace(plan, kv_counts=counts, kv_indices=indices)

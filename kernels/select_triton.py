@@ -14,7 +14,8 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.plans.plan import CRITERIA
+
+from .select_criteria import CRITERIA
 
 MAX_WIDTH = 4096  # candidates of a row, which are held in registers
 

@@ -17,9 +17,10 @@ from torch import Tensor
 import dynamicrad_compile as drad
 from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
-from dynamicrad_compile.kernels.select_op import select_blocks
+from dynamicrad_compile.kernels.blocks import cdiv
 from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
-from dynamicrad_compile.plans.plan import BlockPlan, Candidates, cdiv
+from dynamicrad_compile.plans.plan import BlockPlan, Candidates
+from dynamicrad_compile.plans.selection import select_blocks
 
 from .runner import Row, Values
 

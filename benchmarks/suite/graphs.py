@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.kernels.select_op import select_blocks
 from dynamicrad_compile.plans.make import make_candidates
+from dynamicrad_compile.plans.selection import select_blocks
 
 from .bench import Bench
 from .runner import Row, Values

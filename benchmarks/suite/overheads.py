@@ -11,8 +11,9 @@ import torch
 import dynamicrad_compile as drad
 from dynamicrad_compile.kernels import moments_op as second_order
 from dynamicrad_compile.kernels.means import means_of
-from dynamicrad_compile.kernels.select_op import cost, select_blocks
+from dynamicrad_compile.kernels.select_op import cost
 from dynamicrad_compile.plans.make import make_candidates
+from dynamicrad_compile.plans.selection import select_blocks
 from dynamicrad_compile.plans.table import ratios_for
 from dynamicrad_compile.runtime.router import route
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import cdiv
+from ..kernels.blocks import cdiv
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from .plan import cdiv
+from ..kernels.blocks import cdiv
 from .table import PlanSpec
 
 Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

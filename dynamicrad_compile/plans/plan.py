@@ -13,16 +13,10 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
+from ..kernels.blocks import cdiv
 
 # Mask entries that `BlockPlan.from_mask` looks at in one go.
 MASK_CHUNK = 1 << 20
-CRITERIA = ("threshold", "mass", "ratio")
-"""By which `select_blocks` chooses among candidates."""
-
-
-def cdiv(a: int, b: int) -> int:
-    """Ceiling division of non-negative integers."""
-    return -(-a // b)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PlanError
-from ..plans.plan import cdiv
+from ..kernels.blocks import cdiv
 
 
 def block_sums(x: Tensor, block: int, dim: int) -> Tensor:

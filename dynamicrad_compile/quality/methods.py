@@ -160,7 +160,7 @@ def fixed(mask: Tensor) -> Choose:
 
 def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio") -> Choose:
     """The blocks that `select_blocks` keeps of candidates (P = 1): what mode dynamic_threshold runs compiled."""
-    from ..kernels.select_op import select_blocks
+    from ..plans.selection import select_blocks
 
     def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
         return select_blocks(q, k, candidates, (near, far), criterion, scale).block_mask()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError
-from ..plans.plan import cdiv
+from ..kernels.blocks import cdiv
 
 Generate = Callable[[Any, Sequence[str], Sequence[int]], Tensor]
 

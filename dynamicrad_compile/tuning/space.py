@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plans.plan import CRITERIA
+from ..kernels.select_criteria import CRITERIA
 from .choosing import KEEP_ALL
 from .objective import Evaluation, Objective, Parameters
 from .task import Task

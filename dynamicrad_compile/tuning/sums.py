@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..plans.plan import cdiv
+from ..kernels.blocks import cdiv
 
 
 def sample_rows(tokens: int, rows: int | None, seed: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import OptionsError, nearest
+from ..kernels.blocks import cdiv
 from ..plans.make import NUMBERS
-from ..plans.plan import cdiv
 from ..profiles import REGIMES
 from .captures import Capture
 from .proxy import PROXIES

@@ -17,8 +17,8 @@ from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels import attention_cpu as cpu
 from dynamicrad_compile.kernels import softmax_cpu as cpu_softmax
 from dynamicrad_compile.kernels import workers
-from dynamicrad_compile.kernels.attention_op import block_sparse_attention
 from dynamicrad_compile.kernels.attention_reference import token_mask
+from dynamicrad_compile.plans.attention import block_sparse_attention
 from dynamicrad_compile.plans.plan import BlockPlan
 
 OP = torch.ops.dynamicrad.block_sparse_attention

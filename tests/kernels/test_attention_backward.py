@@ -14,8 +14,8 @@ from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels import attention_backward_cpu as cpu_backward
 from dynamicrad_compile.kernels import transpose_plan
 from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
-from dynamicrad_compile.kernels.attention_op import block_sparse_attention
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
+from dynamicrad_compile.plans.attention import block_sparse_attention
 from dynamicrad_compile.plans.plan import BlockPlan
 
 FORWARD = torch.ops.dynamicrad.block_sparse_attention

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynamicrad_compile as drad
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels import attention_cpu as cpu
-from dynamicrad_compile.kernels.attention_op import block_sparse_attention
 from dynamicrad_compile.kernels.attention_reference import kept_blocks, token_mask
 from dynamicrad_compile.kernels.means import kept_bits
+from dynamicrad_compile.plans.attention import block_sparse_attention
 from dynamicrad_compile.plans.plan import BlockPlan
 
 OP = torch.ops.dynamicrad.block_sparse_attention

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicrad_compile.errors import OptionsError, PlanError
 from dynamicrad_compile.kernels import select_cpu as cpu_select
-from dynamicrad_compile.kernels.select_op import cost, select_blocks
+from dynamicrad_compile.kernels.select_op import cost
 from dynamicrad_compile.kernels.select_reference import select_blocks_reference
 from dynamicrad_compile.plans.plan import BlockPlan, Candidates
+from dynamicrad_compile.plans.selection import select_blocks
 
 OP = torch.ops.dynamicrad.select_blocks
 OP_STATE = torch.ops.dynamicrad.select_blocks_
@@ -368,7 +369,7 @@ def test_cpu_works_without_triton():
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from dynamicrad_compile.kernels import select_blocks\n"
+        "from dynamicrad_compile.kernels import select_op\n"
         "table = torch.ones(1, 1, 2, dtype=torch.int32)\n"
         "indices = torch.zeros(1, 1, 2, 1, dtype=torch.int32)\n"
         "x = torch.randn(1, 2, 64, 16)\n"

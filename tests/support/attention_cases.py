@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dynamicrad_compile.plans.plan import BlockPlan, cdiv
+from dynamicrad_compile.kernels.blocks import cdiv
+from dynamicrad_compile.plans.plan import BlockPlan
 
 
 @dataclass(frozen=True)

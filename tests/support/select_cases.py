@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dynamicrad_compile.plans.plan import cdiv
+from dynamicrad_compile.kernels.blocks import cdiv
 
 CRITERIA = ("threshold", "mass", "ratio")
 

@@ -11,8 +11,8 @@ import torch
 import dynamicrad_compile as drad
 from dynamicrad_compile import cli
 from dynamicrad_compile.errors import DynamicRadError, OptionsError
+from dynamicrad_compile.kernels.select_criteria import CRITERIA
 from dynamicrad_compile.plans.make import make_candidates, make_plan
-from dynamicrad_compile.plans.plan import CRITERIA
 from dynamicrad_compile.profiles import REGIMES, load_profile
 from dynamicrad_compile.tuning import choosing, search
 from dynamicrad_compile.tuning.choosing import Choice, fit_thresholds

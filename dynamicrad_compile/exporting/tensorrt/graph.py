@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 from ...kernels.attention_op import DTYPES, MAX_HEAD_DIM
+from ...kernels.blocks import cdiv
 from ...kernels.means import Means
 from ...kernels.pool_op import valid_counts
-from ...plans.plan import cdiv
 from ...runtime.account import record
 
 ATTENTION = torch.ops.dynamicrad.block_sparse_attention.default

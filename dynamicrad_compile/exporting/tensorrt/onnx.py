@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from torch.onnx import ops as onnx_ops
 
 from ...errors import ExportError
+from ...kernels.blocks import cdiv
 from ...kernels.pool_op import valid_counts
-from ...plans.plan import cdiv
 from ..job import Job
 from ..onnx.model import _quiet as quiet
 from .graph import block_means, kept_flags, lower, plugin_inputs
