@@ -52,7 +52,7 @@ def load_prompts(source: PromptSource | None = None) -> list[Prompt]:
     and if wanted style, language, group. RouterError names the file and line of a mistake.
     """
     if source is None:
-        folder = resources.files("dynamicrad_compile") / "prompts"
+        folder = resources.files(__package__) / "prompts"
         written = _rows((folder / "motion.jsonl").read_text(encoding="utf-8"), "motion.jsonl")
         composed = _rows((folder / "composed.jsonl").read_text(encoding="utf-8"), "composed.jsonl")
         return _prompts(written, "motion.jsonl") + _prompts(composed, "composed.jsonl", composed=True)

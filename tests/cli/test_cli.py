@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from dynamicrad_compile import cli, doctor
+from dynamicrad_compile import cli
+from dynamicrad_compile.cli import doctor
 from dynamicrad_compile.models.fake import build
 from dynamicrad_compile.models.presets import PRESETS
 

@@ -125,7 +125,7 @@ def test_plugin_model(tmp_path):
     assert len(nodes[0].input) == 10
     assert len(nodes[0].output) == 2
     command = found.card["commands"][0]
-    assert "tensorrt_build model.onnx model.engine --min=hidden_states:1x4x5x12x16,timestep:1" in command
+    assert "exporting.tensorrt.build model.onnx model.engine --min=hidden_states:1x4x5x12x16,timestep:1" in command
     assert parse_shapes(re.search(r"--max=(\S+)", command)[1])["hidden_states"] == (8, 4, 5, 12, 16)
 
 

@@ -72,7 +72,7 @@ def test_entry_points():
     (backend,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="dynamicrad")
     assert backend.load().__module__ == "dynamicrad_compile.backend"
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="dynamicrad")
-    assert script.load().__module__ == "dynamicrad_compile.cli.main"
+    assert script.load().__module__ == "dynamicrad_compile.cli"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_wheel_content(wheel):
         assert expected <= set(names)
     profiles = {f"dynamicrad_compile/profiles/{file.name}" for file in (ROOT / "profiles").glob("*.toml")}
     assert profiles <= set(names)
-    assert {"dynamicrad_compile/py.typed", "dynamicrad_compile/crossover.toml"} <= set(names)
+    assert {"dynamicrad_compile/py.typed", "dynamicrad_compile/plans/crossover.toml"} <= set(names)
     assert not [name for name in names if "test" in name or name.endswith(".pyc")]
 
 

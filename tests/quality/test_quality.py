@@ -323,7 +323,7 @@ def test_errors_are_clear(tmp_path):
 
 
 def test_command_scores_animations(tmp_path, capsys):
-    from dynamicrad_compile.cli.main.main import main
+    from dynamicrad_compile.cli import main
 
     quality.save_gif({"x": looping()}, tmp_path / "loop.gif", scale=2)
     assert main(["eval", "--clips", str(tmp_path / "loop.gif")]) == 0

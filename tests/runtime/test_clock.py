@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dynamicrad_compile.runtime import state as run_state
+from dynamicrad_compile.runtime import account, clock, state
 
 FALLING = [1000.0, 900.0, 500.0, 100.0]
 SCHEDULES = {
@@ -18,9 +18,9 @@ SCHEDULES = {
 }
 
 
-def steps_of(timesteps, clock=None):
-    clock = run_state.new_clock() if clock is None else clock
-    return [int(run_state.advance(torch.tensor([float(t)]), clock)[run_state.STEP]) for t in timesteps]
+def steps_of(timesteps, ticks=None):
+    ticks = clock.new_clock() if ticks is None else ticks
+    return [int(clock.advance(torch.tensor([float(t)]), ticks)[clock.STEP]) for t in timesteps]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -38,20 +38,20 @@ def test_a_generation_of_one_step_stays_at_it():
 @pytest.mark.parametrize("shape", [(), (2,), (1, 5), (1, 240), (1, 1, 5, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_timesteps_of_any_shape_and_dtype(shape, dtype):
-    clock = run_state.new_clock()
-    found = [int(run_state.advance(torch.full(shape, t).to(dtype), clock)[run_state.STEP]) for t in (900, 900, 500)]
+    ticks = clock.new_clock()
+    found = [int(clock.advance(torch.full(shape, t).to(dtype), ticks)[clock.STEP]) for t in (900, 900, 500)]
     assert found == [0, 0, 1]
 
 
 def test_clean_tokens_do_not_count():
-    clock = run_state.new_clock()
+    ticks = clock.new_clock()
     timestep = torch.tensor([[0.0, 0.0, 900.0, 900.0]])
-    assert run_state.advance(timestep, clock)[run_state.LAST] == 900
+    assert clock.advance(timestep, ticks)[clock.LAST] == 900
 
 
 def test_the_first_steps_stay_dense():
-    clock = run_state.new_clock()
-    dense = [bool(run_state.stays_dense(run_state.advance(torch.tensor(t), clock), 2, None)) for t in FALLING * 2]
+    ticks = clock.new_clock()
+    dense = [bool(clock.stays_dense(clock.advance(torch.tensor(t), ticks), 2, None)) for t in FALLING * 2]
     assert dense == [True, True, False, False] * 2
 
 
@@ -59,35 +59,35 @@ def test_the_first_steps_stay_dense():
     ("name", "limit"), [("0..1000", 600.0), ("0..1", 0.6), ("log sigma", 0.1), ("reversed", 300.0)]
 )
 def test_the_noisy_side_of_a_timestep_stays_dense(name, limit):
-    clock = run_state.new_clock()
-    states = [run_state.advance(torch.tensor(t), clock) for t in SCHEDULES[name] * 2]
-    dense = [bool(run_state.stays_dense(state, 0, limit)) for state in states]
+    ticks = clock.new_clock()
+    states = [clock.advance(torch.tensor(t), ticks) for t in SCHEDULES[name] * 2]
+    dense = [bool(clock.stays_dense(state, 0, limit)) for state in states]
     assert dense[4:] == [True, True, False, False]
     assert dense[:2] == [True, True]  # in the first generation the direction shows at the third step
     assert dense[3] is False
 
 
 def test_an_odd_call_before_the_first_generation_never_makes_noisy_steps_sparse():
-    clock = run_state.new_clock()
-    states = [run_state.advance(torch.tensor(t), clock) for t in (500.0, 1000.0, 980.0, 960.0, 940.0, 100.0)]
-    dense = [bool(run_state.stays_dense(state, 0, 600.0)) for state in states]
+    ticks = clock.new_clock()
+    states = [clock.advance(torch.tensor(t), ticks) for t in (500.0, 1000.0, 980.0, 960.0, 940.0, 100.0)]
+    dense = [bool(clock.stays_dense(state, 0, 600.0)) for state in states]
     assert dense == [True, True, True, True, True, False]
 
 
 def test_blocks_are_refreshed_at_the_first_call_of_every_nth_step_after_dense_ones():
-    clock = run_state.new_clock()
+    ticks = clock.new_clock()
     timesteps = [float(t) for t in (900, 800, 700, 600, 500, 400) for _ in range(2)]
-    states = [run_state.advance(torch.tensor(t), clock) for t in timesteps]
-    refreshed = [bool(run_state.is_refresh(state, 1, 2)) for state in states]
+    states = [clock.advance(torch.tensor(t), ticks) for t in timesteps]
+    refreshed = [bool(clock.is_refresh(state, 1, 2)) for state in states]
     assert [i for i, fresh in enumerate(refreshed) if fresh] == [2, 6, 10]
 
 
 def test_the_regime_of_the_first_call_is_kept_for_the_negative_prompt():
-    clock, latched = run_state.new_clock(), run_state.new_regimes()
+    ticks, latched = clock.new_clock(), state.new_regimes()
     found = []
     for t, routed in [(900, 2), (900, 0), (500, 2), (500, 0), (900, 1), (900, 0), (500, 0)]:
-        state = run_state.advance(torch.tensor(float(t)), clock)
-        found.append(int(run_state.latch(torch.tensor([routed]), state, latched)))
+        now = clock.advance(torch.tensor(float(t)), ticks)
+        found.append(int(state.latch(torch.tensor([routed]), now, latched)))
     assert found == [2, 2, 2, 2, 1, 1, 1]
 
 
@@ -95,9 +95,9 @@ def test_the_share_that_was_computed_counts_mean_keys():
     stats = torch.zeros(2, dtype=torch.float64)
     counts = torch.tensor([[[8, 2, 4, 2]]], dtype=torch.int32)  # of 8; one row is dense
     indices = torch.zeros(1, 1, 4, 4, dtype=torch.int32)
-    run_state.record(stats, counts, None, indices, 8, 16)
-    run_state.record(stats, counts, torch.tensor([0.5]), indices, 8, 16)
-    run_state.record(stats, counts, torch.tensor([0.0]), indices, 8, 16)
+    account.record(stats, counts, None, indices, 8, 16)
+    account.record(stats, counts, torch.tensor([0.5]), indices, 8, 16)
+    account.record(stats, counts, torch.tensor([0.0]), indices, 8, 16)
     assert stats.tolist() == pytest.approx([3 * 0.5 + 0.75 / 16, 3])
 
 
@@ -110,11 +110,11 @@ class _Router:
 
 
 def test_state_beside_the_graphs():
-    state = run_state.RunState(_Router())
+    kept = state.RunState(_Router())
     prompts = torch.tensor([[[0.0] * 4], [[1.0] * 4]])
-    state.note_call(torch.tensor([900]), prompts, torch.ones(2, 1))
-    assert state.regimes[:4].tolist() == [0, 1, 1, 1]  # a larger batch of queries gets the safest
-    state.note_call(torch.tensor([900]), prompts + 1, None)
-    assert state.regimes[:2].tolist() == [0, 1]
-    state.note_call(torch.tensor([500]), torch.zeros(run_state.MAX_BATCH + 1, 1, 4), None)
-    assert state.regimes is None
+    kept.note_call(torch.tensor([900]), prompts, torch.ones(2, 1))
+    assert kept.regimes[:4].tolist() == [0, 1, 1, 1]  # a larger batch of queries gets the safest
+    kept.note_call(torch.tensor([900]), prompts + 1, None)
+    assert kept.regimes[:2].tolist() == [0, 1]
+    kept.note_call(torch.tensor([500]), torch.zeros(state.MAX_BATCH + 1, 1, 4), None)
+    assert kept.regimes is None

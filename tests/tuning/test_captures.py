@@ -230,7 +230,7 @@ def test_arguments_of_a_subject(capsys, tmp_path):
     assert cli.main(["eval", "--frames", "8", "-o", str(tmp_path)]) == 2
     assert "only with --pipeline" in capsys.readouterr().err
     with pytest.raises(DynamicRadError, match=r"can't be given checkpoint: .*checkpoint"):
-        load_subject("test_captures:no_arguments", checkpoint="x")
+        load_subject(f"{__name__}:no_arguments", checkpoint="x")
 
 
 def no_arguments():
