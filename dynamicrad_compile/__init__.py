@@ -2,10 +2,13 @@
 
     model = torch.compile(model, backend="dynamicrad")
 
-Importing this package touches no GPU and loads neither diffusers nor an optimizer.
+Importing this package registers its ops, touches no GPU and loads nothing but torch, Triton, NumPy and pydantic.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .backend import report
 from .capture import explain
@@ -20,7 +23,6 @@ from .errors import (
     RouterError,
     StrictError,
 )
-from .exporting import export, rewrite
 from .kernels.merge_states import merge_states
 from .options import Options
 from .plans.attention import block_sparse_attention
@@ -28,11 +30,23 @@ from .plans.make import make_plan
 from .plans.plan import BlockPlan
 from .profiles import list_profiles, load_profile
 from .reporting.report import Report, SiteReport
-from .routing.fit import fit_router
 from .runtime.router import Router
-from .tuning import record_attention, tune
+
+if TYPE_CHECKING:
+    from .exporting import export, rewrite
+    from .routing.fit import fit_router
+    from .tuning import record_attention, tune
 
 __version__ = "0.1.0"
+
+# What few programs use is imported at its first use.
+_LAZY = {
+    "export": "exporting",
+    "fit_router": "routing.fit",
+    "record_attention": "tuning",
+    "rewrite": "exporting",
+    "tune": "tuning",
+}
 
 __all__ = [
     "BlockPlan",
@@ -62,3 +76,16 @@ __all__ = [
     "rewrite",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is not imported yet; see `_LAZY`."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -17,12 +17,13 @@ from torch.utils.flop_counter import register_flop_formula
 from dynamicrad_compile.errors import PlanError
 
 from . import attention_backward_cpu as cpu_backward
+from .define import define
 from .means import means_of
 
-try:  # At module level, so that the compile caches of PyTorch can hash the kernels behind the op.
-    from .attention_backward_triton import launch_backward
-except ImportError:
-    launch_backward = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
+try:
+    from .attention_backward_triton import KERNELS, launch_backward
+except ImportError:  # no Triton here: CPU tensors only
+    KERNELS, launch_backward = None, None  # type: ignore[assignment]
 
 
 def _validate(
@@ -138,8 +139,7 @@ def _fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_define = torch.library.custom_op if launch_backward is None else torch.library.triton_op
-_op = _define("dynamicrad::block_sparse_attention_backward", _backward, mutates_args=())
+_op = define("dynamicrad::block_sparse_attention_backward", _backward, KERNELS)
 _op_cpu = torch.library.custom_op("dynamicrad::block_sparse_attention_backward_cpu", _backward_cpu, mutates_args=())
 _op.register_kernel("cpu")(_backward_cpu)  # saves eager code the second dispatch
 for _definition in (_op, _op_cpu):

@@ -16,6 +16,8 @@ from .transpose_plan import transpose_plan
 MAX_SPLITS = 8  # of the queries in `_dmeans`; each holds fp32 gradients of all means
 SPLIT_TILES = 64  # query tiles of a split, at least
 
+KERNELS = (_row_terms, _dq, _dk_dv, _dmeans)
+
 INTERPRETED = not isinstance(_dq, triton.runtime.JITFunction)
 """True if this module was loaded with TRITON_INTERPRET=1."""
 

@@ -30,12 +30,13 @@ from . import attention_cpu as cpu
 from . import moments_op as _registers_second_order  # noqa: F401
 from . import quantise
 from .blocks import cdiv
+from .define import define
 from .means import means_of
 
-try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
-    from .attention_triton import launch_forward
-except ImportError:
-    launch_forward = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
+try:
+    from .attention_triton import KERNELS, launch_forward
+except ImportError:  # no Triton here: CPU tensors only
+    KERNELS, launch_forward = None, None  # type: ignore[assignment]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -212,8 +213,7 @@ def _fake(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-_define = torch.library.custom_op if launch_forward is None else torch.library.triton_op
-_op = _define("dynamicrad::block_sparse_attention", _forward, mutates_args=())
+_op = define("dynamicrad::block_sparse_attention", _forward, KERNELS)
 _op_cpu = torch.library.custom_op("dynamicrad::block_sparse_attention_cpu", _forward_cpu, mutates_args=())
 _op.register_kernel("cpu")(_forward_cpu)  # saves eager code the second dispatch
 for _definition in (_op, _op_cpu):

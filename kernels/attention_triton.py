@@ -11,13 +11,15 @@ from torch.library import wrap_triton
 from .attention_triton_kernels import _block_sparse_forward
 from .means import Means
 from .quantise import mean_key, shift
-from .quantise_triton import quantise_rows
-from .schedule_triton import heavy_first
-from .splits_triton import choose_splits, merge_splits
+from .quantise_triton import _quantise_rows, quantise_rows
+from .schedule_triton import _heavy_first, heavy_first
+from .splits_triton import _merge_splits, choose_splits, merge_splits
 from .tiles import Tile, choose_tile
 
 MEANS_TILE = 32
 """Means of blocks at a time; tiles of 64 spilled at head_dim 128 on sm_120."""
+
+KERNELS = (_block_sparse_forward, _heavy_first, _quantise_rows, _merge_splits)
 
 INTERPRETED = not isinstance(_block_sparse_forward, triton.runtime.JITFunction)
 """True if this module was loaded with TRITON_INTERPRET=1."""

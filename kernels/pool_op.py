@@ -17,11 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 from dynamicrad_compile.errors import PlanError
 
 from .blocks import cdiv
+from .define import define
 
-try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
-    from .pool_triton import launch_pooling
-except ImportError:
-    launch_pooling = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
+try:
+    from .pool_triton import KERNELS, launch_pooling
+except ImportError:  # no Triton here: CPU tensors only
+    KERNELS, launch_pooling = None, None  # type: ignore[assignment]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -101,7 +102,6 @@ def _gradients(ctx: Any, grad_mean: Tensor, grad_count: Any) -> tuple[Tensor, No
     return (grad if kv_mask is None else grad.masked_fill(~kv_mask[:, None, :, None], 0)), None, None
 
 
-_define = torch.library.custom_op if launch_pooling is None else torch.library.triton_op
 _op_cpu = torch.library.custom_op("dynamicrad::pool_blocks_cpu", _pool_cpu, mutates_args=())
 
 
@@ -111,7 +111,7 @@ def _dispatch(x: Tensor, block: int, kv_mask: Tensor | None = None) -> tuple[Ten
     return _pool(x, block, kv_mask)
 
 
-_op = _define("dynamicrad::pool_blocks", _dispatch, mutates_args=())
+_op = define("dynamicrad::pool_blocks", _dispatch, KERNELS)
 _op.register_kernel("cpu")(_pool_cpu)  # saves eager code the second dispatch
 for _definition in (_op, _op_cpu):
     _definition.register_fake(_fake)

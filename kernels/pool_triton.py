@@ -58,6 +58,8 @@ def _pool_blocks(
     tl.store(p_mean, b_mean.to(mean.dtype.element_ty), mask=m_d)
 
 
+KERNELS = (_pool_blocks,)
+
 INTERPRETED = not isinstance(_pool_blocks, triton.runtime.JITFunction)
 """True if this module was loaded with TRITON_INTERPRET=1."""
 

@@ -39,14 +39,19 @@ from dynamicrad_compile.errors import OptionsError, PlanError, nearest
 from . import select_cpu as cpu_select
 from .attention_op import DTYPES, MAX_HEAD_DIM, _require, _validate_plan
 from .blocks import cdiv
+from .define import define
 from .pool_op import pool_blocks, valid_counts
 from .select_criteria import CRITERIA
 
-try:  # At module level, so that the compile caches of PyTorch can hash the kernel behind the op.
+try:
+    from .pool_triton import KERNELS as POOLING
     from .pool_triton import launch_pooling
+    from .select_triton import KERNELS as SELECTION
     from .select_triton import launch_select
-except ImportError:
-    launch_select = None  # type: ignore[assignment]  # no Triton here: CPU tensors only
+
+    KERNELS = (*POOLING, *SELECTION)
+except ImportError:  # no Triton here: CPU tensors only
+    KERNELS, launch_select = None, None  # type: ignore[assignment]
 
 
 def _validate(
@@ -280,10 +285,9 @@ def _refresh_fake(*arguments: Any) -> None:
 
 
 _STATE = ("state_counts", "state_indices")
-_define = torch.library.custom_op if launch_select is None else torch.library.triton_op
-_op = _define("dynamicrad::select_blocks", _select, mutates_args=())
+_op = define("dynamicrad::select_blocks", _select, KERNELS)
 _op_cpu = torch.library.custom_op("dynamicrad::select_blocks_cpu", _select_cpu, mutates_args=())
-_op_state = _define("dynamicrad::select_blocks_", _refresh, mutates_args=_STATE)
+_op_state = define("dynamicrad::select_blocks_", _refresh, KERNELS, _STATE)
 _op_state_cpu = torch.library.custom_op("dynamicrad::select_blocks_cpu_", _refresh_cpu, mutates_args=_STATE)
 
 _op.register_kernel("cpu")(_select_cpu)  # saves eager code the second dispatch

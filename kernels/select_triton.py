@@ -228,6 +228,8 @@ def _select_blocks(
         )
 
 
+KERNELS = (_select_blocks,)
+
 INTERPRETED = not isinstance(_select_blocks, triton.runtime.JITFunction)
 """True if this module was loaded with TRITON_INTERPRET=1."""
 

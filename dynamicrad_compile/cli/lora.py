@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraError
+from ..optional import optional
 
 
 def add_lora(commands: Any) -> None:
@@ -53,10 +54,7 @@ def load_transformer(path: str, dtype: str) -> Any:
     """A transformer of diffusers from its folder, or from the folder `transformer` of a pipeline; LoraError if none."""
     import torch
 
-    try:
-        import diffusers
-    except ImportError:
-        raise LoraError("this needs diffusers: pip install 'dynamicrad-compile[lora]'.") from None
+    diffusers = optional("diffusers", "training needs", "lora", LoraError)
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         folder = folder / "transformer"

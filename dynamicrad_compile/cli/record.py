@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import DynamicRadError, OptionsError
+from ..errors import OptionsError
+from ..optional import optional
 from ..profiles import REGIMES
 from ..quality.subject_arguments import add_subject, chosen_subject
 
@@ -28,10 +29,7 @@ def add_record(commands: Any) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise DynamicRadError("recording needs tqdm: pip install 'dynamicrad-compile[tune]'") from None
+    tqdm = optional("tqdm", "recording needs", "tune").tqdm
     from ..tuning.captures import record_attention
 
     if not args.prompt:

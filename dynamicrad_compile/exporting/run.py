@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ExportError
+from ..optional import optional
 from .sample import flat_tensors, read_sample, write_sample
 
 
@@ -31,10 +32,7 @@ def load(format: str, file: Path) -> Callable[..., Any]:
 
 
 def _load_onnx(file: Path) -> Callable[..., Any]:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ExportError("running ONNX needs onnxruntime: pip install 'dynamicrad-compile[export]'.") from None
+    onnxruntime = optional("onnxruntime", "running ONNX needs", "export", ExportError)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 

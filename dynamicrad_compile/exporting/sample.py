@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ExportError
+from ..optional import optional
 
 
 def write_sample(file: Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -62,8 +63,4 @@ def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _safetensors() -> Any:
-    try:
-        from safetensors import torch as safetensors_torch
-    except ImportError:
-        raise ExportError("check=True needs safetensors: pip install 'dynamicrad-compile[export]'.") from None
-    return safetensors_torch
+    return optional("safetensors.torch", "check=True needs", "export", ExportError)

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..errors import DynamicRadError
+from ..reporting.figure import new_figure
 from .checkpoint import write_file
 
 COLORS = {"flow": "#2a78b5", "distill": "#d9822b", "held_out": "#b5322a"}
@@ -19,14 +19,7 @@ NAMES = {
 
 def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Losses against steps from a journal's lines: dots, their running mean, and the loss on held-out clips."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DynamicRadError("the loss curve needs matplotlib: pip install 'dynamicrad-compile[lora]'") from None
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = new_figure("", (8, 4.2), 1, 1, "lora")
     for key in ("flow", "distill"):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if not points:

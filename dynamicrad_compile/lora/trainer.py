@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..backend import report
-from ..errors import DynamicRadError, LoraError
+from ..errors import LoraError
+from ..optional import optional
 from ..reporting.report import Report
 from .checkpoint import CURVE_FILE, JOURNAL_FILE, STATE_FILE, Journal, read_state, write_adapter, write_state
 from .data import Batch, Clips, batches
@@ -64,24 +65,20 @@ def finetune(
     Under `accelerate launch` every process takes its share of the clips. Ctrl-C saves and stops. Writes adapter/,
     losses.jsonl, losses.png and resume.safetensors. Raises LoraError, OptionsError or ProfileError.
     """
-    try:
-        from accelerate import Accelerator
-        from peft import LoraConfig  # noqa: F401
-        from tqdm import tqdm
-    except ImportError as error:
-        raise DynamicRadError(f"training needs {error.name}: pip install 'dynamicrad-compile[lora]'.") from None
+    libraries = ("accelerate", "tqdm", "peft", "safetensors")
+    accelerate, tqdm, *_ = (optional(name, "training needs", "lora") for name in libraries)
     if not len(clips):
         raise LoraError("there is no clip to train on.")
     output = Path(settings.output)
     if not resume and (output / STATE_FILE).exists():
         raise LoraError(f"{output} holds a training already. Go on with it (resume), or give another output.")
-    accelerator = Accelerator(mixed_precision=settings.train.mixed_precision)
+    accelerator = accelerate.Accelerator(mixed_precision=settings.train.mixed_precision)
     training = _Training(model, settings, accelerator)
     first = training.resume(output / STATE_FILE) if resume else 0
     if accelerator.is_main_process:
         training.journal = Journal(output / JOURNAL_FILE, first if resume else None)
     total = settings.train.steps
-    bar = tqdm(
+    bar = tqdm.tqdm(
         total=total,
         initial=first,
         disable=not (progress and accelerator.is_main_process),

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ..errors import DynamicRadError, nearest
+from ..optional import optional
 from .presets import FAMILIES, PRESETS, Config, Inputs, Latents
 
 
@@ -43,10 +44,7 @@ def specify(
     name: str, *, frames: int, height: int, width: int, layers: int
 ) -> tuple[Any, Config, Callable[[], Inputs]]:
     """Class of a transformer, its configuration, and a function that makes arguments of its forward; see `build`."""
-    try:
-        import diffusers
-    except ImportError:
-        raise DynamicRadError("this needs diffusers: pip install 'dynamicrad-compile[diffusers]'.") from None
+    diffusers = optional("diffusers", "models by name need", "diffusers")
     class_name, config, compression = _find(name)
     family = FAMILIES[class_name]
     cls = getattr(diffusers, class_name, None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError
+from ..optional import optional
 
 # PSNR of two equal clips, where the formula gives infinity.
 MAX_PSNR = 100.0
@@ -51,10 +52,7 @@ def ssim(clips: Tensor, reference: Tensor) -> Tensor:
 
     Raises DynamicRadError without scikit-image, or for frames smaller than its window of 11.
     """
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError:
-        raise DynamicRadError("SSIM needs scikit-image: pip install 'dynamicrad-compile[eval]'") from None
+    structural_similarity = optional("skimage.metrics", "SSIM needs", "eval").structural_similarity
     a, b = _pair(clips, reference)
     if min(a.shape[-2:]) < SSIM_PIXELS:
         size = f"{SSIM_PIXELS}x{SSIM_PIXELS}"

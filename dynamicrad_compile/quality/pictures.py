@@ -11,6 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DynamicRadError
+from ..optional import optional
+from ..reporting.figure import new_figure
 from .harness import Results
 from .metrics import check_clips
 
@@ -26,16 +28,8 @@ LABEL = 14  # pixels above each clip
 
 
 def figure(columns: int, title: str, rows: int = 1, height: float = 4.0) -> tuple[Any, list[Any]]:
-    """A matplotlib figure that needs no display, and its axes. Raises DynamicRadError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DynamicRadError("pictures need matplotlib: pip install 'dynamicrad-compile[eval]'") from None
-    made = Figure(figsize=(5.0 * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(made)
-    made.suptitle(title)
-    axes = list(made.subplots(rows, columns, squeeze=False).flatten())
+    """A figure of `height` inches a row and its axes, with a faint grid. Raises DynamicRadError without matplotlib."""
+    made, axes = new_figure(title, (5.0 * columns, height * rows), rows, columns, "eval")
     for axis in axes:
         axis.grid(alpha=0.25)
     return made, axes
@@ -70,10 +64,7 @@ def save_gif(
 
     clips: float [N, F, C, H, W] in 0..1, equal shapes. Frames are enlarged `scale` times. Raises DynamicRadError.
     """
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError:
-        raise DynamicRadError("GIFs need Pillow: pip install 'dynamicrad-compile[eval]'") from None
+    Image, ImageDraw = (optional(f"PIL.{name}", "GIFs need", "eval") for name in ("Image", "ImageDraw"))
     columns = {name: check_clips(clip, name) for name, clip in clips.items()}
     shapes = {tuple(clip.shape) for clip in columns.values()}
     if len(shapes) != 1:

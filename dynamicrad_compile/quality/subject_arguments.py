@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DynamicRadError
+from ..optional import optional
 from .subject import Subject, from_pipeline, load_subject
 
 TINY = "examples.tiny_video.subject:subject"
@@ -40,11 +41,8 @@ def chosen_subject(args: argparse.Namespace) -> Subject:
         return load_subject(args.subject, **arguments)
     if not args.prompt:
         raise DynamicRadError("--pipeline needs at least one --prompt.")
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError:
-        raise DynamicRadError("--pipeline needs diffusers: pip install 'dynamicrad-compile[diffusers]'") from None
+    pipeline = optional("diffusers", "--pipeline needs", "diffusers").DiffusionPipeline
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(device)
+    pipe = pipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(device)
     call: dict[str, Any] = {CALL[name]: getattr(args, name) for name in CALL if getattr(args, name) is not None}
     return from_pipeline(pipe, args.prompt, **call)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PlanError
+from ..optional import optional
 from ..plans.plan import BlockPlan
 
 MIN_PIXELS = 720
@@ -120,11 +121,9 @@ def _average(values: np.ndarray) -> np.ndarray:
 
 
 def _pillow() -> tuple[Any, Any, Any]:
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise PlanError("plots need pillow, which is not installed: pip install dynamicrad-compile[plot]") from None
-    return Image, ImageDraw, ImageFont
+    parts = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont")
+    image, draw, font = (optional(part, "plots need", "plot", PlanError) for part in parts)
+    return image, draw, font
 
 
 class _Picture:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import RouterError
+from ..optional import optional
 from ..runtime.router import CLASSES, SAFE_REGIME, Router, pooled
 from .corpus import Prompt, PromptSource, load_prompts
 from .encoders import Encode, as_encoder
@@ -255,8 +256,6 @@ def _bar(items: Any, text: str, progress: bool) -> Any:
 
 
 def _sklearn() -> tuple[Any, Any]:
-    try:
-        from sklearn import linear_model, model_selection
-    except ImportError:
-        raise RouterError("fitting a router needs scikit-learn: pip install 'dynamicrad-compile[router]'.") from None
+    parts = ("sklearn.linear_model", "sklearn.model_selection")
+    linear_model, model_selection = (optional(part, "fitting a router needs", "router", RouterError) for part in parts)
     return linear_model, model_selection

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RouterError
+from ..optional import optional
 from ..profiles import REGIMES
 
 if sys.version_info >= (3, 11):
@@ -288,10 +289,4 @@ def _toml(value: Any) -> str:
 
 
 def _safetensors() -> Any:
-    try:
-        from safetensors import torch as safetensors_torch
-    except ImportError:
-        raise RouterError(
-            "saving and loading routers needs safetensors: pip install 'dynamicrad-compile[router]'."
-        ) from None
-    return safetensors_torch
+    return optional("safetensors.torch", "saving and loading routers needs", "router", RouterError)

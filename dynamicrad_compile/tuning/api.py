@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DynamicRadError, OptionsError
+from ..errors import OptionsError
+from ..optional import optional
 from ..profiles import REGIMES, Profile
 from ..profiles.loader import parse_profile
 from .captures import read_capture
@@ -121,10 +122,7 @@ def summary(winners: Winners) -> str:
 
 
 def _run(task: Task, journal: Journal, workers: int, progress: bool) -> Winners:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise DynamicRadError("tuning needs tqdm: pip install 'dynamicrad-compile[tune]'") from None
+    tqdm = optional("tqdm", "tuning needs", "tune").tqdm
     with tqdm(total=count_evaluations(task), disable=not progress, unit="eval", dynamic_ncols=True) as bar:
 
         def tick(text: str) -> None:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import DynamicRadError, OptionsError, nearest
+from ..optional import optional
 from ..profiles import REGIMES
 
 
@@ -71,6 +70,7 @@ def record_attention(
         raise OptionsError(f"regime must be among {list(REGIMES)}, got {regime!r}.{nearest(str(regime), REGIMES)}")
     if heads < 1:
         raise OptionsError(f"heads must be at least 1, got {heads!r}.")
+    save_file = _safetensors("torch").save_file  # a missing library is told before the model runs
     tokens = math.prod(grid) + sum(text)
     generator = torch.Generator().manual_seed(seed)
     kept: list[tuple[float, int, Tensor]] = []  # a heap: (rank, number, [q, k, v]); the highest ranks stay
@@ -101,12 +101,13 @@ def record_attention(
 
 def read_capture(path: str | Path) -> Capture:
     """What a file of `record_attention` holds. Raises OptionsError for a file that is none."""
+    safetensors = _safetensors()
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             regime = (file.metadata() or {}).get("regime")
             names = set(file.keys())
             shapes = [tuple(file.get_slice(name).get_shape()) for name in "qkv"] if names == set("qkv") else [()]
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise OptionsError(f"captures: {path} can't be read: {error}.") from None
     if regime not in REGIMES or len(shapes[0]) != 3 or len(set(shapes)) > 1:
         raise OptionsError(f"captures: {path} was not written by record_attention.")
@@ -120,8 +121,12 @@ def read_capture(path: str | Path) -> Capture:
 
 def load_capture(capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, float32 [heads, tokens, head_dim] each. Raises OptionsError if they are not finite."""
-    found: dict[str, Any] = load_file(capture.path)
+    found: dict[str, Any] = _safetensors("torch").load_file(capture.path)
     q, k, v = (found[name].float() for name in "qkv")
     if not all(bool(x.isfinite().all()) for x in (q, k, v)):
         raise OptionsError(f"captures: {capture.path} has values that are not finite.")
     return q, k, v
+
+
+def _safetensors(part: str = "") -> Any:
+    return optional(f"safetensors.{part}".rstrip("."), "recorded attention needs", "tune")

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DynamicRadError, OptionsError, nearest
+from ..errors import OptionsError, nearest
+from ..optional import optional
 
 Point = list[float]
 # Told for a pruned point: worse than any loss that a constraint leaves.
@@ -24,10 +25,7 @@ class Optimizer:
     """
 
     def __init__(self, name: str, dimensions: int, budget: int, seed: int, batch: int, known: list[Point]) -> None:
-        try:
-            import nevergrad as ng
-        except ImportError:
-            raise DynamicRadError("tuning needs nevergrad: pip install 'dynamicrad-compile[tune]'") from None
+        ng = optional("nevergrad", "tuning needs", "tune")
         registry = ng.optimizers.registry
         if name not in registry:
             known_names = sorted(registry)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import DynamicRadError
 from ..profiles import REGIMES
+from ..reporting.figure import new_figure
 from .journal import Journal
 from .objective import Evaluation
 from .task import Task
@@ -16,16 +16,9 @@ MARKS = {"static_ratio": ("o", "-"), "dynamic_threshold": ("^", "--")}
 
 
 def _figure(task: Task, title: str, columns: int) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DynamicRadError("pictures need matplotlib: pip install 'dynamicrad-compile[tune]'") from None
-    figure = Figure(figsize=(5.2 * columns, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = "x".join(map(str, task.grid))
-    figure.suptitle(f"{title}: {grid}, blocks of {task.block_size}, {task.optimizer}, {' + '.join(task.proxies)} proxy")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    full = f"{title}: {grid}, blocks of {task.block_size}, {task.optimizer}, {' + '.join(task.proxies)} proxy"
+    return new_figure(full, (5.2 * columns, 4.2), 1, columns, "tune")
 
 
 def plot_convergence(journal: Journal, task: Task, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 
 
 def buffer_node(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
@@ -20,5 +19,7 @@ def buffer_node(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
     gm.register_buffer(full, tensor)
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is not None:  # a graph of Dynamo must say where each of its buffers comes from
+        from torch._dynamo.source import ConstantSource  # Dynamo is loaded if it made this graph, not before
+
         sources[full] = ConstantSource(source_name=full)
     return gm.graph.get_attr(full)

@@ -7,10 +7,13 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import dynamicrad_compile as drad
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,15 +26,44 @@ def python(code, cwd):
 
 
 def test_import_is_lean(tmp_path):
+    """Beside what torch loads itself, the base dependencies and nothing else; not even Dynamo and Inductor."""
     code = """
 import json, sys
 import torch
+before = set(sys.modules)
 import dynamicrad_compile
-names = ["diffusers", "transformers", "nevergrad", "onnx", "matplotlib", "PIL", "torch._inductor.compile_fx"]
-loaded = [name for name in names if name in sys.modules]
-print(json.dumps([loaded, torch.cuda.is_initialized()]))
+new = {name for name in sys.modules if name not in before}
+base = "dynamicrad_compile torch triton numpy pydantic pydantic_core annotated_types typing_inspection".split()
+foreign = {name.split(".")[0] for name in new} - {*base} - set(sys.stdlib_module_names)
+foreign = {name for name in foreign if not name.startswith("_")}
+heavy = [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in new]
+print(json.dumps([sorted(foreign), heavy, torch.cuda.is_initialized()]))
 """
-    assert python(code, tmp_path) == [[], False]
+    assert python(code, tmp_path) == [[], [], False]
+
+
+def test_import_registers_the_ops(tmp_path):
+    """Saved programs need them, and the compile caches of PyTorch the kernels behind them."""
+    code = """
+import json
+import dynamicrad_compile
+import torch
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dynamicrad::")]
+kernels = torch._library.triton.triton_ops_to_kernels
+print(json.dumps([len(names), {name: len(kernels[name]) for name in names if name in kernels}]))
+"""
+    count, kernels = python(code, tmp_path)
+    assert count >= 13
+    assert {"dynamicrad::block_sparse_attention", "dynamicrad::select_blocks_"} <= set(kernels)
+    assert all(kernels.values())
+
+
+def test_public_names_load_at_first_use():
+    assert set(drad.__all__) <= set(dir(drad))
+    for name in drad.__all__:
+        assert not isinstance(getattr(drad, name), types.ModuleType), name
+    with pytest.raises(AttributeError, match="no attribute 'tuna'"):
+        drad.tuna  # noqa: B018
 
 
 def test_profiles_import_no_torch(tmp_path):

@@ -106,5 +106,5 @@ def test_unknown_regime_or_head(tmp_path, name, index):
 
 def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(PlanError, match=r"pip install dynamicrad-compile\[plot\]"):
+    with pytest.raises(PlanError, match=r"pip install 'dynamicrad-compile\[plot\]'"):
         plot_mask(small_plan(), tmp_path / "mask.png")
