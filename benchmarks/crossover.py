@@ -6,7 +6,7 @@
     python benchmarks/crossover.py estimate --write                 # GPUs that nobody has measured, from a cost model
 
 The table is dynamicrad_compile/plans/crossover.toml; `min_tokens="auto"` reads it. A measured table takes the place of
-an estimated one for the same architecture and dtype, never the other way round. The file is checked before it is written.
+an estimated one for the same architecture and dtype, never the other way round. The file is checked before each write.
 
 Measured in turns: each round times dense, every sparse plan, dense again; a ratio is the dense time, averaged over
 before and after, over the sparse time of the same round, and its median over the rounds counts. So a busy machine slows
