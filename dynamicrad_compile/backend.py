@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import policy
 from .errors import OptionsError, StrictError
 from .options import Options
-from .passes import PassContext, Site, run_passes
+from .passes import Dense, PassContext, Site, run_passes
 from .passes.graph import source_line
-from .policy import SitePlanner
+from .passes.site import OTHER_SELF, UNKNOWN, VIDEO
 from .reporting.report import GraphReport, Report, SiteReport, TextTokens
 
 Compiled = Callable[..., Any]
@@ -48,10 +49,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
 
     An `is_final` graph, as of an exported program, has to serve all sizes that it allows.
     """
-    planner = SitePlanner(options)
-    context: PassContext = PassContext(
-        build_plan=lambda site: planner(site, context.conditions),
-        plan_control=planner.control,
+    wishes = policy.Wishes.of(options)
+    context = PassContext(
+        decide=lambda sites, conditions: policy.decide(sites, conditions, wishes),
         grid=options.grid,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
@@ -63,11 +63,11 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     run_passes(gm, context)
     total = time.perf_counter() - start
     if options.strict:
-        _check_strict(context.sites, planner)
+        _check_strict(context)
     plans = context.seconds.get("build_plans", 0.0)
     notes = list(context.notes)
     if any(site.replaced for site in context.sites):
-        notes = [*planner.unmet, *planner.notes, *notes]
+        notes = [*context.decisions.unmet, *context.decisions.notes, *notes]
     return GraphReport(
         [_site_report(site) for site in context.sites],
         notes,
@@ -154,19 +154,23 @@ def _inner_compiler(
     return lambda gm, inputs: backend(gm, inputs, **options.inner_options)
 
 
-def _check_strict(sites: list[Site], planner: SitePlanner) -> None:
+def _check_strict(context: PassContext) -> None:
     """Raise StrictError if a video self-attention, or one that may be one, stays dense unasked, or a wish is unmet."""
-    video = any(site.role == "video_self_attention" for site in sites)
+    sites, decisions = context.sites, context.decisions
+    pairs = zip(context.videos, decisions.sites, strict=True)
+    asked = {video.node for video, decision in pairs if isinstance(decision, Dense) and decision.asked}
+    video = any(site.role == VIDEO for site in sites)
     for site in sites:
-        doubtful = site.role in ("video_self_attention", "unknown") or (site.role == "self_attention" and not video)
-        if doubtful and not site.replaced and id(site) not in planner.asked:
+        doubtful = site.role in (VIDEO, UNKNOWN) or (site.role == OTHER_SELF and not video)
+        if doubtful and not site.replaced and site.node not in asked:
             raise StrictError(f"strict=True, and {site.path or site.node.name} stays dense: {site.reason}")
-    if planner.unmet:
-        raise StrictError(f"strict=True, and {planner.unmet[0]}")
+    if decisions.unmet:
+        raise StrictError(f"strict=True, and {decisions.unmet[0]}")
 
 
 def _site_report(site: Site) -> SiteReport:
     hidden = site.data_dependent  # sizes are stand-ins: not to be shown
+    done = site.replacement
     text = TextTokens(*(None if n and hidden else n for n in site.text))
     return SiteReport(
         role=site.role,
@@ -176,10 +180,10 @@ def _site_report(site: Site) -> SiteReport:
         text_tokens=text,
         shape=None if hidden else site.q_shape,
         kv_length=None if hidden else site.kv_length,
-        sparsity=site.plan.plan.sparsity - site.overhead if site.plan is not None and site.replaced else 0.0,
+        sparsity=done.plan.sparsity - done.overhead if done is not None else 0.0,
         path=site.path,
         source=source_line(site.node),
-        plan=site.plan.plan if site.plan is not None else None,
-        stats=site.stats,
-        overhead=site.overhead,
+        plan=done.plan if done is not None else None,
+        stats=done.stats if done is not None else None,
+        overhead=done.overhead if done is not None else 0.0,
     )

@@ -9,7 +9,7 @@ build_plans         which blocks are kept
 replace_attention   the rewrite
 
 All but the last only look; a graph in which nothing is replaced is handed on as it came. Checkpointed layers and
-nested regions are opened for the passes and closed again (see _checkpoints).
+nested regions are opened for the passes and closed again (see writing/checkpoints).
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from .decode_positions import decode_positions
 from .find_attention import find_attention
 from .find_conditions import find_conditions
 from .replace_attention import replace_attention
-from .site import AttentionCall, Conditions, Control, Pass, PassContext, Site, TextTokens
+from .site import (
+    AttentionCall,
+    Conditions,
+    Control,
+    Decisions,
+    Dense,
+    Pass,
+    PassContext,
+    PlannedSite,
+    Site,
+    TextTokens,
+    VideoSite,
+)
 from .trace_grid import trace_grid
 from .writing.checkpoints import close_regions, open_regions
 
@@ -38,7 +50,20 @@ PASSES: tuple[Pass, ...] = (
     replace_attention,
 )
 
-__all__ = ["PASSES", "AttentionCall", "Conditions", "Control", "PassContext", "Site", "TextTokens", "run_passes"]
+__all__ = [
+    "PASSES",
+    "AttentionCall",
+    "Conditions",
+    "Control",
+    "Decisions",
+    "Dense",
+    "PassContext",
+    "PlannedSite",
+    "Site",
+    "TextTokens",
+    "VideoSite",
+    "run_passes",
+]
 
 
 def run_passes(gm: fx.GraphModule, context: PassContext) -> int:

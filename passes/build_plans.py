@@ -1,28 +1,24 @@
 """Give each video self-attention its block plan.
 
-Before:  site.role is video_self_attention with a grid and nothing against it
-After:   site.plan, or a reason why the site stays dense (too few tokens, first layers, ...)
+Before:  context.videos
+After:   context.planned, and a reason at each site that stays dense (too few tokens, first layers, ...)
 
-What plan is wanted is decided by the caller (`context.build_plan`, `context.plan_control`): options and profile are
-not known here.
+What plan is wanted is decided by the caller (`context.decide`): options and profile are not known here.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
-from dynamicrad_compile.plans.plan import BlockPlan
-from dynamicrad_compile.plans.table import PlanTable
-
-from .site import VIDEO, PassContext
+from .site import Dense, PassContext
 
 
 def build_plans(gm: fx.GraphModule, context: PassContext) -> int:
-    """Fill `site.plan`; returns the number of plans."""
-    for site in context.sites:
-        if site.role != VIDEO or site.reason:
-            continue
-        plan = context.build_plan(site)
-        site.plan = PlanTable.of(plan) if isinstance(plan, BlockPlan) else plan
-    context.control = context.plan_control(context.conditions)
-    return sum(site.plan is not None for site in context.sites)
+    """Fill `context.planned`; returns the number of plans."""
+    context.decisions = context.decide(context.videos, context.conditions)
+    for video, decision in zip(context.videos, context.decisions.sites, strict=True):
+        if isinstance(decision, Dense):
+            video.site.reason = decision.reason
+        else:
+            context.planned.append(decision)
+    return len(context.planned)

@@ -1,8 +1,8 @@
 """Say what each attention is: video self-attention over a grid, or something to leave alone, and why.
 
-Before:  site.labels = sequence of the query and of the key as axes
+Before:  site.trace = sequence of the query and of the key as axes
 After:   site.role, and for video self-attention site.grid = (frames, height, width) and site.text;
-         site.reason is set where the site must stay dense
+         site.reason is set where the site must stay dense; context.videos are those that need not
 
 A sequence is video if one of its pieces is the row-major product of three axes, frames first. Two axes are an image
 or one frame, one axis is text or time: those stay dense. Of several videos (a history before the video that is being
@@ -25,10 +25,11 @@ from .graph import value_of
 from .reading.layout import plain_shape
 from .reading.masks import not_key_padding
 from .reading.sharding import exchanged
-from .site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens
+from .site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens, Trace, VideoSite
 
 MAX_HEAD_DIM = 256
 MIN_FRAMES = 3  # two frames are a pair of images: there is no motion for a plan to follow
+UNRECORDED = "the shapes of its operands are not recorded"
 DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 
@@ -37,23 +38,38 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid fits no sequence of the graph that could be video.
     """
-    grids = Grids(gm, context)
+    grids = Grids(gm, context.node_labels)
     for site in context.sites:
         _classify(site, context.grid, grids)
         if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
             site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
             site.reason = unsupported(site)
+        if site.role == VIDEO and not site.reason:
+            video = _video_site(site)
+            if video is None:
+                site.reason = UNRECORDED
+            else:
+                context.videos.append(video)
     if context.grid is not None:
-        _check_user_grid(context)
+        _check_user_grid(context.grid, context.sites)
     return sum(site.role == VIDEO for site in context.sites)
 
 
+def _video_site(site: Site) -> VideoSite | None:
+    """The site with what is known of every video."""
+    if site.trace is None or site.grid is None or site.q_shape is None or len(site.q_shape) != 4:
+        return None
+    batch, heads, tokens, dim = site.q_shape
+    return VideoSite(site, site.grid, site.text, (batch, heads, tokens, dim), site.trace, site.grid_axes)
+
+
 def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) -> None:
-    if site.labels is None:
+    trace = site.trace
+    if trace is None:
         site.reason = "the axis trace did not reach it (sizes depend on data)"
         return
-    query, key = site.labels[0][-2], site.labels[1][-2]
+    query, key = trace.query[-2], trace.key[-2]
     if not same(query, key):
         site.reason = exchanged(site.call)
         if site.reason:
@@ -61,11 +77,11 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
         _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
         return
     parts = segments_of(query)
-    if not site.same_tokens:
+    if not trace.same_tokens:
         site.role = CROSS
         site.reason = f"queries and keys are different tokens ({_length(parts)}) in the same arrangement"
         return
-    windowed = windows(site.labels[0][0], query)
+    windowed = windows(trace.query[0], query)
     if windowed:
         site.role, site.reason = OTHER_SELF, windowed
         return
@@ -83,7 +99,7 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
         site.role = VIDEO
         site.reason = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
     else:
-        _classify_gridless(site, parts, grids)
+        _classify_gridless(site, trace, parts, grids)
 
 
 def _set_video(
@@ -123,12 +139,11 @@ def _classify_unequal(
     site.reason = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
 
 
-def _classify_gridless(site: Site, parts: tuple[Part, ...], grids: Grids) -> None:
+def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids: Grids) -> None:
     """Self-attention over a sequence in which no grid was found."""
-    assert site.labels is not None
     sequence = {axis for part in parts for axis in resolve(part.label)}
     inputs = {axis.source.node for axis in sequence if axis.source.kind == "input" and axis.source.rank >= 4}
-    batch = [a for a in resolve(site.labels[0][0]) if a.source.node in inputs]
+    batch = [a for a in resolve(trace.query[0]) if a.source.node in inputs]
     if batch and sequence and all(axis.source.node in inputs for axis in sequence):
         dims = {a.source.dim for a in (*batch, *sequence) if a.source.dim or a.source.rank == 4}
         frames_in_batch = min(dims) not in {a.source.dim for a in sequence}
@@ -159,7 +174,7 @@ def unsupported(site: Site) -> str:
         return call.refusal
     value_shape, key_shape = plain_shape(call, 2), plain_shape(call, 1)
     if shape is None or value_shape is None or key_shape is None:
-        return "the shapes of its operands are not recorded"
+        return UNRECORDED
     if any(layout.count("b") > 1 for layout in call.layouts):
         return f"the query has {len(call.layouts[0])} dimensions; [batch, heads, tokens, head_dim] expected"
     if shape[-1] > MAX_HEAD_DIM:
@@ -184,16 +199,16 @@ def unsupported(site: Site) -> str:
     return "" if call.mask is None else not_key_padding(call, key_shape[2])
 
 
-def _check_user_grid(context: PassContext) -> None:
+def _check_user_grid(grid: tuple[int, int, int], sites: list[Site]) -> None:
     """The user's grid must fit some sequence, unless the graph holds only much shorter ones (text)."""
-    assert context.grid is not None
-    if any(site.role == VIDEO for site in context.sites):
+    if any(site.role == VIDEO for site in sites):
         return
-    tokens = math.prod(context.grid)
-    selfs = [s for s in context.sites if s.role in (OTHER_SELF, SPATIAL, TEMPORAL) and s.q_shape]
-    longest = max(selfs, key=lambda s: s.q_shape[-2] if s.q_shape else 0, default=None)
-    if longest is not None and longest.q_shape and 4 * longest.q_shape[-2] >= tokens:
-        raise GridError(_grid_message(context.grid, longest.q_shape[-2], longest))
+    lengths = [(s.q_shape[-2], s) for s in sites if s.role in (OTHER_SELF, SPATIAL, TEMPORAL) and s.q_shape]
+    if not lengths:
+        return
+    length, longest = max(lengths, key=lambda pair: pair[0])
+    if 4 * length >= math.prod(grid):
+        raise GridError(_grid_message(grid, length, longest))
 
 
 def _grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:

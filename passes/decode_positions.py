@@ -14,33 +14,17 @@ each time the graph runs: a grid without a plan in the graph gets dense attentio
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .axes.labels import Axis, parts_of, resolve
+from .axes.positions import PositionTable, columns_of
 from .axes.reshape import reshape
 from .site import PassContext
 
 MIN_TOKENS = 8  # a grid has at least two frames, rows and columns
-
-
-@dataclass(frozen=True)
-class PositionTable:
-    """An input whose values show the grid.
-
-    node      placeholder of the table
-    dim       its dimension of tokens
-    columns   columns (of the other dimensions, flattened) that change with frame, row and column of the grid
-    grid      (frames, height, width) at compile time
-    """
-
-    node: fx.Node
-    dim: int
-    columns: tuple[int, int, int]
-    grid: tuple[int, int, int]
 
 
 def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
@@ -48,8 +32,8 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
     wanted = {
         axis
         for site in context.sites
-        if site.labels is not None and len(site.labels[0]) >= 2
-        for part in parts_of(site.labels[0][-2])
+        if site.trace is not None and len(site.trace.query) >= 2
+        for part in parts_of(site.trace.query[-2])
         if part.whole and len(axes := resolve(part.label)) == 1
         for axis in axes
         if axis.size >= MIN_TOKENS and not axis.parts
@@ -76,13 +60,6 @@ def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: P
         for part in label:
             part.table = PositionTable(node, dim, columns, grid)
     return 1
-
-
-def columns_of(table: torch.Tensor, dim: int) -> torch.Tensor:
-    """[tokens, columns] of a table with its tokens along `dim`; complex numbers count as two columns."""
-    if table.is_complex():
-        table = torch.view_as_real(table)
-    return table.movedim(dim, 0).flatten(1) if table.dim() > 1 else table[:, None]
 
 
 def decode_table(table: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:

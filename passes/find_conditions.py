@@ -55,13 +55,11 @@ def _prompt(inputs: list[fx.Node], context: PassContext) -> fx.Node | None:
     by_name = {node.name: node for node in fitting}
     votes: Counter[str] = Counter()
     for site in context.sites:
-        if site.labels is None:
-            continue
-        if site.role == CROSS:
-            votes.update(_origins(site.labels[1][-2]))
-        elif site.role == VIDEO:
+        if site.trace is not None and site.role == CROSS:
+            votes.update(_origins(site.trace.key[-2]))
+        elif site.trace is not None and site.role == VIDEO:
             grid = set(resolve(site.grid_axes))
-            for part in parts_of(site.labels[0][-2]):
+            for part in parts_of(site.trace.query[-2]):
                 if grid and not grid & set(resolve(part.label)):
                     votes.update(_origins(part.label))
     named = [by_name[name] for name, _ in votes.most_common() if name in by_name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.plans.plan import BlockPlan
-from dynamicrad_compile.plans.table import PlanTable
+from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 
 from .axes.labels import Label
 from .graph import hint, value_of
@@ -75,28 +76,110 @@ class AttentionCall:
     refusal: str = ""
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Where the tokens of a call come from.
+
+    query, key    labels of their dimensions in the layout [batch, heads, tokens, features]
+    same_tokens   both were computed from the same tokens by the same steps; see axes/streams.py
+    """
+
+    query: list[Label]
+    key: list[Label]
+    same_tokens: bool
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What took the place of an attention.
+
+    plan      the blocks that it reads; of all regimes, and all candidates where a selection thins them
+    stats     what its calls computed (see dynamicrad_compile.runtime.account); None: the plan is all there is to know
+    overhead  share of dense attention that covariances of dropped blocks add
+    """
+
+    plan: BlockPlan
+    stats: torch.Tensor | None = None
+    overhead: float = 0.0
+
+
 @dataclass
 class Site:
-    """One attention call on its way through the passes; each pass fills its own fields."""
+    """One attention call that was found, and what the passes say of it.
+
+    q_shape, kv_length  query shape [batch, heads, tokens, head_dim] and number of keys; None where they are not known
+    data_dependent      the number of tokens is known only when the graph runs; sizes here are stand-ins
+    trace               None where tracing did not reach
+    reason              why it stays dense; empty if nothing speaks against replacing it
+    grid, text          of a video, whether it is replaced or not
+    grid_axes           the three axes of its grid; () where the user gave it
+    """
 
     node: fx.Node
     call: AttentionCall
     path: str
     q_shape: tuple[int, ...] | None = None
     kv_length: int | None = None
-    data_dependent: bool = False  # the number of tokens is known only when the graph runs; sizes here are stand-ins
-    labels: tuple[list[Label], list[Label]] | None = None  # of query and key; None where tracing did not reach
-    same_tokens: bool = True  # query and key were computed from the same tokens by the same steps; see _streams.py
+    data_dependent: bool = False
+    trace: Trace | None = None
     role: str = UNKNOWN
-    reason: str = ""  # why it stays dense; empty if nothing speaks against replacing it
+    reason: str = ""
     grid: tuple[int, int, int] | None = None
-    grid_axes: Label = ()  # its three axes where the grid was traced
+    grid_axes: Label = ()
     text: TextTokens = TextTokens(0, 0)
-    plan: PlanTable | None = None  # for the sizes at hand
-    plan_spec: str = ""  # how to make the plan for other sizes; see dynamicrad_compile.plans.table
-    stats: torch.Tensor | None = None  # what its calls computed; see dynamicrad_compile.runtime.account
-    replaced: bool = False
-    overhead: float = 0.0  # share of dense attention that covariances of dropped blocks add
+    replacement: Replacement | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether block-sparse attention took its place."""
+        return self.replacement is not None
+
+
+@dataclass(frozen=True)
+class VideoSite:
+    """A video self-attention that can be replaced.
+
+    grid   (frames, height, width) in latent tokens
+    text   tokens of the sequence that are not on the grid
+    shape  of the query, [batch, heads, tokens, head_dim]
+    trace  of its site
+    axes   the three axes of its grid; () where the user gave it
+    """
+
+    site: Site
+    grid: tuple[int, int, int]
+    text: TextTokens
+    shape: tuple[int, int, int, int]
+    trace: Trace
+    axes: Label
+
+    @property
+    def node(self) -> fx.Node:
+        """Where the graph holds it."""
+        return self.site.node
+
+    @property
+    def call(self) -> AttentionCall:
+        """Its arguments; they change when a site before it is replaced."""
+        return self.site.call
+
+    @property
+    def tokens(self) -> int:
+        """Length of its sequence."""
+        return math.prod(self.grid) + sum(self.text)
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A video self-attention with its plan.
+
+    table  the plans of all regimes, for the sizes at hand
+    spec   how to make them for other sizes; None where that can't be
+    """
+
+    video: VideoSite
+    table: PlanTable
+    spec: PlanSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -140,24 +223,49 @@ class Control:
         return self.dense_steps > 0 or self.dense_timestep is not None
 
 
-PlanBuilder = Callable[[Site], "PlanTable | BlockPlan | None"]
+@dataclass(frozen=True)
+class Dense:
+    """A decision to leave a video self-attention dense; asked: because the options say so."""
+
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What is to be done with the video self-attentions of one graph.
+
+    sites    for each of them its plan, or why it stays dense
+    control  what the graph decides when it runs
+    notes    what was picked
+    unmet    wishes that can't be met
+    """
+
+    sites: Sequence[PlannedSite | Dense] = ()
+    control: Control = Control()
+    notes: tuple[str, ...] = ()
+    unmet: tuple[str, ...] = ()
+
+
+Policy = Callable[[Sequence[VideoSite], Conditions], Decisions]
 
 
 @dataclass
 class PassContext:
     """State of one run of the passes over one graph.
 
-    build_plan    makes the plan of a classified site; may set `site.reason` and return None to leave it dense
-    plan_control  says what the graph decides when it runs, once all sites have their plans
+    decide        what is to be done with the video self-attentions; options and profile are not known here
     grid          the user's grid, or None
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
     qk_int8       scores from queries and keys rounded to int8
     covariance    compensation by means and covariances
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
+
+    The rest is what the passes find: sites, those of them that are videos, and of these the planned ones.
     """
 
-    build_plan: PlanBuilder
+    decide: Policy
     grid: tuple[int, int, int] | None = None
     training: bool = False
     example_inputs: Sequence[Any] = ()
@@ -166,9 +274,10 @@ class PassContext:
     is_final: bool = False
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
-    plan_control: Callable[[Conditions], Control] = lambda _: Control()
-    control: Control = Control()
+    videos: list[VideoSite] = field(default_factory=list)
     conditions: Conditions = Conditions()
+    decisions: Decisions = Decisions()
+    planned: list[PlannedSite] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

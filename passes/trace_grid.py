@@ -1,7 +1,7 @@
 """Trace axes through a graph, so that each attention knows what its sequence is made of.
 
 Before:  %q : [1, 2, 240, 24]
-After:   the same graph; `site.labels` says that the 240 are dim 2 x half of dim 3 x half of dim 4 of %latents
+After:   the same graph; `site.trace` says that the 240 are dim 2 x half of dim 3 x half of dim 4 of %latents
 
 The graph is run once on fake tensors of the hinted sizes under `AxisMode`. No guard is added and no memory is
 taken. A node that can't be run that way gets unknown axes and a line in `context.notes`.
@@ -27,7 +27,7 @@ from .axes.streams import Stream, attended, get_stream, packed, set_stream
 from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_range
 from .graph import depends_on_data, hint, value_of
 from .reading.layout import output_labels, plain_labels
-from .site import PassContext, Site
+from .site import PassContext, Site, Trace
 
 
 class _Unknown:
@@ -38,13 +38,13 @@ UNKNOWN_VALUE = _Unknown()
 
 
 def trace_grid(gm: fx.GraphModule, context: PassContext) -> int:
-    """Fill `site.labels`; returns the number of sites that were reached."""
+    """Fill `site.trace`; returns the number of sites that were reached."""
     if not context.sites:
         return 0
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, AxisMode() as axis_mode, torch.no_grad():
         tracer = _Tracer(gm, context, fake_mode, axis_mode)
         tracer.run()
-    return sum(site.labels is not None for site in context.sites)
+    return sum(site.trace is not None for site in context.sites)
 
 
 class _Tracer(fx.Interpreter):
@@ -104,12 +104,13 @@ class _Tracer(fx.Interpreter):
         ranks = [len(labels) if labels is not None else -1 for labels in (query, key, value)]
         if query is None or key is None or value is None or ranks != [len(layout) for layout in call.layouts[:3]]:
             return self._recorded(n)
-        site.labels = (plain_labels(call, 0, query), plain_labels(call, 1, key))
+        plain_query, plain_key = plain_labels(call, 0, query), plain_labels(call, 1, key)
         streams = [self._stream_of(x) for x in (call.query, call.key, call.value)]
-        site.same_tokens = (streams[0] and streams[0].term) == (streams[1] and streams[1].term) or (
-            packed(self.axis_mode.streams, streams) and same(site.labels[0][0], site.labels[1][0])
+        same_tokens = (streams[0] and streams[0].term) == (streams[1] and streams[1].term) or (
+            packed(self.axis_mode.streams, streams) and same(plain_query[0], plain_key[0])
         )
-        stream = attended(self.axis_mode.streams, streams[0], None if site.same_tokens else streams[1])
+        site.trace = Trace(plain_query, plain_key, same_tokens)
+        stream = attended(self.axis_mode.streams, streams[0], None if same_tokens else streams[1])
         recorded_query = value_of(call.query)
         site.data_dependent = any(depends_on_data(size) for size in getattr(recorded_query, "shape", ()))
         result = self._recorded(n)

@@ -8,23 +8,22 @@ graph gives them back in that order. They are in raster order if no tensor had t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
-from ..site import PassContext
 from .labels import Axis, Label, Part, coarsest, parts_of, resolve
 
 
 class Grids:
     """Tells the grids of a traced graph; its outputs help to tell them."""
 
-    def __init__(self, gm: fx.GraphModule, context: PassContext):
+    def __init__(self, gm: fx.GraphModule, node_labels: Mapping[fx.Node, list[Label]]):
         self.shown: list[dict[Axis, int]] = []  # for each output, the dimension in which an axis is
         for output in (node for node in gm.graph.nodes if node.op == "output"):
             for node in output.all_input_nodes:
                 dims: dict[Axis, int] = {}
-                for d, label in enumerate(context.node_labels.get(node, [])):
+                for d, label in enumerate(node_labels.get(node, [])):
                     parts = [axis for part in parts_of(label) if part.whole for axis in resolve(part.label)]
                     dims.update(dict.fromkeys((*resolve(label), *coarsest(label), *parts), d))
                 self.shown.append(dims)

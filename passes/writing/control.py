@@ -24,7 +24,7 @@ from dynamicrad_compile.runtime import clock, state
 from dynamicrad_compile.runtime.router import route
 
 from ..graph import shape_hint
-from ..site import PassContext, Site
+from ..site import PassContext, PlannedSite
 from .buffers import buffer_node
 
 
@@ -60,26 +60,26 @@ class Controls:
 
     def __init__(self, gm: fx.GraphModule, context: PassContext, device: torch.device):
         self.gm, self.graph, self.device = gm, gm.graph, device
-        self.control, self.conditions = context.control, context.conditions
-        prompts = shape_hint(context.conditions.prompt) if context.conditions.prompt is not None else None
-        few = prompts is not None and prompts[0] <= state.MAX_BATCH
+        self.control, self.conditions = context.decisions.control, context.conditions
+        prompt = shape_hint(context.conditions.prompt) if context.conditions.prompt is not None else None
+        self.prompts = prompt[0] if prompt else 0
+        few = 0 < self.prompts <= state.MAX_BATCH
         self.latches = few and context.conditions.timestep is not None and not context.is_final
         self.made: dict[str, fx.Node] = {}
         inputs = gm.graph.find_nodes(op="placeholder")
         self.begin = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
 
-    def choose(self, nodes: PlanNodes, site: Site, num_kv: int | None) -> PlanNodes:
+    def choose(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> PlanNodes:
         """The plan of this call out of a table: rows in their regime, dense at dense steps.
 
         The graph's insertion point must be behind `nodes`. num_kv: number of kv blocks, None where it is symbolic.
         """
         call = self.graph.call_function
-        assert site.plan is not None
-        weights = site.plan.plan.compensation()
+        weights = planned.table.plan.compensation()
         if weights is not None:
             nodes = replace(nodes, compensate=buffer_node(self.gm, "compensate", weights.to(self.device)))
-        if len(site.plan.plan.kv_counts) > 1:
-            regime = self._regime_for(site)
+        if len(planned.table.plan.kv_counts) > 1:
+            regime = self._regime_for(planned.video.shape[0])
             nodes = nodes.each(lambda node: call(torch.index_select, (node, 0, regime)))
         if self.control.gates:
             nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
@@ -107,18 +107,14 @@ class Controls:
             lambda: (self.conditions.timestep, buffer_node(self.gm, "clock", clock.new_clock(self.device))),
         )
 
-    def _regime_for(self, site: Site) -> fx.Node:
-        """int64 [batch] or [1]; one for all where the prompts are another batch than the site's queries."""
-        assert site.q_shape is not None
-        batch = site.q_shape[0]
+    def _regime_for(self, batch: int) -> fx.Node:
+        """int64 [batch] or [1]; one for all where the prompts are another batch than the queries."""
         kept = self.control.regimes
         if kept is not None:
             return self._once(
                 f"regimes of {batch}", torch.narrow, lambda: (buffer_node(self.gm, "regimes", kept), 0, 0, batch)
             )
-        prompts = shape_hint(self.conditions.prompt) if self.conditions.prompt is not None else None
-        assert prompts is not None
-        if prompts[0] in (1, batch):
+        if self.prompts in (1, batch):
             return self._regimes()
         return self._once("safest", safest, lambda: (self._regimes(),))
 

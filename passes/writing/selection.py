@@ -21,7 +21,7 @@ from torch.fx.node import has_side_effect
 
 from dynamicrad_compile.kernels import select_op as _registers_the_op  # noqa: F401
 
-from ..site import Site
+from ..site import PlannedSite
 from .buffers import buffer_node
 from .control import Controls, PlanNodes
 
@@ -53,7 +53,7 @@ def either(use: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tens
 
 def select(
     gm: fx.GraphModule,
-    site: Site,
+    planned: PlannedSite,
     operands: Sequence[fx.Node],
     keys: fx.Node | None,
     nodes: PlanNodes,
@@ -61,11 +61,9 @@ def select(
     num_kv: int | None,
 ) -> PlanNodes:
     """The plan that a site reads out of the candidates `nodes`; num_kv is None where it is symbolic."""
-    assert site.plan is not None
-    assert site.q_shape is not None
-    graph, plan, criteria = gm.graph, site.plan.plan, site.plan.criteria
-    call = graph.call_function
-    scale = None if site.call.scale is None else float(site.call.scale)
+    video, plan, criteria = planned.video, planned.table.plan, planned.table.criteria
+    call = gm.graph.call_function
+    scale = None if video.call.scale is None else float(video.call.scale)
     query, key, _ = operands
 
     def arguments(place: int) -> tuple[Any, ...]:
@@ -75,7 +73,7 @@ def select(
 
     pair = None
     if controls.control.refresh_steps and num_kv is not None:
-        batch, heads = site.q_shape[:2]
+        batch, heads = video.shape[:2]
         counts, indices = (t[:1].to(controls.device) for t in (plan.kv_counts, plan.kv_indices))
         kept = (
             buffer_node(gm, "kept_counts", counts.repeat(batch, heads, 1)),

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..axes.labels import Axis, parts_of, resolve
 from ..graph import specialise, value_of
-from ..site import CROSS, PassContext, Site
+from ..site import CROSS, PassContext, VideoSite
 
 Home = tuple[fx.Node, int] | int
 
@@ -22,15 +22,13 @@ def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymI
     """
     harmless: set[Axis] = set()
     for site in context.sites:
-        if site.labels is None:
-            continue
-        if site.plan is not None:
-            harmless.update(resolve(site.labels[0][0]))
-        if site.role == CROSS:
-            harmless.update(resolve(site.labels[1][-2]))
-    for site in context.sites:
-        if site.plan is not None and site.labels is not None:
-            harmless.difference_update(resolve(site.labels[0][-2]))
+        if site.trace is not None and site.role == CROSS:
+            harmless.update(resolve(site.trace.key[-2]))
+    traces = [planned.video.trace for planned in context.planned]
+    for trace in traces:
+        harmless.update(resolve(trace.query[0]))
+    for trace in traces:
+        harmless.difference_update(resolve(trace.query[-2]))
     sizes = list(_input_sizes(gm, context))
     free = {str(size) for size, axes in sizes if axes and harmless.issuperset(axes)}
     return [size for size, _ in sizes if str(size) not in free]
@@ -67,35 +65,34 @@ class RuntimeSizes:
     before: tuple[tuple[Home, ...], ...] | None = ()
 
 
-def runtime_sizes(site: Site, context: PassContext, fixed_inputs: bool) -> RuntimeSizes | None:
+def runtime_sizes(video: VideoSite, context: PassContext, fixed_inputs: bool) -> RuntimeSizes | None:
     """Nodes from which the sizes of a site can be read when the graph runs; None if an axis is in no shape.
 
     With `fixed_inputs` (no input has a symbolic size) an axis that only a later reshape shows has a fixed size.
     """
-    assert site.labels is not None
     homes: dict[Axis, Home] = {}
     for node, labels in context.node_labels.items():
-        if node is site.node:
+        if node is video.node:
             break
         for dim, label in enumerate(labels):
             axes = resolve(label)
             if len(axes) == 1:
                 homes.setdefault(axes[0], (node, dim))
-    for axis in site.grid_axes:
+    for axis in video.axes:
         if fixed_inputs and axis.table is None:
             homes.setdefault(axis, axis.size)
-    if len(site.grid_axes) != 3 or any(axis not in homes for axis in site.grid_axes):
+    if len(video.axes) != 3 or any(axis not in homes for axis in video.axes):
         return None
-    frames, height, width = (homes[axis] for axis in site.grid_axes)
+    frames, height, width = (homes[axis] for axis in video.axes)
     grid = (frames, height, width)
-    if not site.text.before:
+    if not video.text.before:
         return RuntimeSizes(grid)
-    if not site.text.after:
+    if not video.text.after:
         return RuntimeSizes(grid, None)
     pieces: list[tuple[Home, ...]] = []
-    for part in parts_of(site.labels[0][-2]):
+    for part in parts_of(video.trace.query[-2]):
         axes = resolve(part.label)
-        if axes == resolve(site.grid_axes):
+        if axes == resolve(video.axes):
             return RuntimeSizes(grid, tuple(pieces))
         if not part.whole or any(axis not in homes for axis in axes):
             return None

@@ -17,31 +17,33 @@ from torch import fx
 
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 
-from ..decode_positions import PositionTable, columns_of
-from ..site import Site
+from ..axes.positions import PositionTable, columns_of
+from ..site import VideoSite
 from .control import PlanNodes
 
 
-def grids_of(site: Site) -> list[tuple[int, int, int]]:
+def grids_of(video: VideoSite) -> list[tuple[int, int, int]]:
     """The grids that get sparse attention in a graph whose grid was read from a table."""
-    assert site.grid is not None
-    frames, height, width = site.grid
-    return [site.grid] if height == width else [site.grid, (frames, width, height)]
+    frames, height, width = video.grid
+    return [video.grid] if height == width else [video.grid, (frames, width, height)]
 
 
-def table_of(site: Site) -> PositionTable | None:
+def table_of(video: VideoSite) -> PositionTable | None:
     """The table from which the site's grid was read, None if it was in a shape."""
-    return next((axis.table for axis in site.grid_axes if axis.table is not None), None)
+    return next((axis.table for axis in video.axes if axis.table is not None), None)
 
 
 def guarded_plan(
-    gm: fx.GraphModule, site: Site, table: PositionTable, constant: Callable[[tuple[torch.Tensor, ...]], PlanNodes]
+    gm: fx.GraphModule,
+    video: VideoSite,
+    spec: PlanSpec,
+    table: PositionTable,
+    constant: Callable[[tuple[torch.Tensor, ...]], PlanNodes],
 ) -> PlanNodes:
     """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
     call = gm.graph.call_function
-    spec = PlanSpec.from_json(site.plan_spec)
-    grids = grids_of(site)
-    plans: list[PlanTable] = [spec.build(grid, *site.text) for grid in grids]
+    grids = grids_of(video)
+    plans: list[PlanTable] = [spec.build(grid, *video.text) for grid in grids]
     width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
     found: PlanNodes | None = None
     for grid, plan in reversed(list(zip(grids, plans, strict=True))):

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.graphs import OPTIONS, compile_sparse, drad, first_output, make, masked_dense, relative_error, targets
+from support.graphs import (
+    OPTIONS,
+    compile_sparse,
+    drad,
+    first_output,
+    make,
+    masked_dense,
+    plan_each,
+    relative_error,
+    targets,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -85,7 +95,7 @@ def captured(model, build_plan=plan_of, training=False, closed_as_training=None)
     found = []
 
     def backend(gm, example_inputs):
-        context = PassContext(build_plan, training=training, example_inputs=example_inputs)
+        context = PassContext(plan_each(build_plan), training=training, example_inputs=example_inputs)
         if closed_as_training is None:
             run_passes(gm, context)
         else:

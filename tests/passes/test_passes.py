@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import capture, relative_error, sites_of, targets
+from support.graphs import capture, plan_each, relative_error, sites_of, targets
 from torch import nn
 
 import dynamicrad_compile as drad
@@ -195,7 +195,7 @@ def test_replace_attention_shares_one_plan_and_is_done_once():
     assert len([name for name, _ in gm.named_buffers() if "dynamicrad_plan" in name]) == 2
     from dynamicrad_compile.passes import PassContext, run_passes
 
-    again = PassContext(build_plan=lambda site: plan)
+    again = PassContext(plan_each(lambda site: plan))
     assert run_passes(gm, again) == 0
     assert not again.sites
 

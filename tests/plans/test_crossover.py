@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dynamicrad_compile as drad
-from dynamicrad_compile import policy as planning
 from dynamicrad_compile.errors import CrossoverError
 from dynamicrad_compile.plans import crossover
 from dynamicrad_compile.plans.crossover import Row, Table, expected_gain, first_length
 from dynamicrad_compile.plans.table import PlanSpec, RegimeSpec
+from dynamicrad_compile.policy import expected_sparsity
 
 ABOUT = {
     "machine": 'a "machine" of \\ mine',
@@ -201,5 +201,5 @@ def test_expected_sparsity_of_regimes():
         ((fixed,), profile.regime("high").static_ratio.sparsity),
     ]:
         spec = PlanSpec("dynamicrad", 16, regimes)
-        found = planning._expected_sparsity(profile, spec, spec.build((4, 8, 16), 0, 0))
+        found = expected_sparsity(profile, spec, spec.build((4, 8, 16), 0, 0))
         assert found == pytest.approx(expected, abs=0.01)

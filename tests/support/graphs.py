@@ -10,7 +10,20 @@ from torch.overrides import TorchFunctionMode
 from zoo.models import ZOO, out_tensors
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.passes import PassContext, run_passes
+from dynamicrad_compile.passes import Decisions, Dense, PassContext, PlannedSite, run_passes
+from dynamicrad_compile.plans.table import PlanTable
+
+
+def plan_each(build_plan):
+    """A policy: each video gets the BlockPlan or PlanTable of `build_plan(video)`; None leaves it dense."""
+
+    def decision(video):
+        plan = build_plan(video)
+        if plan is None:
+            return Dense("")
+        return PlannedSite(video, PlanTable.of(plan) if isinstance(plan, drad.BlockPlan) else plan)
+
+    return lambda videos, conditions: Decisions([decision(video) for video in videos])
 
 
 def capture(fn, *args, grid=None, build_plan=lambda site: None, training=False, dynamic=None, **kwargs):
@@ -18,7 +31,7 @@ def capture(fn, *args, grid=None, build_plan=lambda site: None, training=False, 
     captured = []
 
     def backend(gm, example_inputs):
-        context = PassContext(build_plan, grid, training, example_inputs)
+        context = PassContext(plan_each(build_plan), grid, training, example_inputs)
         run_passes(gm, context)
         captured.append((context, gm))
         return gm.forward
@@ -103,6 +116,7 @@ __all__ = [
     "first_output",
     "make",
     "masked_dense",
+    "plan_each",
     "relative_error",
     "sites_of",
     "targets",

@@ -9,7 +9,7 @@ from torch import nn
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.passes import PassContext, run_passes
-from support.graphs import relative_error, targets
+from support.graphs import plan_each, relative_error, targets
 
 OP = "dynamicrad.block_sparse_attention.default"
 GRID = (4, 3, 5)
@@ -64,7 +64,7 @@ def run_rewritten(model, inputs, build_plan, **how):
     found = []
 
     def backend(gm, example_inputs):
-        context = PassContext(build_plan=build_plan)
+        context = PassContext(plan_each(build_plan))
         run_passes(gm, context)
         found.append((context, gm))
         return gm.forward

@@ -1,0 +1,117 @@
+"""Nodes of plan tables: buffers of the graph, or made when the graph runs from the sizes that it then has."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dynamicrad_compile.plans import op as _registers_make_plan  # noqa: F401
+from dynamicrad_compile.runtime.account import record
+
+from ..graph import value_of
+from ..reading.layout import token_dim
+from ..site import PassContext, PlannedSite, VideoSite
+from .buffers import buffer_node
+from .control import Controls, PlanNodes
+from .sizes import Home, RuntimeSizes
+from .table_plan import guarded_plan, table_of
+
+
+@dataclass(frozen=True)
+class WrittenPlan:
+    """A plan in the graph.
+
+    num_kv  number of kv blocks; None where it is symbolic
+    stats   what its calls compute, where that varies and no selection follows
+    """
+
+    nodes: PlanNodes
+    num_kv: int | None
+    stats: torch.Tensor | None
+
+
+class PlanWriter:
+    """Writes the plans of one graph, each once for all sites that share it.
+
+    homes  where the graph holds the sizes of the sites whose plans are made when it runs
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, context: PassContext, controls: Controls, homes: Mapping[fx.Node, RuntimeSizes]
+    ):
+        self.gm, self.controls, self.homes = gm, controls, homes
+        self.is_final, self.gates = context.is_final, context.decisions.control.gates
+        self.written: dict[Any, WrittenPlan] = {}
+
+    def write(self, planned: PlannedSite) -> WrittenPlan:
+        """The plan of a site, in front of it unless a site before it has the same."""
+        video, table = planned.video, planned.table
+        where = self.homes.get(video.node)
+        made = (planned.spec, video.axes, video.text, _length(video)) if where else id(table)
+        key = (made, video.shape[0])
+        if key not in self.written:
+            num_kv = None if where else table.plan.num_kv_blocks
+            with self.gm.graph.inserting_before(video.node):
+                nodes = self.controls.choose(self._nodes(planned, where), planned, num_kv)
+                counted = self.varies(planned) and not table.criteria
+                stats = self.record(nodes, planned, num_kv) if counted else None
+            self.written[key] = WrittenPlan(nodes, num_kv, stats)
+        return self.written[key]
+
+    def varies(self, planned: PlannedSite) -> bool:
+        """Whether what is skipped is known only when the graph runs; an exported program keeps no account of it."""
+        several = len(planned.table.plan.kv_counts) > 1
+        return not self.is_final and bool(several or self.gates or planned.table.criteria)
+
+    def record(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> torch.Tensor:
+        """Add up, whenever the graph runs, what share of dense attention it computes; the sums are returned."""
+        stats = torch.zeros(2, dtype=torch.float64, device=self.controls.device)
+        arguments = (buffer_node(self.gm, "stats", stats), nodes.counts, nodes.compensate, nodes.indices, num_kv)
+        self.gm.graph.call_function(record, (*arguments, planned.table.plan.block_kv))
+        return stats
+
+    def _nodes(self, planned: PlannedSite, where: RuntimeSizes | None) -> PlanNodes:
+        table = table_of(planned.video)
+        if where is not None:
+            return self._runtime(planned, where)
+        if table is not None and planned.spec is not None:
+            return guarded_plan(self.gm, planned.video, planned.spec, table, self._constant)
+        return self._constant(planned.table.tensors())
+
+    def _constant(self, tensors: tuple[torch.Tensor, ...]) -> PlanNodes:
+        """A table as buffers of the graph module."""
+        names = ("counts", "indices", "forced", "near", "thresholds")
+        pairs = zip(names, tensors, strict=False)
+        return PlanNodes(*(buffer_node(self.gm, f"plan_{name}", t.to(self.controls.device)) for name, t in pairs))
+
+    def _runtime(self, planned: PlannedSite, where: RuntimeSizes) -> PlanNodes:
+        """A table made from the sizes that the graph has when it runs."""
+        call, query = self.gm.graph.call_function, planned.video.call.query
+
+        def size(home: Home) -> Any:
+            return home if isinstance(home, int) else call(torch.ops.aten.sym_size.int, home)
+
+        def product(homes: Sequence[Home]) -> Any:
+            return functools.reduce(lambda a, b: call(operator.mul, (a, b)), map(size, homes))
+
+        frames, height, width = map(size, where.grid)
+        length = size((query, token_dim(planned.video.call)))
+        before: Any = 0
+        if where.before is None:
+            before = call(operator.sub, (length, product(where.grid)))
+        for piece in where.before or ():
+            before = call(operator.add, (before, product(piece)))
+        spec = planned.spec.to_json() if planned.spec is not None else ""
+        table = call(torch.ops.dynamicrad.make_plan.default, (query, frames, height, width, before, length, spec))
+        return PlanNodes(*(call(operator.getitem, (table, i)) for i in range(len(planned.table.tensors()))))
+
+
+def _length(video: VideoSite) -> str:
+    """The symbolic length of the query's sequence, as text."""
+    return str(value_of(video.call.query).shape[token_dim(video.call)])
