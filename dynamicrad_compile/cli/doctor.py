@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..optional import DISTRIBUTIONS
+
 MIN_TORCH = (2, 11)
 MIN_TRITON = (3, 6)
 # float32 against float64; GPUs may multiply in TF32.
@@ -160,9 +162,11 @@ def _profiles() -> Iterator[Finding]:
 
 
 def _optional() -> Iterator[Finding]:
-    for module, use in (("diffusers", "`dynamicrad explain` and the examples"), ("PIL", "`dynamicrad plot`")):
-        extra = {"diffusers": "diffusers", "PIL": "plot"}[module]
-        package = {"diffusers": "diffusers", "PIL": "pillow"}[module]
+    for module, extra, use in (
+        ("diffusers", "diffusers", "`dynamicrad explain` and the examples"),
+        ("PIL", "plot", "pictures of `dynamicrad plot`"),
+    ):
+        package = DISTRIBUTIONS.get(module, module)
         if importlib.util.find_spec(module) is None:
             advice = f"{use} need it: pip install 'dynamicrad-compile[{extra}]'"
             yield Finding("warn", f"{package} is missing", advice)

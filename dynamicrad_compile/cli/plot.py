@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ def add_plot(commands: Any) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw which blocks a plan reads",
-        description="Write the block mask of a plan as a PNG. What is left out comes from pattern and profile.",
+        description="Write the block mask of a plan as a PNG, or print it as text. What is left out comes from pattern "
+        "and profile.",
     )
     parser.add_argument(
         "--grid",
@@ -31,7 +34,13 @@ def add_plot(commands: Any) -> None:
     parser.add_argument("--sink-frames", type=int, help="leading frames that every block may read")
     parser.add_argument("--regime", help="low, mid or high motion")
     parser.add_argument("--profile", help="name or path of a profile")
-    parser.add_argument("-o", "--output", type=Path, default=Path("mask.png"), help="file to write (mask.png)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="PNG to write, or - to print the mask as text (mask.png, or text where pillow is missing)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,14 +48,23 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from .. import make_plan
     from ..reporting.plot import frame_boundaries, plot_mask
+    from ..reporting.plot_text import mask_text
 
     names = ("sparsity", "decay_factor", "sink_frames", "regime", "profile")
     params = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     plan = make_plan(args.pattern, args.grid, args.block_size, args.text_before, args.text_after, **params)
     title = f"{args.pattern} {'x'.join(map(str, args.grid))}"
-    plot_mask(plan, args.output, title=title, boundaries=frame_boundaries(args.grid, args.text_before))
+    output = args.output
+    if output is None:
+        output = Path("mask.png" if importlib.util.find_spec("PIL") is not None else "-")
+        if output == Path("-"):
+            print("pillow is missing (pip install 'dynamicrad-compile[plot]'), so here is text:", file=sys.stderr)
+    if output == Path("-"):
+        print(mask_text(plan, title=title))
+        return 0
+    plot_mask(plan, output, title=title, boundaries=frame_boundaries(args.grid, args.text_before))
     print(
-        f"wrote {args.output}: {plan.num_q_blocks} x {plan.num_kv_blocks} blocks of {args.block_size} tokens, "
+        f"wrote {output}: {plan.num_q_blocks} x {plan.num_kv_blocks} blocks of {args.block_size} tokens, "
         f"{plan.sparsity:.1%} skipped"
     )
     return 0

@@ -1,4 +1,4 @@
-"""Pictures of block masks as PNG files. Needs pillow: `pip install dynamicrad-compile[plot]`."""
+"""Pictures of block masks as PNG files. Needs pillow: `pip install 'dynamicrad-compile[plot]'`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import PlanError
 from ..optional import optional
 from ..plans.plan import BlockPlan
+from .plot_text import average, chosen_mask, skipped
 
 MIN_PIXELS = 720
 MAX_BLOCKS = 1200
@@ -49,12 +50,8 @@ def plot_mask(
     The picture is at least 720 pixels wide. More than 1200 blocks are averaged, so shades mean partly kept.
     Raises PlanError if the regime or head does not exist or pillow is missing.
     """
-    counts = plan.kv_counts
-    for name, index, size in (("regime", regime, counts.shape[0]), ("head", head, counts.shape[1])):
-        if not 0 <= index < size:
-            raise PlanError(f"{name} must be in 0..{size - 1} for this plan, got {index}.")
-    mask = plan.block_mask()[regime, head].cpu().numpy()
-    sparsity = f"{1 - mask.mean():.1%} of {mask.shape[0]} x {mask.shape[1]} blocks skipped"
+    mask = chosen_mask(plan, regime, head)
+    sparsity = skipped(mask)
     picture = _Picture(_downsample(mask), (plan.q_len, plan.kv_len), (plan.block_q, plan.block_kv))
     picture.draw_boundaries(boundaries)
     picture.draw_axes(f"{title}: {sparsity}" if title else sparsity)
@@ -91,7 +88,7 @@ def plot_difference(
     part[here & there] = KEPT
     part[here & ~there] = ONLY_FIRST
     part[there & ~here] = ONLY_SECOND
-    picture = _Picture(_average(colors), (seq_len, seq_len), (block_size, block_size))
+    picture = _Picture(average(colors, MAX_BLOCKS), (seq_len, seq_len), (block_size, block_size))
     picture.draw_boundaries(boundaries)
     counts = f"{(here & ~there).sum()} blocks only in {names[0]}, {(there & ~here).sum()} only in {names[1]}"
     picture.draw_axes(f"{title}: {counts}" if title else counts)
@@ -104,20 +101,8 @@ def plot_difference(
 
 def _downsample(mask: np.ndarray) -> np.ndarray:
     """Colours [rows, columns, 3] of a mask; more than MAX_BLOCKS blocks are averaged."""
-    share = _average(mask.astype(np.float64)[..., None])
+    share = average(mask.astype(np.float64)[..., None], MAX_BLOCKS)
     return np.asarray(SKIPPED) * (1 - share) + np.asarray(KEPT) * share
-
-
-def _average(values: np.ndarray) -> np.ndarray:
-    """Mean over tiles of equal size (the last may be smaller), so that no side exceeds MAX_BLOCKS."""
-    for axis in (0, 1):
-        size = values.shape[axis]
-        tile = math.ceil(size / MAX_BLOCKS)
-        starts = np.arange(0, size, tile)
-        sums = np.add.reduceat(values, starts, axis=axis)
-        lengths = np.diff(np.append(starts, size))
-        values = sums / np.expand_dims(lengths, tuple(a for a in range(values.ndim) if a != axis))
-    return values
 
 
 def _pillow() -> tuple[Any, Any, Any]:

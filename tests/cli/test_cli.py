@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -110,6 +111,18 @@ def test_layers_are_cut_without_weights():
     model, _ = build("hunyuan", layers=1)
     assert len(model.transformer_blocks) == len(model.single_transformer_blocks) == 1
     assert build("wan-14b", layers=0)[0].config.num_layers == 40
+
+
+def test_plot_as_text(capsys, tmp_path, monkeypatch):
+    code, out, _ = run(capsys, "plot", "--grid", "3", "4", "5", "--block-size", "16", "--pattern", "dense", "-o", "-")
+    assert code == 0
+    assert out.splitlines()[1] == "####"
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.chdir(tmp_path)
+    code, same, said = run(capsys, "plot", "--grid", "3", "4", "5", "--block-size", "16", "--pattern", "dense")
+    assert (code, same) == (0, out)
+    assert "pip install 'dynamicrad-compile[plot]'" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_plot(capsys, tmp_path):

@@ -12,6 +12,7 @@ from dynamicrad_compile.plans.make import make_plan
 from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.reporting import plot
 from dynamicrad_compile.reporting.plot import frame_boundaries, plot_difference, plot_mask
+from dynamicrad_compile.reporting.plot_text import average, mask_text
 
 
 def cell(image, blocks, row, column):
@@ -50,7 +51,7 @@ def test_large_masks_are_averaged():
     mask = np.zeros((2501, 1300), dtype=bool)
     mask[0, 0] = True
     mask[-1, -2:] = True
-    share = plot._average(mask.astype(float)[..., None])[..., 0]
+    share = average(mask.astype(float)[..., None], plot.MAX_BLOCKS)[..., 0]
     assert share.shape == (834, 650)
     assert share[0, 0] == pytest.approx(1 / 6)
     assert share[-1, -1] == pytest.approx(1 / 2)  # 2 rows are left for the last tile
@@ -108,3 +109,21 @@ def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(PlanError, match=r"pip install 'dynamicrad-compile\[plot\]'"):
         plot_mask(small_plan(), tmp_path / "mask.png")
+
+
+def test_text_shows_every_block():
+    plan = small_plan()
+    mask = plan.block_mask()[0, 0].numpy()
+    title, *rows, legend = mask_text(plan, title="small").splitlines()
+    assert title.startswith("small: ")
+    assert [[character == "#" for character in row] for row in rows] == mask.tolist()
+    assert {*"".join(rows)} <= {"#", "."}
+    assert "a character" not in legend
+
+
+def test_text_of_many_blocks_is_averaged():
+    plan = make_plan("radial", grid=(7, 20, 20), block_size=16)
+    lines = mask_text(plan).splitlines()
+    assert len(lines) == 2 + plan.num_q_blocks // 2 + plan.num_q_blocks % 2
+    assert {len(line) for line in lines[1:-1]} == {-(-plan.num_kv_blocks // 2)}
+    assert "a character is 2 x 2 blocks" in lines[-1]
