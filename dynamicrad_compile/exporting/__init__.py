@@ -11,6 +11,6 @@ from __future__ import annotations
 
 from .api import FORMATS, export
 from .job import Exported, Job
-from .rewrite import rewrite
+from .rewriting import rewrite
 
 __all__ = ["FORMATS", "Exported", "Job", "export", "rewrite"]

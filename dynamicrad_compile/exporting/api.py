@@ -24,7 +24,7 @@ from .card import model_card
 from .checking import check_export
 from .job import Exported, Job, capture
 from .output import place_of, written_whole
-from .rewrite import rewrite
+from .rewriting import rewrite
 
 FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx.model", "tensorrt": "tensorrt.files"}
 """Format -> module with
