@@ -15,6 +15,7 @@ from quality_bench import BLOCK, Bench
 from tqdm import tqdm
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.plans.cost import blocks_to_skip
 from dynamicrad_compile.profiles import REGIMES
 from dynamicrad_compile.quality import Dense, Hooked, evaluate, make_clips, rmse, save_gif
 from dynamicrad_compile.quality import method as by_name
@@ -230,7 +231,7 @@ def heads(bench: Bench, images: Path) -> dict[str, Any]:
         "static_ratio": attention.static(bench.profile("plain"), "mid", 0.8, bench.subject, 0.0),
         "dynamic_threshold": attention.dynamic(bench.profile("plain"), "mid", 0.8, bench.subject, 0.0),
     }
-    paid = 0.8 + 1 / BLOCK  # blocks pay for the mean keys
+    paid = blocks_to_skip(0.8, BLOCK, 1.0)  # blocks pay for the mean keys
     paying = {
         "static_ratio": attention.static(bench.profile("plain"), "mid", paid, bench.subject, 0.0),
         "dynamic_threshold": attention.dynamic(bench.profile("plain"), "mid", paid, bench.subject, 0.0),

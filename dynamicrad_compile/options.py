@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import OptionsError, nearest
+from .profiles.parameters import BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
 
 MIN_TOKENS_AUTO = 2048
 """Below this many tokens "auto" leaves attention dense where the crossover table has nothing for the device."""
@@ -28,24 +29,24 @@ class Options(BaseModel):
     profile: str | Path = "auto"
     """Name of a shipped profile, or the path of a TOML file; "auto" picks one."""
 
-    pattern: Literal["dynamicrad", "radial", "dense"] | None = None
+    pattern: PatternName | None = None
     """How blocks are chosen; None = the profile's. "dense" replaces nothing."""
 
-    mode: Literal["auto", "static_ratio", "dynamic_threshold"] = "auto"
+    mode: Literal["auto", Mode] = "auto"
     """"static_ratio": a fixed share of blocks by the radial prior. "dynamic_threshold": the blocks that matter to the
     queries at hand, chosen among candidates of that prior at every call. "auto" takes the profile's."""
 
-    regime: Literal["auto", "low", "mid", "high"] = "auto"
+    regime: Literal["auto", RegimeName] = "auto"
     """Amount of motion that the plan is for; "auto": by the router from the prompt, "high" without one."""
 
     router: Any = None
     """Motion router: a `Router` of `fit_router`, or the path under which one was saved; None = no routing."""
 
-    sparsity: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    sparsity: Share | None = None
     """Share of dense attention to skip, compensation counted; None = the profile's for the regime. In mode
     "dynamic_threshold" that share of the candidates is kept which meets it. Pattern "dynamicrad" only."""
 
-    compensate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    compensate: Share | None = None
     """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's."""
 
     covariance: bool = False
@@ -55,22 +56,22 @@ class Options(BaseModel):
     qk_dtype: Literal["int8"] | None = None
     """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""
 
-    decay_factor: Annotated[float, Field(gt=0.0, le=1e3)] | None = None
+    decay_factor: DecayFactor | None = None
     """Width of the radial windows; None = the profile's (pattern "radial": 1.0)."""
 
-    sink_frames: Annotated[int, Field(ge=0)] | None = None
+    sink_frames: Count | None = None
     """Leading frames that every query may read; None = the profile's."""
 
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the video in latent tokens after patchifying; None = traced from the graph."""
 
-    block_size: Literal[16, 32, 64, 128, 256] | None = None
+    block_size: BlockSize | None = None
     """Tokens of a query block and of a key block; None = the profile's."""
 
-    dense_layers: Annotated[int, Field(ge=0)] | None = None
+    dense_layers: Count | None = None
     """The first n video self-attentions of a graph stay dense; None = the profile's."""
 
-    dense_steps: Annotated[int, Field(ge=0)] | None = None
+    dense_steps: Count | None = None
     """The first n denoising steps of each generation stay dense; None = the profile's."""
 
     dense_timestep: float | None = None
@@ -80,7 +81,7 @@ class Options(BaseModel):
     """Mode "dynamic_threshold": choose blocks anew at every n-th step only and keep them in between; None = at every
     call. The blocks of all sites are then kept on the device."""
 
-    min_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    min_tokens: Count | Literal["auto"] | None = None
     """Attentions over fewer tokens stay dense; "auto": those for whose length and sparsity the table of measured and
     estimated speed-ups expects no gain on this device (`crossover`); None = the profile's."""
 

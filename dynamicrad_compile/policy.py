@@ -20,6 +20,7 @@ from .passes.graph import value_of
 from .plans import crossover
 from .plans.table import PlanSpec, PlanTable, RegimeSpec, balance_of
 from .profiles import REGIMES, Profile, load_profile, pick_profile
+from .profiles.parameters import Mode, Radial, StaticRatio
 from .runtime import router
 from .runtime.router import Router
 from .runtime.state import RunState
@@ -56,7 +57,7 @@ class Settings:
 
     profile: Profile
     pattern: str
-    mode: Literal["static_ratio", "dynamic_threshold"]
+    mode: Mode
     block_size: int
     dense_layers: int
     dense_steps: int
@@ -167,12 +168,9 @@ def _without_meaning(options: Options) -> list[str]:
 
 
 def _radial(settings: Settings, options: Options) -> PlanSpec:
-    static = settings.profile.regime(SAFE_REGIME).static_ratio
-    params = {
-        "decay_factor": 1.0 if options.decay_factor is None else options.decay_factor,
-        "sink_frames": static.sink_frames if options.sink_frames is None else options.sink_frames,
-    }
-    return PlanSpec("radial", settings.block_size, (RegimeSpec("", _pairs(params)),))
+    sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
+    parameters = Radial(**{"sink_frames": sinks, **_given(options, "decay_factor", "sink_frames")})
+    return PlanSpec("radial", settings.block_size, (RegimeSpec("", parameters),))
 
 
 def _dynamicrad(settings: Settings, options: Options, names: tuple[str, ...]) -> PlanSpec:
@@ -182,7 +180,7 @@ def _dynamicrad(settings: Settings, options: Options, names: tuple[str, ...]) ->
 
 
 def _static(profile: Profile, name: str, options: Options) -> RegimeSpec:
-    return RegimeSpec(name, _pairs(_override(profile.regime(name).static_ratio.model_dump(), options)))
+    return RegimeSpec(name, _override(profile.regime(name).static_ratio, options))
 
 
 def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
@@ -194,23 +192,24 @@ def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
         target = regime.static_ratio.sparsity
     if target == 0.0:  # nothing to choose
         return _static(profile, name, options)
-    params = _override((table or regime.static_ratio).model_dump(), options)
-    for key in ("criterion", "near", "far"):
-        params.pop(key, None)
+    parameters = _override(table or regime.static_ratio, options)
     if table is not None and target is None:
-        params["sparsity"] = table.sparsity
-        return RegimeSpec(name, _pairs(params), table.criterion, table.near, table.far)
+        return RegimeSpec(name, parameters, table.criterion, table.near, table.far)
     assert target is not None
     wide = max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
-    params["sparsity"] = wide if table is None else min(wide, table.sparsity)
+    parameters = parameters.changed(sparsity=wide if table is None else min(wide, table.sparsity))
     balance = 0.0 if table is None else balance_of(table.criterion, table.near, table.far)
-    return RegimeSpec(name, _pairs(params), "ratio", sparsity=target, balance=balance)
+    return RegimeSpec(name, parameters, "ratio", sparsity=target, balance=balance)
 
 
-def _override(params: dict[str, Any], options: Options) -> dict[str, Any]:
-    names = ("sparsity", "decay_factor", "sink_frames", "compensate")
-    given = {name: getattr(options, name) for name in names}
-    return {**params, **{name: value for name, value in given.items() if value is not None}}
+def _override(table: StaticRatio, options: Options) -> StaticRatio:
+    return table.changed(**_given(options, "sparsity", "decay_factor", "sink_frames", "compensate"))
+
+
+def _given(options: Options, *names: str) -> dict[str, Any]:
+    """Those of the options that are not None."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _no_gain(site: VideoSite, settings: Settings, spec: PlanSpec, table: PlanTable) -> tuple[Dense | None, str]:
@@ -299,7 +298,3 @@ def _no_refresh(sites: Sequence[VideoSite], specs: Sequence[PlanSpec], settings:
 def _is_one_layer(site: VideoSite) -> bool:
     """Whether a site belongs to one layer, as blocks.3.attn1; where one graph serves all layers there is no number."""
     return any(piece.isdigit() for piece in site.site.path.split("."))
-
-
-def _pairs(params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(params.items()))

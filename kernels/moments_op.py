@@ -10,7 +10,7 @@ Where attention is diffuse, as it is on noise, t is what a head says about the q
 A query block uses one pair of covariances: those of its dropped blocks, weighted by the attention that its mean query
 pays to their mean keys. So a query needs two products with D x D matrices instead of two for each dropped block, and
 
-    2 D / Sk + D / (block_q block_kv)        of the products of dense attention
+    2 D / Sk + D / (block_q block_kv)        of the products of dense attention (`plans.cost`)
 
 are added: 1.6 % at 32k tokens, head_dim 128 and blocks of 128. At most MOMENT_BYTES of covariances are held at a time;
 in training, the backward needs them all. Plain ATen operations around the attention op, so that autograd
@@ -29,11 +29,6 @@ from .pool_op import valid_counts
 from .transpose_plan import block_mask
 
 MOMENT_BYTES = 512 << 20  # of the covariances of blocks and rows that are held at a time
-
-
-def share_of_dense(head_dim: int, kv_len: int, block_q: int, block_kv: int) -> float:
-    """Share of the products of dense attention that covariances add to those of compensation."""
-    return 2 * head_dim / kv_len + head_dim / (block_q * block_kv)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.kernels import attention_op as _registers_the_ops  # noqa: F401
-from dynamicrad_compile.kernels import moments_op
+from dynamicrad_compile.plans.cost import covariances
 
 from .graph import value_of
 from .reading.masks import keys_node, without_hidden_rows
@@ -112,7 +112,7 @@ def _replace(
         op = torch.ops.dynamicrad.block_sparse_attention.default
         if context.covariance and nodes.compensate is not None:
             op = torch.ops.dynamicrad.second_order_attention.default
-            overhead = moments_op.share_of_dense(video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
+            overhead = covariances(video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
         pair = graph.call_function(op, arguments, options)
         out = graph.call_function(operator.getitem, (pair, 0))
         if keys is not None:

@@ -1,7 +1,8 @@
 """Profiles: tuned parameters per model family and resolution, as TOML files with a versioned schema."""
 
 from .loader import list_profiles, load_profile, pick_profile
-from .schema import REGIMES, DynamicThreshold, Match, Profile, Provenance, Regime, Regimes, StaticRatio
+from .parameters import REGIMES, DynamicThreshold, StaticRatio
+from .schema import Match, Profile, Provenance, Regime, Regimes
 
 __all__ = [
     "REGIMES",

@@ -17,72 +17,21 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from dynamicrad_compile.errors import ProfileError, nearest
 
-SCHEMA_VERSION = 1
-REGIMES = ("low", "mid", "high")
+from .parameters import REGIMES, BlockSize, Count, DynamicThreshold, Mode, PatternName, Share, StaticRatio, Table
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class StaticRatio(_Table):
-    """Parameters of the static_ratio planner for one regime; the prior's are explained in `planners.prior`.
-
-    sparsity        share of dense attention that a plan skips, compensation counted
-    decay_factor    core of the prior: larger spends more on wide neighbourhoods
-    adjacent_width  width of the band of adjacent frames, relative to the same frame's
-    far_width       width of the band of farther frames
-    temporal_decay  exponent of 1 + frame distance
-    thinning        frequency reduction of far frames; 0 = none
-    sink_frames     leading latent frames that count as adjacent to every frame
-    compensate      weight of the mean key and value that stand for each dropped block; 0 = none
-    """
-
-    sparsity: Annotated[float, Field(ge=0.0, le=1.0)]
-    decay_factor: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    adjacent_width: Annotated[float, Field(ge=0.1, le=10.0)] = 1.0
-    far_width: Annotated[float, Field(ge=0.01, le=10.0)] = 1.0
-    temporal_decay: Annotated[float, Field(ge=0.0, le=8.0)] = 2.0
-    thinning: Annotated[float, Field(ge=0.0, le=8.0)] = 0.0
-    sink_frames: Annotated[int, Field(ge=0)] = 1
-    compensate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-
-
-class DynamicThreshold(StaticRatio):
-    """Parameters of dynamic_threshold for one regime: the candidates are a static plan, `select_blocks` thins it.
-
-    sparsity   share of dense attention that the candidates skip; what is executed is sparser
-    criterion  "threshold": a block stays if the logarithm of its mass over the row's mean mass reaches near or far
-               "mass": the best blocks stay that together have the share near (far) of their group's mass
-               "ratio": the share near (far) of a group's blocks stays
-    near       for blocks of the same frame, adjacent ones and sink frames
-    far        for all other frames
-    """
-
-    criterion: Literal["threshold", "mass", "ratio"] = "threshold"
-    near: Annotated[float, Field(ge=-20.0, le=20.0)]
-    far: Annotated[float, Field(ge=-20.0, le=20.0)]
-
-    @model_validator(mode="after")
-    def _shares(self) -> DynamicThreshold:
-        for name in ("near", "far"):
-            if self.criterion != "threshold" and not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share in 0..1 where criterion is {self.criterion!r}")
-        return self
-
-
-class Regime(_Table):
+class Regime(Table):
     """Parameters of one regime of motion, one table a mode."""
 
     static_ratio: StaticRatio
     dynamic_threshold: DynamicThreshold | None = None
 
 
-class Regimes(_Table):
+class Regimes(Table):
     """The three regimes of motion."""
 
     low: Regime
@@ -90,20 +39,20 @@ class Regimes(_Table):
     high: Regime
 
 
-class Provenance(_Table):
+class Provenance(Table):
     """Where the numbers are from. `sparsity` and `loss` are those the optimizer reported, by regime."""
 
     source: str | None = None
     optimizer: str | None = None
-    budget: Annotated[int, Field(ge=0)] | None = None
+    budget: Count | None = None
     seed: int | None = None
     loss: dict[str, float] | None = None
-    sparsity: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
+    sparsity: dict[str, Share] | None = None
     date: datetime.date | None = None
     packages: dict[str, str] | None = None
 
 
-class Header(_Table):
+class Header(Table):
     """The [profile] table.
 
     pattern       planner that the regimes' parameters are for
@@ -116,11 +65,11 @@ class Header(_Table):
 
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
-    pattern: Literal["dynamicrad", "radial", "adaspa", "lvsa", "dense"] = "dynamicrad"
-    mode: Literal["static_ratio", "dynamic_threshold"] = "static_ratio"
-    block_size: Literal[16, 32, 64, 128, 256] = 128
-    dense_layers: Annotated[int, Field(ge=0)] = 0
-    dense_steps: Annotated[int, Field(ge=0)] = 0
+    pattern: PatternName = "dynamicrad"
+    mode: Mode = "static_ratio"
+    block_size: BlockSize = 128
+    dense_layers: Count = 0
+    dense_steps: Count = 0
     min_tokens: int | Literal["auto"] = "auto"
 
     @field_validator("min_tokens", mode="plain")
@@ -131,7 +80,7 @@ class Header(_Table):
         raise ValueError('expected "auto" or an integer of at least 0')
 
 
-class Match(_Table):
+class Match(Table):
     """The [match] table: the attentions that a profile was tuned for.
 
     models    names of model families, for people
@@ -142,7 +91,7 @@ class Match(_Table):
     layers    video self-attentions of the model
     """
 
-    models: list[str] = []
+    models: list[str] = Field(default_factory=list)
     grid: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
     heads: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
     head_dim: Annotated[int, Field(ge=1)]
@@ -150,7 +99,7 @@ class Match(_Table):
     layers: Annotated[int, Field(ge=1)]
 
 
-class Profile(_Table):
+class Profile(Table):
     """A whole profile file. The keys of the [profile] table are also attributes of the profile."""
 
     schema_version: Literal[1] = Field(alias="schema")

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.kernels import moments_op as second_order
 from dynamicrad_compile.kernels.means import means_of
 from dynamicrad_compile.kernels.select_op import cost
+from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.make import make_candidates
 from dynamicrad_compile.plans.selection import select_blocks
 from dynamicrad_compile.plans.table import ratios_for
@@ -91,7 +91,7 @@ def run_covariance(bench: Bench, tokens: int, dim: int, sparsity: float) -> Valu
         "covariances": lambda: compiled(q, k, v),
     })  # fmt: skip
     added = both["covariances"].ms - both["means"].ms
-    extra = second_order.share_of_dense(dim, tokens, BLOCK, BLOCK)
+    extra = covariances(dim, tokens, BLOCK, BLOCK)
     return {"ms": added, "attention_ms": both["means"].ms, "share": added / both["means"].ms,
             "summary": f"{extra:.1%} of dense products"}  # fmt: skip
 

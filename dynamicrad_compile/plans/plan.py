@@ -14,6 +14,7 @@ import torch
 
 from ..errors import PlanError
 from ..kernels.blocks import cdiv
+from . import cost
 
 # Mask entries that `BlockPlan.from_mask` looks at in one go.
 MASK_CHUNK = 1 << 20
@@ -92,15 +93,9 @@ class BlockPlan:
 
     @property
     def sparsity(self) -> float:
-        """Share of dense attention that is skipped, in 0..1, over all regimes and heads; compensation counts.
-
-        A row that drops blocks and compensates reads one more key for each block, 1 / block_kv of a dense row.
-        """
-        m_k = self.num_kv_blocks
-        kept = int(self.kv_counts.sum(dtype=torch.int64))
+        """Share of dense attention that is skipped, in 0..1, over all regimes and heads; compensation counts."""
         weights = torch.tensor(self.compensate, device=self.kv_counts.device)[:, None, None]
-        compensated = int(((self.kv_counts < m_k) & (weights > 0)).sum())
-        return 1.0 - (kept + compensated * m_k / self.block_kv) / (self.kv_counts.numel() * m_k)
+        return 1.0 - float(cost.computed(self.kv_counts, weights, self.num_kv_blocks, self.block_kv))
 
     def compensation(self) -> torch.Tensor | None:
         """fp32 [P] for the op's `compensate`, on the plan's device; None where no regime compensates."""
@@ -204,6 +199,11 @@ class Candidates:
     plan: BlockPlan
     kv_forced: torch.Tensor
     kv_near: torch.Tensor
+
+    @staticmethod
+    def forced(plan: BlockPlan) -> Candidates:
+        """Candidates of a plan from which nothing is to be dropped."""
+        return Candidates(plan, plan.kv_counts, plan.kv_counts)
 
     def to(self, device: torch.device | str) -> Candidates:
         """The same candidates with their tensors on `device`."""

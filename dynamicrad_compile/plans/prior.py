@@ -16,10 +16,10 @@ any run of tokens. Its query tokens are represented by a few of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from ..profiles.parameters import Prior
 from .layout import Layout, Segments
 
 # Query tokens that stand for a block.
@@ -31,36 +31,17 @@ CORE = 0.02
 MIN_CORE = 0.5
 
 
-@dataclass(frozen=True)
-class Prior:
-    """Shape of the prior; ranges are those of `profiles.schema.StaticRatio`.
-
-    decay_factor    radius of the core, in units of CORE * sqrt(height * width)
-    adjacent_width  width of the band of adjacent frames, the same frame's being 1
-    far_width       width of the band of farther frames
-    temporal_decay  exponent of 1 + frame distance
-    thinning        far frames count only at distances that are multiples of floor(distance * thinning / frames)
-    sink_frames     leading latent frames that count as adjacent to every frame
-    """
-
-    decay_factor: float = 1.0
-    adjacent_width: float = 1.0
-    far_width: float = 1.0
-    temporal_decay: float = 2.0
-    thinning: float = 0.0
-    sink_frames: int = 1
-
-    def by_distance(self, frames: int) -> np.ndarray:
-        """float64 [frames]: factor of the mass by frame distance."""
-        distance = np.arange(frames, dtype=np.float64)
-        if self.temporal_decay == 2.0:
-            weight = 1.0 / np.square(1.0 + distance)  # exact on every machine, unlike a power
-        else:
-            weight = np.power(1.0 + distance, -self.temporal_decay)
-        step = np.maximum(1, np.floor(distance * self.thinning / frames))
-        weight[(distance >= 2) & (distance % step != 0)] = 0.0
-        result: np.ndarray = weight
-        return result
+def mass_by_distance(prior: Prior, frames: int) -> np.ndarray:
+    """float64 [frames]: factor of the mass by frame distance."""
+    distance = np.arange(frames, dtype=np.float64)
+    if prior.temporal_decay == 2.0:
+        weight = 1.0 / np.square(1.0 + distance)  # exact on every machine, unlike a power
+    else:
+        weight = np.power(1.0 + distance, -prior.temporal_decay)
+    step = np.maximum(1, np.floor(distance * prior.thinning / frames))
+    weight[(distance >= 2) & (distance % step != 0)] = 0.0
+    result: np.ndarray = weight
+    return result
 
 
 class _Band:
@@ -101,7 +82,7 @@ class Scorer:
         self.blocks, self.first_segment = np.unique(self.segments.block, return_index=True)
         # A key in a sink frame is at most one frame away.
         self.reach = np.where(self.segments.frame < prior.sink_frames, 1, frames)
-        self.temporal = prior.by_distance(frames)
+        self.temporal = mass_by_distance(prior, frames)
         core = max(MIN_CORE, CORE * prior.decay_factor * math.sqrt(height * width))
         widths = (1.0, prior.adjacent_width, prior.far_width)
         self.bands = [_Band(height, width, core, stretch) for stretch in dict.fromkeys(widths)]

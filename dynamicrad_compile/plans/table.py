@@ -10,12 +10,14 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from .make import make_candidates, make_plan
+from ..profiles.parameters import Table
+from . import cost
+from .layout import Layout
+from .patterns import PATTERNS
 from .plan import BlockPlan, Candidates
 
 KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
@@ -27,7 +29,7 @@ class RegimeSpec:
     """How the plan of one regime is made.
 
     name       "low", "mid", "high", or "" where there is but one
-    params     parameters of make_plan (make_candidates where there is a criterion), as sorted pairs
+    parameters  of the pattern, of its candidates where there is a criterion
     criterion  by which select_blocks thins it when the graph runs; "": a static plan
     near, far  its thresholds; None: the shares of blocks that meet `sparsity`
     balance    how these shares are divided between near and far blocks, see `ratios_for`
@@ -35,7 +37,7 @@ class RegimeSpec:
     """
 
     name: str
-    params: tuple[tuple[str, Any], ...]
+    parameters: Table
     criterion: str = ""
     near: float | None = None
     far: float | None = None
@@ -45,7 +47,7 @@ class RegimeSpec:
     @property
     def compensate(self) -> float:
         """Weight of the mean keys of dropped blocks."""
-        return float(dict(self.params).get("compensate", 0.0))
+        return float(getattr(self.parameters, "compensate", 0.0))
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,16 @@ class PlanSpec:
 
     def to_json(self) -> str:
         """The specification as text, for a graph's constant argument."""
-        return json.dumps(asdict(self))
+        regimes = [{**vars(regime), "parameters": regime.parameters.model_dump()} for regime in self.regimes]
+        return json.dumps({**vars(self), "regimes": regimes})
 
     @staticmethod
     def from_json(text: str) -> PlanSpec:
         """Reverse of `to_json`."""
         values = json.loads(text)
-        regimes = [{**r, "params": tuple((name, value) for name, value in r["params"])} for r in values["regimes"]]
-        return PlanSpec(**{**values, "regimes": tuple(RegimeSpec(**r) for r in regimes)})
+        parameters = PATTERNS[values["pattern"]].parameters
+        regimes = [RegimeSpec(**{**r, "parameters": parameters(**r["parameters"])}) for r in values["regimes"]]
+        return PlanSpec(**{**values, "regimes": tuple(regimes)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,7 @@ class PlanTable:
     @staticmethod
     def of(plan: BlockPlan) -> PlanTable:
         """The table of a plan from which nothing is to be selected."""
-        return PlanTable(Candidates(plan, plan.kv_counts, plan.kv_counts), torch.zeros(len(plan.kv_counts), 0), ())
+        return PlanTable(Candidates.forced(plan), torch.zeros(len(plan.kv_counts), 0), ())
 
     @property
     def plan(self) -> BlockPlan:
@@ -112,17 +116,15 @@ class PlanTable:
 def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
     rows: list[Candidates] = []
     thresholds: list[list[float]] = []
+    pattern, layout = PATTERNS[spec.pattern], Layout(grid, spec.block_size, text_before, text_after)
     for regime in spec.regimes:
-        params = dict(regime.params)
-        where = {"block_size": spec.block_size, "text_before": text_before, "text_after": text_after}
         near, far = regime.near, regime.far
         if regime.criterion:
-            found = make_candidates(grid, **where, **params)
+            found = pattern.candidates(layout, regime.parameters)
             if regime.sparsity is not None:
                 near, far = ratios_for(found, regime.sparsity, regime.balance)
         else:
-            plan = make_plan(spec.pattern, grid, **where, **params)
-            found = Candidates(plan, plan.kv_counts, plan.kv_counts)
+            found = Candidates.forced(pattern.plan(layout, regime.parameters))
         rows.append(found)
         row: list[float] = []
         for criterion in spec.criteria:
@@ -153,7 +155,7 @@ def ratios_for(candidates: Candidates, sparsity: float, balance: float = 0.0) ->
     thinned = plan.kv_counts < m_k
     budget = (1.0 - sparsity) * total
     if any(plan.compensate):
-        budget -= int(thinned.sum()) * m_k / plan.block_kv
+        budget -= int(thinned.sum()) * m_k * cost.mean_keys(plan.block_kv)
     near = (candidates.kv_near - candidates.kv_forced).double()
     far = (plan.kv_counts - candidates.kv_near).double()
 

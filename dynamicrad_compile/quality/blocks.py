@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..kernels.blocks import cdiv
+from ..plans.cost import blocks_to_skip, computed
 
 
 def block_sums(x: Tensor, block: int, dim: int) -> Tensor:
@@ -40,8 +41,8 @@ def block_mass(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> 
 
 def block_budget(blocks: int, sparsity: float, block: int, compensate: float) -> int:
     """Blocks of a head [blocks, blocks] that may be read to skip the share `sparsity`, mean keys counted."""
-    cost = blocks * blocks / block if compensate and sparsity > 0 else 0.0
-    return min(blocks * blocks, max(blocks, math.floor((1.0 - sparsity) * blocks * blocks - cost + 0.5)))
+    budget = math.floor((1.0 - blocks_to_skip(sparsity, block, compensate)) * blocks * blocks + 0.5)
+    return min(blocks * blocks, max(blocks, budget))
 
 
 def oracle_mask(mass: Tensor, budget: int) -> Tensor:
@@ -73,10 +74,7 @@ def random_mask(shape: tuple[int, int, int, int], budget: int, seed: int) -> Ten
 
 def skipped(mask: Tensor, block: int, compensate: float) -> float:
     """Share of dense attention that a mask [..., Mq, Mk] skips; a row that compensates pays for one key a block."""
-    kept = mask.sum(-1)
-    blocks = mask.shape[-1]
-    compensated = float((kept < blocks).double().mean()) / block if compensate else 0.0
-    return 1.0 - float(kept.double().mean()) / blocks - compensated
+    return 1.0 - float(computed(mask.sum(-1), compensate, mask.shape[-1], block))
 
 
 def masked_attention(

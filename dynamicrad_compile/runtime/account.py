@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
+from ..plans.cost import computed
+
 
 @has_side_effect
 def record(
@@ -16,8 +18,6 @@ def record(
     num_kv None: the width of the indices is the number of kv blocks.
     """
     blocks = kv_indices.shape[-1] if num_kv is None else num_kv
-    share = kv_counts.to(torch.float64).mean() / blocks
-    if compensate is not None:
-        thinned = (kv_counts < blocks) & (compensate > 0)[:, None, None]
-        share = share + thinned.to(torch.float64).mean() / block_kv
+    weights = None if compensate is None else compensate[:, None, None]
+    share = computed(kv_counts, weights, blocks, block_kv)
     stats.add_(torch.stack([share, torch.ones_like(share)]))

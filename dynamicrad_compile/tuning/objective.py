@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
+from ..plans.cost import computed, mean_keys
 from ..plans.make import make_candidates, make_plan
 from .captures import load_capture
 from .choosing import Choice, fit_thresholds
@@ -110,15 +111,11 @@ class Objective:
         candidates = make_candidates(*where, **prior)
         choices = [Choice(sums, candidates, parameters["criterion"]) for sums in self.sums]
         if balance is not None:
-            cost = 1.0 / task.block_size if parameters["compensate"] else 0.0
-            near, far = fit_thresholds(choices, 1.0 - task.sparsity - cost - MARGIN, balance)
+            paid = mean_keys(task.block_size, parameters["compensate"])
+            near, far = fit_thresholds(choices, 1.0 - task.sparsity - paid - MARGIN, balance)
             parameters = {**parameters, "near": near, "far": far}
         return [choice.mask(parameters["near"], parameters["far"]) for choice in choices], parameters
 
     def _sparsity(self, mask: torch.Tensor, compensate: float) -> float:
         """Share of dense attention that the mask [H', Mq, Mk] skips; a compensated row pays for the pooled keys."""
-        kept = mask.sum(dim=-1)
-        blocks = mask.shape[-1]
-        compensated = int((kept < blocks).sum()) if compensate else 0
-        work = int(kept.sum()) + compensated * blocks / self.task.block_size
-        return 1.0 - work / mask.numel()
+        return 1.0 - float(computed(mask.sum(dim=-1), compensate, mask.shape[-1], self.task.block_size))

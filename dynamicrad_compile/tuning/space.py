@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..kernels.select_criteria import CRITERIA
+from ..plans.cost import mean_keys
+from ..profiles.parameters import Prior, StaticRatio, limits
 from .choosing import KEEP_ALL
 from .objective import Evaluation, Objective, Parameters
 from .task import Task
@@ -15,8 +17,8 @@ from .task import Task
 # Searched parameters of the prior: range, and "log", "linear" or "whole".
 PRIOR: dict[str, tuple[float, float, str]] = {
     "decay_factor": (0.1, 100.0, "log"),
-    "adjacent_width": (0.1, 10.0, "log"),
-    "far_width": (0.01, 10.0, "log"),
+    "adjacent_width": (*limits(Prior, "adjacent_width"), "log"),
+    "far_width": (*limits(Prior, "far_width"), "log"),
     "temporal_decay": (0.0, 6.0, "linear"),
     "thinning": (0.0, 6.0, "linear"),  # up to 2 it does nothing
     "sink_frames": (0, 2, "whole"),
@@ -31,17 +33,9 @@ CHOICE: dict[str, tuple[float, float, str]] = {
     "criterion": (0, len(CRITERIA) - 1, "whole"),
 }
 # Clipped to the planner's range after decoding.
-CLIPPED = {"compensate": (0.0, 1.0)}
+CLIPPED = {"compensate": limits(StaticRatio, "compensate")}
 
-DEFAULTS = {
-    "decay_factor": 1.0,
-    "adjacent_width": 1.0,
-    "far_width": 1.0,
-    "temporal_decay": 2.0,
-    "thinning": 0.0,
-    "sink_frames": 1,
-    "compensate": 1.0,
-}
+DEFAULTS: Parameters = {**Prior().model_dump(), "compensate": 1.0}
 # Where every static search begins: the prior's defaults with and without compensation, Radial Attention's bands
 # (frequency reduction included), wide bands, the same place in many frames and in all, whole near frames, and these
 # with the same place in all others.
@@ -84,7 +78,6 @@ class Space:
     def evaluate(self, objective: Objective, point: Point) -> Evaluation:
         """Decode a point and evaluate it. Numbers are rounded first, so a profile holds what was evaluated."""
         values = self._decode(point)
-        compensated = bool(values["compensate"])
         balance = values.pop("balance", None)
         multiple = values.pop("candidates", 1.0)
         if multiple <= 1.001:
@@ -93,8 +86,8 @@ class Space:
             if self.mode == "dynamic_threshold":
                 parameters["near"], parameters["far"] = KEEP_ALL[parameters["criterion"]]
             return objective.evaluate(self.mode, parameters)
-        cost = 1.0 / self.task.block_size if compensated else 0.0
-        keep = min(1.0, multiple * (1.0 - self.task.sparsity - cost) + cost)
+        paid = mean_keys(self.task.block_size, values["compensate"])
+        keep = min(1.0, multiple * (1.0 - self.task.sparsity - paid) + paid)
         parameters = self._plan_parameters(values, keep)
         parameters |= dict(zip(("near", "far"), KEEP_ALL[parameters["criterion"]], strict=True))
         return objective.evaluate(self.mode, parameters, balance)

@@ -10,12 +10,10 @@ from typing import Any
 
 from ..errors import OptionsError, nearest
 from ..kernels.blocks import cdiv
-from ..plans.make import NUMBERS
-from ..profiles import REGIMES
+from ..profiles.parameters import MODES, REGIMES, StaticRatio
 from .captures import Capture
 from .proxy import PROXIES
 
-MODES = ("static_ratio", "dynamic_threshold")
 # Seeds of the draws that no search sees.
 HELD_OUT_SEEDS = (1001, 1002, 1003)
 # Chosen by benchmarks/tuner_comparison.py; see docs/tuning.md.
@@ -87,9 +85,9 @@ class Task:
             raise OptionsError("modes must hold 'static_ratio': every profile has that table.")
         if not self.seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds):
             raise OptionsError(f"seeds must be at least one integer, got {self.seeds!r}.")
+        known = [name for name in StaticRatio.model_fields if name != "sparsity"]
         for name in self.fixed:
-            if name not in NUMBERS and name != "sink_frames":
-                known = [*NUMBERS, "sink_frames"]
+            if name not in known:
                 raise OptionsError(f"fixed: unknown parameter {name!r}; known are {known}.{nearest(name, known)}")
 
     def _check_captures(self) -> None:

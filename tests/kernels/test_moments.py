@@ -14,6 +14,7 @@ from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels import moments_op as second_order
 from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
 from dynamicrad_compile.kernels.attention_reference import kept_blocks
+from dynamicrad_compile.plans.cost import covariances
 
 OP = torch.ops.dynamicrad.second_order_attention
 ATTENTION = torch.ops.dynamicrad.block_sparse_attention
@@ -184,7 +185,7 @@ def test_large_scores_do_not_overflow():
 
 
 def test_what_covariances_cost_is_what_is_counted():
-    """The products that are added to those of compensation, against share_of_dense; whole blocks, so exact."""
+    """The products that are added to those of compensation, against `covariances`; whole blocks, so exact."""
     q, k, v = torch.randn(3, 1, 2, 256, 16)
     mask = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=256, kv_len=256)
@@ -196,7 +197,7 @@ def test_what_covariances_cost_is_what_is_counted():
         totals.append(counter.get_total_flops())
     dense = 4 * 2 * 256 * 256 * 16
     weights = 2 * 2 * 8 * 8 * 16 + 3 * 2 * 256 * 16  # mean queries times mean keys, and the means: not in the share
-    assert totals[0] - totals[1] == second_order.share_of_dense(16, 256, 32, 32) * dense + weights
+    assert totals[0] - totals[1] == covariances(16, 256, 32, 32) * dense + weights
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def test_option_covariance(inner: str, wan):
     assert relative_error(out, dense) < relative_error(means, dense)
     site, before = found.replaced[0], plain.replaced[0]
     block = site.plan.block_kv
-    cost = second_order.share_of_dense(site.shape[3], site.shape[2], block, block)
+    cost = covariances(site.shape[3], site.shape[2], block, block)
     assert site.sparsity == pytest.approx(before.sparsity - cost)
 
 

@@ -8,7 +8,10 @@ import torch
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.plans import prior
-from dynamicrad_compile.plans.make import Layout, Prior, make_candidates, make_plan, static_ratio_mask
+from dynamicrad_compile.plans.layout import Layout
+from dynamicrad_compile.plans.make import make_candidates, make_plan
+from dynamicrad_compile.plans.patterns.dynamicrad import static_ratio_mask
+from dynamicrad_compile.profiles.parameters import Prior
 
 SHAPES = [
     (

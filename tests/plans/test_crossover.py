@@ -16,6 +16,7 @@ from dynamicrad_compile.plans import crossover
 from dynamicrad_compile.plans.crossover import Row, Table, expected_gain, first_length
 from dynamicrad_compile.plans.table import PlanSpec, RegimeSpec
 from dynamicrad_compile.policy import expected_sparsity
+from dynamicrad_compile.profiles.parameters import StaticRatio
 
 ABOUT = {
     "machine": 'a "machine" of \\ mine',
@@ -191,9 +192,9 @@ def test_broken_table_is_a_note_and_no_error(monkeypatch):
 
 def test_expected_sparsity_of_regimes():
     profile = drad.load_profile("wan-480p")
-    static = RegimeSpec("low", (("compensate", 0.0), ("sparsity", 0.75)))
-    chosen = RegimeSpec("high", (("sparsity", 0.2),), "ratio", 0.5, 0.5, sparsity=0.9)
-    fixed = RegimeSpec("high", (("sparsity", 0.2),), "threshold", 0.0, 0.0)
+    static = RegimeSpec("low", StaticRatio(sparsity=0.75))
+    chosen = RegimeSpec("high", StaticRatio(sparsity=0.2), "ratio", 0.5, 0.5, sparsity=0.9)
+    fixed = RegimeSpec("high", StaticRatio(sparsity=0.2), "threshold", 0.0, 0.0)
     for regimes, expected in [
         ((static,), 0.75),
         ((static, static), 0.75),

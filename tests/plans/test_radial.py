@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.plans.make import Layout, make_plan, radial_mask
+from dynamicrad_compile.plans.layout import Layout
+from dynamicrad_compile.plans.make import make_plan
 from dynamicrad_compile.plans.patterns import radial
+from dynamicrad_compile.plans.patterns.radial import radial_mask
+from dynamicrad_compile.profiles.parameters import Radial
 
 GOLDEN = Path(__file__).parents[1] / "data" / "radial_wan_small.npz"
 
@@ -101,7 +104,7 @@ def test_random_aligned_grids_equal_token_level_formula():
         decay, sink = float(rng.choice([0.2, 0.37, 0.8, 1.0, 1.7, 3.0])), int(rng.integers(0, 2))
         layout = Layout((frames, 1, tokens), block)
         np.testing.assert_array_equal(
-            radial_mask(layout, decay_factor=decay, sink_frames=sink),
+            radial_mask(layout, Radial(decay_factor=decay, sink_frames=sink)),
             slow_mask(layout, decay, sink),
             err_msg=f"{frames}x{tokens} block {block} decay {decay} sink {sink}",
         )
@@ -116,7 +119,7 @@ def test_random_ragged_grids_equal_token_level_segments():
         decay, sink = float(rng.choice([0.2, 0.5, 1.0, 2.5])), int(rng.integers(0, 3))
         layout = Layout(grid, block, *text)
         np.testing.assert_array_equal(
-            radial_mask(layout, decay_factor=decay, sink_frames=sink),
+            radial_mask(layout, Radial(decay_factor=decay, sink_frames=sink)),
             slow_mask(layout, decay, sink),
             err_msg=f"{layout} decay {decay} sink {sink}",
         )

@@ -5,9 +5,12 @@ import pytest
 
 from dynamicrad_compile.errors import PlanError, ProfileError
 from dynamicrad_compile.plans import prior
-from dynamicrad_compile.plans.make import Layout, Prior, make_plan, static_ratio_mask
-from dynamicrad_compile.plans.patterns import static_ratio
+from dynamicrad_compile.plans.layout import Layout
+from dynamicrad_compile.plans.make import make_plan
+from dynamicrad_compile.plans.patterns import dynamicrad
+from dynamicrad_compile.plans.patterns.dynamicrad import static_ratio_mask
 from dynamicrad_compile.profiles import load_profile
+from dynamicrad_compile.profiles.parameters import Prior
 
 SPARSITIES = [0.3, 0.425, 0.5, 0.61, 0.7, 0.8, 0.87, 0.9, 0.95]
 GRIDS = [
@@ -142,12 +145,12 @@ def test_same_plan_in_any_chunking(monkeypatch):
     layout = Layout((9, 13, 17), 32, 19, 3)
     whole = static_ratio_mask(layout, sparsity=0.8)
     np.testing.assert_array_equal(static_ratio_mask(layout, sparsity=0.8), whole)
-    monkeypatch.setattr(static_ratio, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(dynamicrad, "CHUNK_ELEMENTS", 1)
     np.testing.assert_array_equal(static_ratio_mask(layout, sparsity=0.8), whole)
 
 
 def test_equal_scores_go_to_the_nearer_then_the_earlier_block():
-    keys = static_ratio._sort_keys(np.ones((1, 5), dtype=np.float32), np.array([2]))
+    keys = dynamicrad._sort_keys(np.ones((1, 5), dtype=np.float32), np.array([2]))
     assert np.argsort(-keys[0]).tolist() == [2, 1, 3, 0, 4]
 
 

@@ -7,9 +7,10 @@ import torch
 
 from dynamicrad_compile.plans.make import make_candidates, make_plan
 from dynamicrad_compile.plans.table import KEEP_ALL, PlanSpec, RegimeSpec, balance_of, ratios_for
+from dynamicrad_compile.profiles.parameters import StaticRatio
 
-STATIC = RegimeSpec("low", (("compensate", 0.5), ("sparsity", 0.8)))
-DYNAMIC = RegimeSpec("high", (("sparsity", 0.4),), criterion="threshold", near=-0.5, far=0.5)
+STATIC = RegimeSpec("low", StaticRatio(compensate=0.5, sparsity=0.8))
+DYNAMIC = RegimeSpec("high", StaticRatio(sparsity=0.4), criterion="threshold", near=-0.5, far=0.5)
 SPEC = PlanSpec("dynamicrad", 16, (STATIC, DYNAMIC))
 
 

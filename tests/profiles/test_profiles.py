@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from dynamicrad_compile.errors import ProfileError
+from dynamicrad_compile.kernels.select_criteria import CRITERIA
 from dynamicrad_compile.plans.make import make_plan
 from dynamicrad_compile.profiles import REGIMES, list_profiles, load_profile, pick_profile
+from dynamicrad_compile.profiles.parameters import Criterion
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dynamicrad_compile"
@@ -180,6 +183,10 @@ def test_dynamic_threshold_table(tmp_path):
 def test_errors_of_the_dynamic_threshold_table(tmp_path, change, message):
     with pytest.raises(ProfileError, match=message):
         load_profile(write(tmp_path, DEFAULT + DYNAMIC + change + "\n"))
+
+
+def test_criteria_of_a_profile_are_those_of_the_selection():
+    assert get_args(Criterion) == CRITERIA
 
 
 def test_whole_run_sparsity_counts_dense_steps_and_layers(tmp_path):

@@ -1,1 +1,14 @@
-"""Patterns of plans, one file each."""
+"""Patterns of plans: one file each, all with the interface `Pattern`. What is entered here can be asked for by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .dense import DENSE
+from .dynamicrad import DYNAMICRAD
+from .pattern import Pattern
+from .radial import RADIAL
+
+PATTERNS: dict[str, Pattern[Any]] = {pattern.name: pattern for pattern in (RADIAL, DYNAMICRAD, DENSE)}
+
+__all__ = ["PATTERNS", "Pattern"]

@@ -1,4 +1,4 @@
-"""Radial Attention's static mask, computed from intervals instead of token masks.
+"""Pattern "radial": Radial Attention's static mask, computed from intervals instead of token masks.
 
 Source: Li et al., "Radial Attention" (2025), and its code (mit-han-lab/radial-attention, attn_mask.py). With
 T tokens in a frame, P the power of two above T, d the distance of two frames and g = d.bit_length():
@@ -21,40 +21,36 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...profiles.parameters import Radial
 from ..layout import Layout, Segments
+from ..plan import BlockPlan
+from .pattern import Pattern, plan_of_mask
 
-# The published code compares with 128 whatever the block size is.
-THINNING_THRESHOLD = 128
 # Elements of one temporary array; chunks of rows keep temporaries in the processor's cache.
 CHUNK_ELEMENTS = 1 << 15
 
 
-def frame_distance_tables(
-    layout: Layout, decay_factor: float, thinning_tokens: int = THINNING_THRESHOLD
-) -> tuple[np.ndarray, np.ndarray]:
+def frame_distance_tables(layout: Layout, parameters: Radial) -> tuple[np.ndarray, np.ndarray]:
     """Window (int32 [F], in tokens) and whether the pair of frames is kept (bool [F]), by frame distance."""
     tokens = layout.tokens_per_frame
     power = 1 << tokens.bit_length()
     distance = np.arange(layout.frames, dtype=np.int64)
     octave = np.frexp(distance)[1].astype(np.int64)  # d.bit_length()
     # The published code compares integer distances with a float32 window.
-    width = np.float32(np.maximum(power / 2.0**octave * decay_factor, layout.block_size))
+    width = np.float32(np.maximum(power / 2.0**octave * parameters.decay_factor, layout.block_size))
     window = np.where(distance <= 1, tokens, np.floor(np.minimum(width, tokens)))
-    step = np.maximum(1, (thinning_tokens << octave) // power)
+    step = np.maximum(1, (parameters.thinning_tokens << octave) // power)
     return window.astype(np.int32), distance % step == 0
 
 
-def radial_mask(
-    layout: Layout, *, decay_factor: float = 1.0, sink_frames: int = 1, thinning_tokens: int = THINNING_THRESHOLD
-) -> np.ndarray:
+def radial_mask(layout: Layout, parameters: Radial | None = None) -> np.ndarray:
     """Block mask of Radial Attention, bool [n, n] with n = layout.num_blocks.
 
-    decay_factor scales the window (> 0); sink_frames is the number of leading frames that all tokens read; bands
-    narrower than thinning_tokens skip frames.
     Time O(S^2) for S segments in numpy; memory one byte per block pair plus a constant.
     """
+    parameters = parameters or Radial()
     n = layout.num_blocks
-    window, kept_distance = frame_distance_tables(layout, decay_factor, thinning_tokens)
+    window, kept_distance = frame_distance_tables(layout, parameters)
     seg = layout.segments()
     mask = np.zeros((n, n), dtype=bool)
     blocks, first_segment = np.unique(seg.block, return_index=True)
@@ -66,7 +62,7 @@ def radial_mask(
         budget = first_segment[low] + rows_per_chunk
         high = max(low + 1, int(np.searchsorted(last_segment, budget, side="right")))
         rows = slice(first_segment[low], last_segment[high - 1])
-        kept = _kept_segment_pairs(seg, rows, window, kept_distance, layout.tokens_per_frame, sink_frames)
+        kept = _kept_segment_pairs(seg, rows, window, kept_distance, layout.tokens_per_frame, parameters.sink_frames)
         kept = np.logical_or.reduceat(kept, first_segment[low:high] - first_segment[low], axis=0)
         mask[blocks[0] + low : blocks[0] + high, blocks[0] : blocks[-1] + 1] = np.logical_or.reduceat(
             kept, first_segment, axis=1
@@ -106,3 +102,11 @@ def _kept_segment_pairs(
     dense = columns_read_by((a1 - a0) // 3 + 1)
     kept &= 5 * dense > 3 * nonzero
     return kept
+
+
+def radial_plan(layout: Layout, parameters: Radial) -> BlockPlan:
+    """The plan of Radial Attention's mask."""
+    return plan_of_mask(radial_mask(layout, parameters), layout)
+
+
+RADIAL = Pattern("radial", Radial, radial_plan)

@@ -1,0 +1,116 @@
+"""Parameters of plans: the range and the default of each, in frozen types that check them. Imports no torch.
+
+Options, profiles, the tuner and the patterns take their ranges from here. Unknown names are errors and types are not
+converted; the types raise pydantic's ValidationError, which their readers put into their own words.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BlockSize = Literal[16, 32, 64, 128, 256]
+Criterion = Literal["threshold", "mass", "ratio"]  # kernels/select_criteria.py is the op's own list
+PatternName = Literal["dynamicrad", "radial", "dense"]
+Mode = Literal["static_ratio", "dynamic_threshold"]
+RegimeName = Literal["low", "mid", "high"]
+
+BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
+"""Tokens of a query block and of a key block."""
+MODES: tuple[str, ...] = get_args(Mode)
+REGIMES: tuple[str, ...] = get_args(RegimeName)
+"""Amounts of motion."""
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayFactor = Annotated[float, Field(ge=1e-3, le=1e3)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Table(BaseModel):
+    """Base of all checked tables: frozen, strict, no unknown names, finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Dense(Table):
+    """Pattern "dense" has no parameters."""
+
+
+class Radial(Table):
+    """Parameters of pattern "radial", see `plans.patterns.radial`.
+
+    decay_factor     scales the windows
+    sink_frames      leading frames that all tokens read (published: 1 for Wan, 0 for HunyuanVideo)
+    thinning_tokens  bands narrower than this skip frames; 128 as published, smaller for small frames
+    """
+
+    decay_factor: DecayFactor = 1.0
+    sink_frames: Count = 1
+    thinning_tokens: Annotated[int, Field(ge=1)] = 128
+
+
+class Prior(Table):
+    """Shape of the radial prior, see `plans.prior`.
+
+    decay_factor    core of the prior: larger spends more on wide neighbourhoods
+    adjacent_width  width of the band of adjacent frames, relative to the same frame's
+    far_width       width of the band of farther frames
+    temporal_decay  exponent of 1 + frame distance
+    thinning        frequency reduction: far frames count only at distances that are multiples of
+                    floor(distance * thinning / frames); 0 = none
+    sink_frames     leading latent frames that count as adjacent to every frame
+    """
+
+    decay_factor: DecayFactor = 1.0
+    adjacent_width: Annotated[float, Field(ge=0.1, le=10.0)] = 1.0
+    far_width: Annotated[float, Field(ge=0.01, le=10.0)] = 1.0
+    temporal_decay: Annotated[float, Field(ge=0.0, le=8.0)] = 2.0
+    thinning: Annotated[float, Field(ge=0.0, le=8.0)] = 0.0
+    sink_frames: Count = 1
+
+
+class StaticRatio(Prior):
+    """Parameters of pattern "dynamicrad" for one regime: a budget, spent by the prior.
+
+    sparsity    share of dense attention that a plan skips, compensation counted
+    compensate  weight of the mean key and value that stand for each dropped block; 0 = none
+    """
+
+    sparsity: Share
+    compensate: Share = 0.0
+
+    def changed(self, **values: Any) -> StaticRatio:
+        """The plan's parameters with other values, without a choice at run time. Raises ValidationError."""
+        return StaticRatio(**{**self.model_dump(include=set(StaticRatio.model_fields)), **values})
+
+
+class DynamicThreshold(StaticRatio):
+    """Parameters of mode dynamic_threshold for one regime: the candidates are a static plan, `select_blocks` thins it.
+
+    sparsity   share of dense attention that the candidates skip; what is executed is sparser
+    criterion  "threshold": a block stays if the logarithm of its mass over the row's mean mass reaches near or far
+               "mass": the best blocks stay that together have the share near (far) of their group's mass
+               "ratio": the share near (far) of a group's blocks stays
+    near       for blocks of the same frame, adjacent ones and sink frames
+    far        for all other frames
+    """
+
+    criterion: Criterion = "threshold"
+    near: Annotated[float, Field(ge=-20.0, le=20.0)]
+    far: Annotated[float, Field(ge=-20.0, le=20.0)]
+
+    @model_validator(mode="after")
+    def _shares(self) -> DynamicThreshold:
+        for name in ("near", "far"):
+            if self.criterion != "threshold" and not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a share in 0..1 where criterion is {self.criterion!r}")
+        return self
+
+
+def limits(parameters: type[Table], name: str) -> tuple[Any, Any]:
+    """Least and largest value of a parameter; None where there is no such limit."""
+    metadata = parameters.model_fields[name].metadata
+    found = (next((getattr(m, end) for m in metadata if hasattr(m, end)), None) for end in ("ge", "le"))
+    low, high = found
+    return low, high
