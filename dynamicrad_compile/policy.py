@@ -2,7 +2,7 @@
 
     decide(sites, conditions, wishes) -> Decisions
 
-Nothing here reads a graph or changes one; what the options name (a profile, a router) is loaded by `Wishes.of`.
+Pure: no graph is read or changed here. What the options name (a profile, a router) is loaded by `Wishes.of`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from .errors import CrossoverError
 from .options import MIN_TOKENS_AUTO, Options
 from .passes import Conditions, Control, Decisions, Dense, PlannedSite, VideoSite
-from .passes.graph import value_of
 from .plans import crossover
 from .plans.table import PlanSpec, PlanTable, RegimeSpec, balance_of
 from .profiles import REGIMES, Profile, load_profile, pick_profile
@@ -216,10 +215,9 @@ def _no_gain(site: VideoSite, settings: Settings, spec: PlanSpec, table: PlanTab
     """With min_tokens "auto": why sparse attention would not pay on this device, and why that can't be told."""
     if settings.min_tokens != "auto":
         return None, ""
-    query, problem, gain = value_of(site.call.query), "", None
-    half = (site.call.dtype or query.dtype) != torch.float32
+    problem, gain, half = "", None, site.dtype != torch.float32
     tokens, sparsity = site.tokens, expected_sparsity(settings.profile, spec, table)
-    arch = crossover.architecture(query.device)
+    arch = crossover.architecture(site.device)
     try:
         gain = crossover.expected_gain(arch, tokens, sparsity, site.shape[-1], half) if arch else None
     except CrossoverError as error:
@@ -297,4 +295,4 @@ def _no_refresh(sites: Sequence[VideoSite], specs: Sequence[PlanSpec], settings:
 
 def _is_one_layer(site: VideoSite) -> bool:
     """Whether a site belongs to one layer, as blocks.3.attn1; where one graph serves all layers there is no number."""
-    return any(piece.isdigit() for piece in site.site.path.split("."))
+    return any(piece.isdigit() for piece in site.path.split("."))

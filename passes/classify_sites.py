@@ -61,7 +61,17 @@ def _video_site(site: Site) -> VideoSite | None:
     if site.trace is None or site.grid is None or site.q_shape is None or len(site.q_shape) != 4:
         return None
     batch, heads, tokens, dim = site.q_shape
-    return VideoSite(site, site.grid, site.text, (batch, heads, tokens, dim), site.trace, site.grid_axes)
+    query = value_of(site.call.query)
+    return VideoSite(
+        site=site,
+        grid=site.grid,
+        text=site.text,
+        shape=(batch, heads, tokens, dim),
+        dtype=site.call.dtype or query.dtype,
+        device=query.device,
+        trace=site.trace,
+        axes=site.grid_axes,
+    )
 
 
 def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) -> None:

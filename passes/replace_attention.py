@@ -28,7 +28,6 @@ from torch import fx
 from dynamicrad_compile.kernels import attention_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.cost import covariances
 
-from .graph import value_of
 from .reading.masks import keys_node, without_hidden_rows
 from .site import PassContext, PlannedSite, Replacement
 from .writing.control import Controls
@@ -44,7 +43,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     placed, homes = _placed(gm, context)
     if not placed:
         return 0
-    controls = Controls(gm, context, value_of(placed[0].video.call.query).device)
+    controls = Controls(gm, context, placed[0].video.device)
     writer = PlanWriter(gm, context, controls, homes)
     for planned in placed:
         planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))

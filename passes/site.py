@@ -142,6 +142,8 @@ class VideoSite:
     grid   (frames, height, width) in latent tokens
     text   tokens of the sequence that are not on the grid
     shape  of the query, [batch, heads, tokens, head_dim]
+    dtype  of the computation
+    device of the query
     trace  of its site
     axes   the three axes of its grid; () where the user gave it
     """
@@ -150,6 +152,8 @@ class VideoSite:
     grid: tuple[int, int, int]
     text: TextTokens
     shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
     trace: Trace
     axes: Label
 
@@ -162,6 +166,11 @@ class VideoSite:
     def call(self) -> AttentionCall:
         """Its arguments; they change when a site before it is replaced."""
         return self.site.call
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the module."""
+        return self.site.path
 
     @property
     def tokens(self) -> int:

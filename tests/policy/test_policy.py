@@ -1,0 +1,113 @@
+"""decide: options, profile and inputs of a graph give decisions; no graph is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dynamicrad_compile as drad
+from dynamicrad_compile.passes import Conditions, Dense, PlannedSite, Site, TextTokens, VideoSite
+from dynamicrad_compile.passes.site import Trace
+from dynamicrad_compile.policy import Wishes, decide
+
+SMALL = {"min_tokens": 0, "block_size": 16, "regime": "mid"}
+
+
+def video(path="blocks.0.attn1", grid=(4, 6, 8), text=(0, 0), device="cpu"):
+    before_after = TextTokens(*text)
+    tokens = grid[0] * grid[1] * grid[2] + sum(text)
+    return VideoSite(
+        site=Site(None, None, path),
+        grid=grid,
+        text=before_after,
+        shape=(1, 2, tokens, 64),
+        dtype=torch.float32,
+        device=torch.device(device),
+        trace=Trace([], [], True),
+        axes=(),
+    )
+
+
+def decisions(*sites, **options):
+    return decide(sites, Conditions(), Wishes.of(drad.Options(**{**SMALL, **options})))
+
+
+LAYERS = [video(f"blocks.{n}.attn1") for n in range(3)]
+
+
+def test_every_site_gets_a_plan_for_its_grid_and_text():
+    found = decisions(video(), video(grid=(3, 5, 7), text=(11, 2)), sparsity=0.5)
+    assert [type(site) for site in found.sites] == [PlannedSite, PlannedSite]
+    assert [site.table.plan.q_len for site in found.sites] == [192, 118]
+    assert all(site.spec.regimes[0].name == "mid" for site in found.sites)
+    assert found.unmet == ()
+
+
+def test_deciding_changes_no_site_and_gives_the_same_again():
+    before = [dict(vars(site.site)) for site in LAYERS]
+    first, second = (decisions(*LAYERS, sparsity=0.5, dense_layers=1) for _ in range(2))
+    assert [dict(vars(site.site)) for site in LAYERS] == before
+    assert [type(site) for site in first.sites] == [Dense, PlannedSite, PlannedSite]
+    assert first.notes == second.notes
+    assert first.control == second.control
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"pattern": "dense"}, [True] * 3),
+        ({"dense_layers": 2}, [True, True, None]),
+        ({"min_tokens": 4096}, [False] * 3),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_dense_sites_say_whether_that_was_asked_for(options, asked):
+    found = decisions(*LAYERS, **options)
+    assert [site.asked if isinstance(site, Dense) else None for site in found.sites] == asked
+    assert all(site.reason for site in found.sites if isinstance(site, Dense))
+
+
+def test_dense_layers_need_to_know_the_layer():
+    (site,) = decisions(video(path="attn1"), dense_layers=1).sites
+    assert isinstance(site, Dense)
+    assert not site.asked
+
+
+def test_dense_steps_without_a_timestep_are_an_unmet_wish():
+    found = decisions(video(), dense_steps=3)
+    assert "dense_steps = 3" in found.unmet[0]
+    assert not found.control.gates
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [({"mode": "static_ratio"}, "blocks.0.attn1"), ({"mode": "dynamic_threshold"}, "attn1")],
+    ids=["nothing to choose", "one block for all layers"],
+)
+def test_blocks_are_not_kept_between_steps_where_that_has_no_meaning(options, path):
+    found = decisions(video(path=path), refresh_steps=4, sparsity=0.5, **options)
+    assert any("refresh_steps = 4" in problem for problem in found.unmet)
+    assert found.control.refresh_steps == 0
+
+
+def test_the_regime_is_the_safe_one_without_a_router():
+    found = decisions(video(), regime="auto")
+    assert [regime.name for regime in found.sites[0].spec.regimes] == ["high"]
+    assert found.control.router is None
+    assert any("router" in note for note in found.notes)
+
+
+def test_options_without_meaning_to_a_pattern_are_named():
+    found = decisions(video(), pattern="radial", sparsity=0.5)
+    assert any("sparsity" in note and "not used" in note for note in found.notes)
+
+
+def test_profile_auto_names_what_it_picked():
+    found = decisions(video(grid=(21, 30, 52)))
+    assert any(note.startswith("profile 'auto' is ") for note in found.notes)
+
+
+def test_no_site_no_decision():
+    found = decisions()
+    assert found.sites == []
+    assert not found.control.gates
