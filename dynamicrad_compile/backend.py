@@ -170,12 +170,12 @@ def _check_strict(context: PassContext) -> None:
 
 def _site_report(site: Site) -> SiteReport:
     hidden = site.data_dependent  # sizes are stand-ins: not to be shown
-    done = site.replacement
+    done, reason = site.replacement, site.reason
     text = TextTokens(*(None if n and hidden else n for n in site.text))
     return SiteReport(
         role=site.role,
         replaced=site.replaced,
-        reason=site.reason,
+        reason=reason.text if reason else "",
         grid=site.grid,
         text_tokens=text,
         shape=None if hidden else site.q_shape,
@@ -186,4 +186,6 @@ def _site_report(site: Site) -> SiteReport:
         plan=done.plan if done is not None else None,
         stats=done.stats if done is not None else None,
         overhead=done.overhead if done is not None else 0.0,
+        code=reason.code if reason else "",
+        advice=reason.advice if reason else "",
     )

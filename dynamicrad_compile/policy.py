@@ -20,6 +20,7 @@ from .plans import crossover
 from .plans.table import PlanSpec, PlanTable, RegimeSpec, balance_of
 from .profiles import REGIMES, Profile, load_profile, pick_profile
 from .profiles.parameters import Mode, Radial, StaticRatio
+from .reporting.reason import NOTHING, Reason
 from .runtime import router
 from .runtime.router import Router
 from .runtime.state import RunState
@@ -28,6 +29,7 @@ SAFE_REGIME = REGIMES[router.SAFE_REGIME]
 """The regime that loses least where motion is not known: the one that keeps most blocks."""
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
+AS_ASKED = f"{NOTHING}: the options ask for it"
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,24 @@ def _profile_for(site: VideoSite, wishes: Wishes) -> tuple[Profile, str]:
 def _stays_dense(site: VideoSite, number: int, settings: Settings) -> Dense | None:
     """Why a site gets no plan at all; number counts the video self-attentions of its graph."""
     if settings.pattern == "dense":
-        return Dense("pattern is 'dense'", asked=True)
+        return Dense(Reason("pattern_dense", "pattern is 'dense'", AS_ASKED), asked=True)
     if settings.dense_layers and not _is_one_layer(site):
-        return Dense("dense_layers can't be honoured: one compiled block serves all layers; compile the whole model")
+        text = "dense_layers can't be honoured: one compiled block serves all layers; compile the whole model"
+        advice = "compile the whole model with torch.compile(model), or set dense_layers=0"
+        return Dense(Reason("dense_layers_unmet", text, advice))
     if number < settings.dense_layers:
-        return Dense(f"one of the first {settings.dense_layers} layers (dense_layers)", asked=True)
+        text = f"one of the first {settings.dense_layers} layers (dense_layers)"
+        return Dense(Reason("dense_layers", text, AS_ASKED), asked=True)
     limit = settings.min_tokens
     if limit != "auto" and site.tokens < limit:
-        return Dense(f"{site.tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay")
+        return _few_tokens(site, limit)
     return None
+
+
+def _few_tokens(site: VideoSite, limit: int) -> Dense:
+    text = f"{site.tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
+    advice = "lower `min_tokens` to make it sparse all the same; it may be slower"
+    return Dense(Reason("few_tokens", text, advice))
 
 
 def _regimes(conditions: Conditions, wishes: Wishes) -> Regimes:
@@ -223,10 +234,11 @@ def _no_gain(site: VideoSite, settings: Settings, spec: PlanSpec, table: PlanTab
     except CrossoverError as error:
         problem = f"min_tokens 'auto' is {MIN_TOKENS_AUTO}: {error}"
     if gain is None and tokens < MIN_TOKENS_AUTO:
-        why = f"{tokens} tokens are fewer than min_tokens = {MIN_TOKENS_AUTO}: sparse attention would not pay"
-        return Dense(why), problem
+        return _few_tokens(site, MIN_TOKENS_AUTO), problem
     if gain is not None and gain.ratio < crossover.MIN_GAIN:
-        return Dense(f"{tokens} tokens, {sparsity:.0%} sparse: expected {gain}, too little to pay"), problem
+        text = f"{tokens} tokens, {sparsity:.0%} sparse: expected {gain}, too little to pay"
+        advice = "set `min_tokens=0` to make it sparse all the same; it would be slower by that table"
+        return Dense(Reason("no_gain", text, advice)), problem
     return None, problem
 
 

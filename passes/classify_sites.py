@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.errors import GridError
+from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
 from .axes.grids import Grids
 from .axes.labels import Axis, Part, parts_of, resolve, same, segments_of, within
@@ -25,12 +26,31 @@ from .graph import value_of
 from .reading.layout import plain_shape
 from .reading.masks import not_key_padding
 from .reading.sharding import exchanged
-from .site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, UNKNOWN, VIDEO, PassContext, Site, TextTokens, Trace, VideoSite
+from .site import (
+    CROSS,
+    OTHER_SELF,
+    SPATIAL,
+    TEMPORAL,
+    UNKNOWN,
+    VIDEO,
+    AttentionCall,
+    PassContext,
+    Site,
+    TextTokens,
+    Trace,
+    VideoSite,
+)
 
 MAX_HEAD_DIM = 256
 MIN_FRAMES = 3  # two frames are a pair of images: there is no motion for a plan to follow
-UNRECORDED = "the shapes of its operands are not recorded"
+UNRECORDED = Reason("shapes_unknown", "the shapes of its operands are not recorded", REPORT_MODEL)
 DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+NO_VIDEO_KEYS = f"{NOTHING}: its keys are a prompt or another short sequence, not video"
+ONE_FRAME = f"{NOTHING}: attention within one frame has no frames to skip"
+ONE_PLACE = f"{NOTHING}: attention across frames at one place is short"
+SAME_DTYPE = "run the model in bfloat16, float16 or float32 throughout, or under autocast"
+
+Shape = tuple[int, ...]
 
 
 def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
@@ -77,7 +97,11 @@ def _video_site(site: Site) -> VideoSite | None:
 def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) -> None:
     trace = site.trace
     if trace is None:
-        site.reason = "the axis trace did not reach it (sizes depend on data)"
+        site.reason = Reason(
+            "not_traced",
+            "the axis trace did not reach it (sizes depend on data)",
+            "compile with drad.compile(model), so that sizes that depend on data stay traceable",
+        )
         return
     query, key = trace.query[-2], trace.key[-2]
     if not same(query, key):
@@ -89,7 +113,8 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
     parts = segments_of(query)
     if not trace.same_tokens:
         site.role = CROSS
-        site.reason = f"queries and keys are different tokens ({_length(parts)}) in the same arrangement"
+        text = f"queries and keys are different tokens ({_length(parts)}) in the same arrangement"
+        site.reason = Reason("other_tokens_alike", text, NO_VIDEO_KEYS)
         return
     windowed = windows(trace.query[0], query)
     if windowed:
@@ -107,7 +132,8 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
     elif videos:
         sizes = ", ".join("x".join(map(str, grids.size(parts[i].label) or ())) for i in videos)
         site.role = VIDEO
-        site.reason = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
+        text = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
+        site.reason = Reason("several_videos", text, REPORT_MODEL)
     else:
         _classify_gridless(site, trace, parts, grids)
 
@@ -126,9 +152,8 @@ def _set_video(
     if user_grid is None and conflicts:
         site.reason = conflicts[0]
     elif user_grid is None and axes[0].size < MIN_FRAMES:
-        site.reason = (
-            f"only {axes[0].size} frames: images to be edited rather than a video (set `grid` if they are one)"
-        )
+        text = f"only {axes[0].size} frames: images to be edited rather than a video (set `grid` if they are one)"
+        site.reason = Reason("few_frames", text, "set `grid` if they are a video")
 
 
 def _classify_unequal(
@@ -143,10 +168,12 @@ def _classify_unequal(
     videos = [i for i in _video_parts(q_parts, user_grid, grids) if i in found]
     if videos or (q_parts and len(found) == len(q_parts)):
         site.role, site.grid = (VIDEO, grids.size(q_parts[videos[0]].label)) if videos else (OTHER_SELF, None)
-        site.reason = f"keys are {_length(k_parts)} tokens, queries {_length(q_parts)}: more keys are not supported yet"
+        text = f"keys are {_length(k_parts)} tokens, queries {_length(q_parts)}: more keys are not supported yet"
+        site.reason = Reason("more_keys", text, "run the model without its key cache or context, if it can")
         return
     site.role = CROSS
-    site.reason = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
+    text = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
+    site.reason = Reason("other_tokens", text, NO_VIDEO_KEYS)
 
 
 def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids: Grids) -> None:
@@ -156,17 +183,17 @@ def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids:
     batch = [a for a in resolve(trace.query[0]) if a.source.node in inputs]
     if batch and sequence and all(axis.source.node in inputs for axis in sequence):
         dims = {a.source.dim for a in (*batch, *sequence) if a.source.dim or a.source.rank == 4}
-        frames_in_batch = min(dims) not in {a.source.dim for a in sequence}
-        site.role = SPATIAL if frames_in_batch else TEMPORAL
-        missing = "frames are" if frames_in_batch else "height and width are"
-        site.reason = f"{missing} in the batch: attention over {_length(parts)} tokens of {_describe(parts)}"
+        rest = f"in the batch: attention over {_length(parts)} tokens of {_describe(parts)}"
+        if min(dims) not in {a.source.dim for a in sequence}:
+            site.role, site.reason = SPATIAL, Reason("frames_in_batch", f"frames are {rest}", ONE_FRAME)
+        else:
+            site.role, site.reason = TEMPORAL, Reason("places_in_batch", f"height and width are {rest}", ONE_PLACE)
         return
     known = [axis.conflict or axis.why for axis in sequence] + [grids.why_none(part.label) for part in parts]
     site.role = OTHER_SELF
-    site.reason = next(
-        (why for why in known if why),
-        f"no frames x height x width in its {_length(parts)} tokens: {_describe(parts)}",
-    )
+    text = f"no frames x height x width in its {_length(parts)} tokens: {_describe(parts)}"
+    no_grid = Reason("no_grid", text, f"{NOTHING} if these are text or an image; set `grid` if they are a video")
+    site.reason = next((why for why in known if why), no_grid)
 
 
 def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None, grids: Grids) -> list[int]:
@@ -177,36 +204,56 @@ def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None
     return [i for i, part in enumerate(parts) if part.size == math.prod(user_grid)]
 
 
-def unsupported(site: Site) -> str:
-    """Why a video self-attention can't be replaced; '' if it can."""
-    call, shape = site.call, site.q_shape
+def unsupported(site: Site) -> Reason | None:
+    """Why a video self-attention can't be replaced; None if it can."""
+    call = site.call
+    value_shape, key_shape = plain_shape(call, 2), plain_shape(call, 1)
     if call.refusal:
         return call.refusal
-    value_shape, key_shape = plain_shape(call, 2), plain_shape(call, 1)
-    if shape is None or value_shape is None or key_shape is None:
+    if site.q_shape is None or value_shape is None or key_shape is None:
         return UNRECORDED
+    reason = _misfit(call, site.q_shape, key_shape, value_shape) or _unsupported_argument(call)
+    if reason is None and call.mask is not None:
+        return not_key_padding(call, key_shape[2])
+    return reason
+
+
+def _misfit(call: AttentionCall, query: Shape, key: Shape, value: Shape) -> Reason | None:
+    """What in the shapes of query, key and value, each [batch, heads, tokens, head_dim], is not supported."""
     if any(layout.count("b") > 1 for layout in call.layouts):
-        return f"the query has {len(call.layouts[0])} dimensions; [batch, heads, tokens, head_dim] expected"
-    if shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim {shape[-1]} is larger than {MAX_HEAD_DIM}"
-    if value_shape[-1] != shape[-1]:
-        return f"values have another head_dim ({value_shape}) than queries ({shape})"
-    if not shape[0] == key_shape[0] == value_shape[0]:
-        return f"queries, keys and values differ in batch ({shape[0]}, {key_shape[0]}, {value_shape[0]})"
-    if key_shape[1] != value_shape[1] or shape[1] % key_shape[1]:
-        return f"{shape[1]} heads of queries, {key_shape[1]} of keys and {value_shape[1]} of values don't fit"
+        text = f"the query has {len(call.layouts[0])} dimensions; [batch, heads, tokens, head_dim] expected"
+        return Reason("dimensions", text, REPORT_MODEL)
+    if query[-1] > MAX_HEAD_DIM:
+        return Reason("head_dim", f"head_dim {query[-1]} is larger than {MAX_HEAD_DIM}", REPORT_MODEL)
+    if value[-1] != query[-1]:
+        text = f"values have another head_dim ({value}) than queries ({query})"
+        return Reason("value_head_dim", text, REPORT_MODEL)
+    if not query[0] == key[0] == value[0]:
+        text = f"queries, keys and values differ in batch ({query[0]}, {key[0]}, {value[0]})"
+        return Reason("batch", text, REPORT_MODEL)
+    if key[1] != value[1] or query[1] % key[1]:
+        text = f"{query[1]} heads of queries, {key[1]} of keys and {value[1]} of values don't fit"
+        return Reason("heads", text, REPORT_MODEL)
+    return None
+
+
+def _unsupported_argument(call: AttentionCall) -> Reason | None:
+    """What in the arguments and dtypes of a call, but for its mask, is not supported."""
     if call.is_causal is not False:
-        return "causal attention"
+        advice = f"{NOTHING}: video is not causal for a plan; a bidirectional model has none"
+        return Reason("causal", "causal attention", advice)
     if call.dropout_p not in (0, 0.0):
-        return f"attention dropout ({call.dropout_p})"
+        return Reason("dropout", f"attention dropout ({call.dropout_p})", "call model.eval()")
     if call.scale is not None and not (isinstance(call.scale, (int, float)) and 0 < call.scale < math.inf):
-        return f"its scale is {call.scale}; a positive number is needed"
+        return Reason("scale", f"its scale is {call.scale}; a positive number is needed", REPORT_MODEL)
     dtypes = {value_of(node).dtype for node in (call.query, call.key, call.value)}
     if call.dtype is None and len(dtypes) > 1:
-        return f"queries, keys and values have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    if not {call.dtype or value_of(call.query).dtype} <= DTYPES:
-        return f"{call.dtype or value_of(call.query).dtype} is not float16, bfloat16 or float32"
-    return "" if call.mask is None else not_key_padding(call, key_shape[2])
+        text = f"queries, keys and values have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
+        return Reason("several_dtypes", text, SAME_DTYPE)
+    dtype = call.dtype or value_of(call.query).dtype
+    if dtype not in DTYPES:
+        return Reason("dtype", f"{dtype} is not float16, bfloat16 or float32", SAME_DTYPE)
+    return None
 
 
 def _check_user_grid(grid: tuple[int, int, int], sites: list[Site]) -> None:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import Reason
+
 from .graph import module_path
 from .reading.layout import layout_of_rank, plain_shape
 from .reading.library_attention import read_library_attention
@@ -79,11 +81,18 @@ def _hidden_sites(gm: fx.GraphModule, node: fx.Node) -> list[Site]:
         for inner in nested.graph.nodes:
             call = _read(nested, inner, positions)
             if call is not None:
-                refusal = f"it is inside {higher_order_name(node)} ({node.name}), whose graphs are not rewritten"
-                found.append(_site(inner, dataclasses.replace(call, refusal=refusal)))
+                found.append(_site(inner, dataclasses.replace(call, refusal=_inside(node))))
             else:
                 found.extend(_hidden_sites(nested, inner))
     return found
+
+
+def _inside(node: fx.Node) -> Reason:
+    return Reason(
+        "inside_operator",
+        f"it is inside {higher_order_name(node)} ({node.name}), whose graphs are not rewritten",
+        "call the attention outside of it, or choose the branch in Python",
+    )
 
 
 def _read(gm: fx.GraphModule, node: fx.Node, positions: Positions) -> AttentionCall | None:

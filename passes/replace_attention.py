@@ -27,6 +27,7 @@ from torch import fx
 
 from dynamicrad_compile.kernels import attention_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.cost import covariances
+from dynamicrad_compile.reporting.reason import FIX_SIZES, Reason
 
 from .reading.masks import keys_node, without_hidden_rows
 from .site import PassContext, PlannedSite, Replacement
@@ -70,8 +71,9 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     if sizes and not symbolic:
         if context.is_final:
             names = ", ".join(sorted({str(size) for size in sizes}))
+            text = f"sizes {names} are dynamic, and an axis of its grid is in no shape"
             for p in planned:
-                p.video.site.reason = f"sizes {names} are dynamic, and an axis of its grid is in no shape"
+                p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES)
             return [], {}
         make_constant(sizes)
     if symbolic:
@@ -82,7 +84,8 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     placed = []
     for p in planned:
         if p.video.site.data_dependent and p.video.node not in homes:
-            p.video.site.reason = "its length depends on data, and an axis of its grid is in no shape of the graph"
+            text = "its length depends on data, and an axis of its grid is in no shape of the graph"
+            p.video.site.reason = Reason("data_dependent_length", text, FIX_SIZES)
         else:
             placed.append(p)
     return placed, homes

@@ -12,6 +12,7 @@ from torch import fx
 
 from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
+from dynamicrad_compile.reporting.reason import Reason
 
 from .axes.labels import Label
 from .graph import hint, value_of
@@ -54,7 +55,7 @@ class AttentionCall:
     output       position of the attention among the outputs of the node; None where the node yields just that
     dtype        of the computation, where operands are cast to it; None: the operands' own
     inner        other nodes that serve this attention alone (scores, softmax), in order; they go with it
-    refusal      why this spelling can't be rewritten; empty if it can
+    refusal      why this spelling can't be rewritten; None if it can
     """
 
     query: fx.Node
@@ -73,7 +74,7 @@ class AttentionCall:
     dtype: torch.dtype | None = None
     inner: tuple[fx.Node, ...] = ()
     projections: Projections | None = None
-    refusal: str = ""
+    refusal: Reason | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Site:
     q_shape, kv_length  query shape [batch, heads, tokens, head_dim] and number of keys; None where they are not known
     data_dependent      the number of tokens is known only when the graph runs; sizes here are stand-ins
     trace               None where tracing did not reach
-    reason              why it stays dense; empty if nothing speaks against replacing it
+    reason              why it stays dense; None if nothing speaks against replacing it
     grid, text          of a video, whether it is replaced or not
     grid_axes           the three axes of its grid; () where the user gave it
     """
@@ -123,7 +124,7 @@ class Site:
     data_dependent: bool = False
     trace: Trace | None = None
     role: str = UNKNOWN
-    reason: str = ""
+    reason: Reason | None = None
     grid: tuple[int, int, int] | None = None
     grid_axes: Label = ()
     text: TextTokens = TextTokens(0, 0)
@@ -236,7 +237,7 @@ class Control:
 class Dense:
     """A decision to leave a video self-attention dense; asked: because the options say so."""
 
-    reason: str
+    reason: Reason
     asked: bool = False
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..plans.plan import BlockPlan
-from .advice import advice_for
 
 
 class TextTokens(NamedTuple):
@@ -43,6 +42,8 @@ class SiteReport:
     plan         the block plan, or None; one for each regime, and the candidates in mode dynamic_threshold
     stats        sums over calls, on the device; None where the plan is all there is to know
     overhead     share of dense attention that option covariance adds; taken off from sparsity
+    code         short name of the kind of reason (docs/reasons.md); empty where it was replaced
+    advice       what to do about it; empty where it was replaced
     """
 
     role: str
@@ -59,6 +60,8 @@ class SiteReport:
     plan: BlockPlan | None = field(default=None, repr=False)
     stats: torch.Tensor | None = field(default=None, repr=False)
     overhead: float = 0.0
+    code: str = ""
+    advice: str = ""
 
     def measured(self) -> SiteReport:
         """The same with the sparsity of the calls so far; reading it waits for the device."""
@@ -66,11 +69,6 @@ class SiteReport:
             return self
         computed, calls = self.stats.tolist()
         return replace(self, sparsity=1.0 - computed / calls - self.overhead) if calls else self
-
-    @property
-    def advice(self) -> str:
-        """What to do about it; empty where it was replaced."""
-        return "" if self.replaced else advice_for(self.role, self.reason)
 
     @property
     def dense_flops(self) -> int:
@@ -91,7 +89,7 @@ class SiteReport:
         """Plain values for JSON; tensors are left out."""
         values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats")}
         values["text_tokens"] = self.text_tokens._asdict()
-        return {**values, "advice": self.advice, "dense_flops": self.dense_flops, "flops": self.flops}
+        return {**values, "dense_flops": self.dense_flops, "flops": self.flops}
 
 
 @dataclass
@@ -195,9 +193,9 @@ class Report:
             f"<tr class={'y' if row[1] == 'sparse' else 'n'}>"
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
             + "</tr>"
-            for row in _rows(self.sites, advice=True)
+            for row in _rows(self.sites, more=True)
         )
-        head = "".join(f"<th>{cell}</th>" for cell in (*_HEADER, "what to do"))
+        head = "".join(f"<th>{cell}</th>" for cell in (*_HEADER, "code", "what to do"))
         Path(path).write_text(
             "<!doctype html><meta charset=utf-8><title>dynamicrad report</title><style>"
             "body{font:14px system-ui;margin:2em}pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
@@ -212,8 +210,8 @@ class Report:
 _HEADER = ("module", "now", "role", "query", "keys", "grid", "text", "sparsity", "why dense")
 
 
-def _rows(sites: Iterable[SiteReport], advice: bool = False) -> list[tuple[str, ...]]:
-    """Table rows; sites of the same kind in numbered modules are put together."""
+def _rows(sites: Iterable[SiteReport], more: bool = False) -> list[tuple[str, ...]]:
+    """Table rows, with `more` also code and advice; sites of the same kind in numbered modules are put together."""
     rows: dict[tuple[str, ...], int] = {}
     first: dict[tuple[str, ...], str] = {}
     for site in sites:
@@ -227,7 +225,7 @@ def _rows(sites: Iterable[SiteReport], advice: bool = False) -> list[tuple[str, 
             "+".join("?" if n is None else str(n) for n in site.text_tokens),
             f"{site.sparsity:.1%}" if site.replaced else "-",
             site.reason,
-            *((site.advice,) if advice else ()),
+            *((site.code, site.advice) if more else ()),
         )
         rows[key] = rows.get(key, 0) + 1
         first.setdefault(key, site.path or "(root)")

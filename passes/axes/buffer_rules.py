@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+
 from .labels import Axis, Label, Part, Source, concat, fresh, label_size, resolve, rows_of, slice_label, unify
 from .tensor_labels import Labels, Range, get_base, get_labels, get_range, set_labels
 
@@ -27,7 +29,7 @@ def new_buffer(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[
     return labels
 
 
-def spoilt(mode: Mode, size: int, dim: int, why: str) -> Label:
+def spoilt(mode: Mode, size: int, dim: int, why: Reason) -> Label:
     """A dimension whose rows are in an unknown order, with the reason."""
     label = fresh(size, mode.source(dim))
     for axis in label:
@@ -176,12 +178,14 @@ def _write_rows(
     return labels
 
 
-def _unknown_order(mode: Mode) -> str:
-    return f"{mode.node} writes rows by an index whose values are known only when the graph runs"
+def _unknown_order(mode: Mode) -> Reason:
+    text = f"{mode.node} writes rows by an index whose values are known only when the graph runs"
+    return Reason("unknown_rows", text, SET_GRID)
 
 
 def spoil(mode: Mode, tensor: torch.Tensor, what: str) -> None:
     """Forget the labels of a tensor that an unknown operation changed in place, and of what it is a view of."""
     for one in {id(x): x for x in (tensor, get_base(tensor))}.values():
-        why = f"{mode.node} ({what}) changes a tensor in place in a way that is not followed"
+        text = f"{mode.node} ({what}) changes a tensor in place in a way that is not followed"
+        why = Reason("unknown_write", text, SET_GRID)
         set_labels(one, [spoilt(mode, n, d, why) for d, n in enumerate(one.shape)])

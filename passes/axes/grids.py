@@ -12,7 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+
 from .labels import Axis, Label, Part, coarsest, parts_of, resolve
+
+KEEP_ORDER = "have the model keep its tokens frame by frame, row by row, if it can"
 
 
 class Grids:
@@ -46,13 +50,14 @@ class Grids:
             return ()
         return axes if not self._refusal(axes) else ()
 
-    def why_none(self, label: Label) -> str:
-        """Why a label is no grid, where that can be said; '' otherwise."""
+    def why_none(self, label: Label) -> Reason | None:
+        """Why a label is no grid, where that can be said; None otherwise."""
         axes = resolve(label)
         if len(axes) > 3 and len(coarsest(label)) > 3:
-            return f"its tokens are in a tiled order ({_sizes(axes)}), no frames x height x width"
+            text = f"its tokens are in a tiled order ({_sizes(axes)}), no frames x height x width"
+            return Reason("tiled_order", text, KEEP_ORDER)
         axes = _three(label)
-        return self._refusal(axes) if len(axes) == 3 else ""
+        return self._refusal(axes) if len(axes) == 3 else None
 
     def given_back(self, axes: Label) -> bool:
         """Whether one output of the graph has all these axes."""
@@ -66,25 +71,30 @@ class Grids:
         extra = sum(segments[i].size for i in videos if i != found[0])
         return found[0] if 2 * extra <= segments[found[0]].size else None
 
-    def _refusal(self, axes: Label) -> str:
+    def _refusal(self, axes: Label) -> Reason | None:
         if len(set(axes)) != 3:
-            return f"{_sizes(axes)} are not three different axes"
+            return Reason("repeated_axis", f"{_sizes(axes)} are not three different axes", SET_GRID)
         if any(map(_is_reversed, axes)):
-            return f"its tokens ({_sizes(axes)}) are, some or all, in reverse order"
+            text = f"its tokens ({_sizes(axes)}) are, some or all, in reverse order"
+            return Reason("reversed_order", text, KEEP_ORDER)
         for a, b in itertools.combinations(axes, 2):
             if a.source.node == b.source.node and a.source.dim > b.source.dim:
-                return f"{a.source} comes before {b.source}: no frames x height x width"
+                text = f"{a.source} comes before {b.source}: no frames x height x width"
+                return Reason("axes_swapped", text, SET_GRID)
             if any(a in dims and b in dims and dims[a] > dims[b] for dims in self.shown):
-                return f"the graph gives back {b.size} ({b.source}) before {a.size} ({a.source}): another order"
+                text = f"the graph gives back {b.size} ({b.source}) before {a.size} ({a.source}): another order"
+                return Reason("output_order", text, SET_GRID)
             for root in _roots(a) & _roots(b):
                 if _position(a, root) > _position(b, root):
-                    return f"{root.source} ({root.size}) was put in another order: no frames x height x width"
+                    text = f"{root.source} ({root.size}) was put in another order: no frames x height x width"
+                    return Reason("reordered", text, SET_GRID)
         if any(len(set(choice)) == 3 for choice in itertools.product(*(_roots(axis) for axis in axes))):
-            return ""
+            return None
         for a, b in itertools.combinations(axes, 2):
             if _roots(a) == _roots(b) and len(_roots(a)) == 1 and not self._told_apart(a, b):
-                return f"nothing but a reshape says that {a.size * b.size} ({a.source}) are {a.size} x {b.size}"
-        return ""
+                text = f"nothing but a reshape says that {a.size * b.size} ({a.source}) are {a.size} x {b.size}"
+                return Reason("only_a_reshape", text, SET_GRID)
+        return None
 
     def _told_apart(self, a: Axis, b: Axis) -> bool:
         """Whether factors of one axis are known as axes: read from a table, or made by one reshape and given back."""

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+
 Label = tuple["Axis", ...]
 
 
@@ -66,12 +68,12 @@ class Axis:
         self.born = born  # the node whose reshape or alignment split it off its parent
         self.blank = False  # rows of a new buffer: nothing is in them until they are written
         self.feature = source.kind == "feature"  # outputs of a projection: channels, heads, query-key-value
-        self.why: str | None = None  # why nothing is known of it, where there is a reason to give
+        self.why: Reason | None = None  # why nothing is known of it, where there is a reason to give
         self.kin: tuple[Axis, ...] = ()  # axes that turned out to be this one
         self.alias: Axis | None = None
         self.factors: tuple[Axis, ...] | None = None
         self.parts: tuple[Part, ...] | None = None
-        self.conflict: str | None = None
+        self.conflict: Reason | None = None
         self.mirror: Axis | None = None  # the same rows, last first
         self.reversed = False  # a flip made it, or a mixture of rows that are reversed and rows that are not
         self.table: Any = None  # a PositionTable: this axis was read from values that may change from call to call
@@ -261,7 +263,8 @@ def _holds(axis: Axis, inner: Axis) -> bool:
 
 def _refuse(x: Axis, y: Axis, why: str) -> None:
     """Record that two structures of one dimension contradict each other."""
-    reason = f"{why} aligns an axis of {x.size} ({x.source}) with one of {y.size} ({y.source})"
+    text = f"{why} aligns an axis of {x.size} ({x.source}) with one of {y.size} ({y.source})"
+    reason = Reason("axes_disagree", text, SET_GRID)
     x.conflict = x.conflict or reason
     y.conflict = y.conflict or reason
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+
 from .labels import Axis, Label, Source, fresh, label_size, resolve, take
 
 
@@ -34,7 +36,8 @@ def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> li
         for k in range(d, end):
             new = fresh(sizes[k], Source(source.node, k, source.kind))
             for axis in new:
-                axis.conflict = f"reshape at {source.node} cuts across {[leaf.size for leaf in leaves[:skipped]]}"
+                text = f"reshape at {source.node} cuts across {[leaf.size for leaf in leaves[:skipped]]}"
+                axis.conflict = Reason("reshape_cuts_across", text, SET_GRID)
                 axis.feature = bool(skipped) and all(leaf.feature for leaf in leaves[:skipped])
             out.append(new)
         leaves = leaves[skipped:]

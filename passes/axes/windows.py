@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dynamicrad_compile.reporting.reason import NOTHING, Reason
+
 from .labels import Axis, Label, label_size, parts_of, resolve
 
 
-def windows(batch: Label, sequence: Label) -> str:
-    """Why attention over `sequence` sees only windows of it; '' if no axis is split between batch and sequence."""
+def windows(batch: Label, sequence: Label) -> Reason | None:
+    """Why attention over `sequence` sees only windows of it; None if no axis is split between batch and sequence."""
     split = {root(axis): axis for axis in resolve(batch) if axis.size > 1}
     axes = [axis for part in parts_of(sequence) for axis in resolve(part.label)]
     shared = [(axis, split[root(axis)]) for axis in axes if root(axis) in split and not _is_batch(root(axis))]
     if not shared:
-        return ""
+        return None
     sizes = ", ".join(f"{outer.size} windows along {axis.source} of {axis.size}" for axis, outer in shared)
-    return f"windowed attention ({sizes}): only {label_size(sequence)} tokens see each other"
+    text = f"windowed attention ({sizes}): only {label_size(sequence)} tokens see each other"
+    return Reason("windowed", text, f"{NOTHING}: it is sparse already")
 
 
 def _is_batch(axis: Axis) -> bool:

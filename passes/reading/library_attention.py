@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import OTHER_BACKEND, Reason
+
 from ..graph import value_of
 from ..site import AttentionCall
 from .spelling import number, op_name, operator_name, tensor_value
 
-QUANTISED = "it works on quantised queries and keys; choose another attention backend for the model"
+QUANTISED = Reason(
+    "quantised", "it works on quantised queries and keys; choose another attention backend for the model", OTHER_BACKEND
+)
+MORE_OUTPUTS = Reason("more_outputs", "more than its output is used (log-sum-exp or the like)", OTHER_BACKEND)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Library:
 
     layout: str
     output: int = 0
-    refusal: str = ""
+    refusal: Reason | None = None
 
 
 LIBRARIES = {
@@ -89,13 +94,13 @@ def read_library_attention(gm: fx.GraphModule, node: fx.Node) -> AttentionCall |
         elif meaning is not None:
             found[meaning] = value
         elif not refusal and name not in _IGNORED and value is not None and value not in _NEUTRAL.get(name, (default,)):
-            refusal = f"its argument {name} = {value} is not supported"
+            refusal = Reason("argument", f"its argument {name} = {value} is not supported", OTHER_BACKEND)
     if not all(isinstance(found.get(name), fx.Node) for name in ("query", "key", "value")):
         return None
     return _call(node, library, found, refusal)
 
 
-def _call(node: fx.Node, library: Library, found: dict[str, Any], refusal: str) -> AttentionCall:
+def _call(node: fx.Node, library: Library, found: dict[str, Any], refusal: Reason | None) -> AttentionCall:
     layout = _LAYOUTS.get(found.get("layout"), library.layout)
     rank = getattr(tensor_value(found["query"]), "ndim", 4)
     sequences = None
@@ -103,13 +108,14 @@ def _call(node: fx.Node, library: Library, found: dict[str, Any], refusal: str) 
         sequences = _equal_sequences(found) if rank == 3 else None
         layout = "bshd" if rank == 4 else "shd" if sequences is None else "thd"
         if sequences is None:
-            refusal = refusal or "sequences of lengths that the graph doesn't show are packed together (cu_seqlens)"
+            text = "sequences of lengths that the graph doesn't show are packed together (cu_seqlens)"
+            refusal = refusal or Reason("packed_sequences", text, OTHER_BACKEND)
     elif rank != 4:
         layout = "bsd" if rank == 3 else "b" * (rank - 4) + layout
     mask = found.get("mask")
     output = None if isinstance(value_of(node), torch.Tensor) else library.output
-    if library.refusal == "" and _uses_more(node, output):
-        refusal = refusal or "more than its output is used (log-sum-exp or the like)"
+    if library.refusal is None and _uses_more(node, output):
+        refusal = refusal or MORE_OUTPUTS
     return AttentionCall(
         found["query"], found["key"], found["value"], mask if isinstance(mask, fx.Node) else None,
         dropout_p=found.get("dropout_p", 0.0), is_causal=_flag(found.get("is_causal", False)),
@@ -193,13 +199,13 @@ def _integers(node: Any) -> list[int] | None:
 def _read_flex(gm: fx.GraphModule, node: fx.Node) -> AttentionCall | None:
     """FlexAttention: without a mask its block mask is one block of 1 << 30 tokens and lets everything through."""
     query, key, value, score_mod, block_mask, scale = node.args[:6]
-    refusal = ""
+    refusal = None
     if not _returns(gm, score_mod, first_input=True):
-        refusal = "FlexAttention with a score_mod"
+        refusal = Reason("score_mod", "FlexAttention with a score_mod", OTHER_BACKEND)
     if len(block_mask) < 3 or min(block_mask[-3:-1]) < 1 << 30 or not _returns(gm, block_mask[-1], first_input=False):
-        refusal = "already block-sparse (FlexAttention BlockMask)"
+        refusal = Reason("block_mask", "already block-sparse (FlexAttention BlockMask)", OTHER_BACKEND)
     elif _uses_more(node, 0):
-        refusal = refusal or "more than its output is used (log-sum-exp or the like)"
+        refusal = refusal or MORE_OUTPUTS
     subgraphs = tuple(x for x in (score_mod, block_mask[-1]) if isinstance(x, fx.Node))
     return AttentionCall(query, key, value, scale=scale, output=0, inner=subgraphs, refusal=refusal)
 

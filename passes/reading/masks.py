@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import PROMPT_MASK, Reason
+
 from ..axes.labels import Label, Source, fresh, label_size, resolve
 from ..axes.reshape import reshape
 from ..graph import hint, shape_hint
@@ -31,28 +33,31 @@ _COPY = "copy"  # kind of an axis along which a mask repeats itself
 _SAME_SHAPE = {"cast", "same", "logical_not"}
 
 
-def not_key_padding(call: AttentionCall, tokens: int) -> str:
-    """Why the mask of a call does more than hide keys; '' if it does not."""
+def not_key_padding(call: AttentionCall, tokens: int) -> Reason | None:
+    """Why the mask of a call does more than hide keys; None if it does not."""
     assert call.mask is not None
     value, shape = tensor_value(call.mask), shape_hint(call.mask)
     if value is None or shape is None:
-        return "a mask whose shape is unknown"
+        return Reason("mask_shape_unknown", "a mask whose shape is unknown", PROMPT_MASK)
     if masks_rows(call):
-        return ""
+        return None
     is_bool = value.dtype == torch.bool
     if call.mask_is == "bias" and not is_bool and not shows_hiding(call.mask):
-        return f"additive mask {_name(value)} {list(shape)}: nothing in the graph shows that it is 0 or -inf"
+        text = f"additive mask {_name(value)} {list(shape)}: nothing in the graph shows that it is 0 or -inf"
+        return Reason("additive_mask", text, PROMPT_MASK)
     if call.mask_is != "bias" and not is_bool:
-        return f"mask {_name(value)} {list(shape)} is not bool"
+        return Reason("mask_not_bool", f"mask {_name(value)} {list(shape)} is not bool", PROMPT_MASK)
     letters = call.mask_layout[-len(shape) :]
     if len(shape) > len(call.mask_layout) or letters[-1:] != "k" or shape[-1] != tokens:
-        return f"mask {list(shape)} is not a key padding mask over {tokens} keys"
+        text = f"mask {list(shape)} is not a key padding mask over {tokens} keys"
+        return Reason("mask_not_over_keys", text, PROMPT_MASK)
     labels = mask_labels(call.mask)
     for letter, label in zip(letters, labels, strict=True):
         if letter in "hq" and not repeats(label):
             which = {"h": "head", "q": "query"}[letter]
-            return f"mask {_name(value)} {list(shape)} is not a key padding mask [B, 1, 1, S]: it differs by {which}"
-    return ""
+            text = f"mask {_name(value)} {list(shape)} is not a key padding mask [B, 1, 1, S]: it differs by {which}"
+            return Reason("mask_differs", text, PROMPT_MASK)
+    return None
 
 
 def masks_rows(call: AttentionCall) -> fx.Node | None:

@@ -16,18 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import PROMPT_MASK, REBUILD_MHA, Reason
+
 from ..site import AttentionCall, Projections
 from .layout import BHSD, to_plain
 from .spelling import op_name, tensor_value
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_LEARNED_KEY = Reason("mha_learned_key", "it appends a learned key and value", REBUILD_MHA)
 _NOT_NEUTRAL = {
-    "bias_k": "it appends a learned key and value",
-    "bias_v": "it appends a learned key and value",
-    "add_zero_attn": "it appends a zero key and value",
-    "use_separate_proj_weight": "keys and values have other widths than queries",
-    "static_k": "its keys are given from outside",
-    "static_v": "its values are given from outside",
+    "bias_k": _LEARNED_KEY,
+    "bias_v": _LEARNED_KEY,
+    "add_zero_attn": Reason("mha_zero_key", "it appends a zero key and value", REBUILD_MHA),
+    "use_separate_proj_weight": Reason("mha_widths", "keys and values have other widths than queries", REBUILD_MHA),
+    "static_k": Reason("mha_static_keys", "its keys are given from outside", REBUILD_MHA),
+    "static_v": Reason("mha_static_values", "its values are given from outside", REBUILD_MHA),
 }
 
 
@@ -42,14 +45,17 @@ def read_multihead_attention(node: fx.Node) -> AttentionCall | None:
     value = tensor_value(query)
     batched = value is None or value.dim() == 3
     layout = "sbd" if batched else "sd"
-    refusal = next((why for name, why in _NOT_NEUTRAL.items() if given[name] not in (None, False)), "")
+    refusal = next((why for name, why in _NOT_NEUTRAL.items() if given[name] not in (None, False)), None)
     if any(op_name(user) != "getitem" or (user.args[1] != 0 and user.users) for user in node.users):
-        refusal = refusal or "its attention weights are used (need_weights=True)"
+        refusal = refusal or Reason(
+            "mha_weights_used", "its attention weights are used (need_weights=True)", REBUILD_MHA
+        )
     if given["in_proj_weight"] is None or given["out_proj_weight"] is None:
-        refusal = refusal or "its projection weights are not in one piece"
+        refusal = refusal or Reason("mha_split_weights", "its projection weights are not in one piece", REBUILD_MHA)
     mask, mask_layout = given["key_padding_mask"], "bk" if batched else "k"
     if given["attn_mask"] is not None:
-        refusal = refusal or ("it has a key padding mask and another" if mask is not None else "")
+        if mask is not None:
+            refusal = refusal or Reason("mha_two_masks", "it has a key padding mask and another", PROMPT_MASK)
         attn_value = tensor_value(given["attn_mask"])
         mask, mask_layout = given["attn_mask"], "qk" if attn_value is not None and attn_value.dim() == 2 else "bqk"
     is_bool = isinstance(mask, fx.Node) and getattr(tensor_value(mask), "dtype", None) == torch.bool
@@ -72,7 +78,11 @@ def _fused_layer(node: fx.Node) -> AttentionCall | None:
         return None
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    why = "it is fused with a whole encoder layer; call torch.backends.mha.set_fastpath_enabled(False) first"
+    why = Reason(
+        "fused_encoder_layer",
+        "it is fused with a whole encoder layer; call torch.backends.mha.set_fastpath_enabled(False) first",
+        "call torch.backends.mha.set_fastpath_enabled(False) before compiling",
+    )
     return AttentionCall(source, source, source, layouts=("bsd",) * 4, refusal=why)
 
 

@@ -10,19 +10,25 @@ from typing import Any
 
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import Reason
+
 from ..site import AttentionCall
 from .spelling import VIEWS, op_name, operator_name
 
 _NAMESPACES = ("_c10d_functional::", "_c10d_functional_autograd::")
 
 
-def exchanged(call: AttentionCall) -> str:
-    """Why the tokens of an attention are not known in this graph; '' if they don't come from a collective."""
+def exchanged(call: AttentionCall) -> Reason | None:
+    """Why the tokens of an attention are not known in this graph; None if they don't come from a collective."""
     for operand in (call.query, call.key):
         source = _collective(operand)
         if source is not None:
-            return f"its tokens come from other processes ({source.name}): context parallel shards are not followed"
-    return ""
+            return Reason(
+                "context_parallel",
+                f"its tokens come from other processes ({source.name}): context parallel shards are not followed",
+                "nothing to set yet: under context parallelism it stays dense, and right",
+            )
+    return None
 
 
 def _collective(node: Any) -> fx.Node | None:

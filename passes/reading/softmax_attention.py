@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from dynamicrad_compile.reporting.reason import CALL_SDPA, PROMPT_MASK, Reason
+
 from ..graph import shape_hint
 from ..site import AttentionCall
 from .layout import layout_of_rank
@@ -53,16 +55,17 @@ class _Steps:
     mask_dims: str = ""
     keys: str = ""
     dropout_p: float = 0.0
-    refusal: str = ""
+    refusal: Reason | None = None
 
-    def refuse(self, why: str) -> _Steps:
+    def refuse(self, why: Reason) -> _Steps:
         return replace(self, refusal=self.refusal or why)
 
     def masked(self, mask: fx.Node, mask_is: str) -> _Steps:
         if self.mask is not None:
-            return self.refuse("it has more than one mask")
+            return self.refuse(Reason("several_masks", "it has more than one mask", PROMPT_MASK))
         if "?" in self.dims:
-            return self.refuse(f"its mask is applied to reshaped scores ({mask.name})")
+            text = f"its mask is applied to reshaped scores ({mask.name})"
+            return self.refuse(Reason("mask_on_reshaped_scores", text, PROMPT_MASK))
         return replace(self, mask=mask, mask_is=mask_is, mask_dims=self.dims)
 
 
@@ -83,7 +86,8 @@ def _follow(node: object, user: fx.Node, depth: int = 32) -> _Steps | None:
     checks = [u for u in node.users if op_name(u) == "_assert_tensor_metadata"]
     others = [u.name for u in node.users if u is not user and u not in checks]
     if others:
-        found = found.refuse(f"its {'probabilities' if found.keys else 'scores'} are used elsewhere too ({others[0]})")
+        text = f"its {'probabilities' if found.keys else 'scores'} are used elsewhere too ({others[0]})"
+        found = found.refuse(Reason("scores_used_elsewhere", text, CALL_SDPA))
     return replace(found, nodes=(*found.nodes, node, *checks))
 
 
@@ -106,7 +110,7 @@ def _scale(node: fx.Node, inner: _Inner) -> _Steps | None:
     if found is None or not factor or found.keys:
         return None
     if found.mask is not None and factor != 1:
-        found = found.refuse("it is scaled after its mask was added")
+        found = found.refuse(Reason("scaled_after_mask", "it is scaled after its mask was added", PROMPT_MASK))
     return replace(found, scale=found.scale * factor if op_name(node) == "mul" else found.scale / factor)
 
 
@@ -139,7 +143,8 @@ def _fill(node: fx.Node, inner: _Inner) -> _Steps | None:
     if found is None or found.keys or not isinstance(mask, fx.Node) or _shape(node) != _shape(scores):
         return None
     if level is None or level > HIDDEN:
-        return found.refuse(f"its mask fills in {'a tensor' if level is None else level} instead of -inf")
+        text = f"its mask fills in {'a tensor' if level is None else level} instead of -inf"
+        return found.refuse(Reason("mask_fills_in", text, PROMPT_MASK))
     return found.masked(mask, means)
 
 
@@ -205,7 +210,8 @@ def _attention(outer: Product, steps: _Steps, positions: Positions) -> Attention
     if "?" in steps.dims:  # heads folded into the batch between the products
         rank = len(outer.right_dims)
         value_layout = out_layout = layout_of_rank(rank)
-        refusal = refusal or "its scores are reshaped between the two products"
+        text = "its scores are reshaped between the two products"
+        refusal = refusal or Reason("scores_reshaped", text, CALL_SDPA)
     else:
         seen = {letter: names[x] for letter, x in zip(outer.left_dims, steps.dims, strict=True)}
         features = [x for x in outer.right_dims if x not in outer.left_dims]
@@ -220,7 +226,8 @@ def _attention(outer: Product, steps: _Steps, positions: Positions) -> Attention
     mask = steps.mask if steps.mask_is != "bias" else None  # a bias is looked at more closely later
     write = positions.write_between(inner.node, outer.node, steps.nodes, mask)
     if write is not None:
-        refusal = refusal or f"{write.name} writes in place while it is computed"
+        text = f"{write.name} writes in place while it is computed"
+        refusal = refusal or Reason("write_while_computed", text, CALL_SDPA)
     query, query_layout, factor, q_nodes = peel(inner.left, query_layout, inner.node, positions)
     key, key_layout, other, k_nodes = peel(inner.right, key_layout, inner.node, positions)
     return AttentionCall(

@@ -195,7 +195,7 @@ def test_other_subgraphs_stay_dense_with_a_reason():
     model = Layers(through_cond)
     with torch.no_grad():
         out, _, context = captured(model)
-    assert {site.reason.partition(" (")[0] for site in context.sites} == {"it is inside cond"}
+    assert {site.reason.code for site in context.sites} == {"inside_operator"}
     assert len(context.sites) == 2
     with torch.no_grad():
         assert relative_error(out, model(LATENTS)) < 1e-6
@@ -266,5 +266,5 @@ def test_ulysses_in_two_processes(tmp_path):
     assert result["error"] < 1e-5
     exchanged = [site for site in result["sites"] if site["shape"] == [1, 1, 240, 24]]
     assert exchanged
-    assert all("come from other processes" in site["reason"] and site["advice"] for site in exchanged)
+    assert all(site["code"] == "context_parallel" and site["advice"] for site in exchanged)
     assert not any(site["replaced"] for site in result["sites"])

@@ -184,7 +184,7 @@ def test_fused_projections_are_one_video(how):
     for batch in (1, 2):
         torch._dynamo.reset()
         (site,) = sites_of(capture(model, torch.randn(batch, 3, 4, 6, 10)))
-        assert (site.role, site.grid, site.reason) == ("video_self_attention", GRID, "")
+        assert (site.role, site.grid, site.reason) == ("video_self_attention", GRID, None)
 
 
 def attend(q, k, v):
@@ -209,7 +209,7 @@ OUTSIDE = {
 def test_a_projection_outside_the_graph_is_one_video(name):
     how, shape = OUTSIDE[name]
     (site,) = sites_of(capture(how, torch.randn(shape), grid=GRID))
-    assert (site.role, site.grid, site.reason) == ("video_self_attention", GRID, "")
+    assert (site.role, site.grid, site.reason) == ("video_self_attention", GRID, None)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_site_that_gains_is_replaced(monkeypatch):
 def test_site_that_does_not_gain_says_so(monkeypatch):
     report, site = explain(monkeypatch, [Row(128, 128, 0.5, 0.8)])
     assert not site.replaced
+    assert site.code == "no_gain"
     assert "expected 0.80x of dense (measured for cpu: a" in site.reason
     assert "2026-11-24" in site.reason
     assert "min_tokens=0" in site.advice
@@ -178,7 +179,7 @@ def test_explicit_min_tokens_is_not_the_tables_business(monkeypatch):
 
 def test_without_a_table_the_old_limit_holds(monkeypatch):
     _, site = explain(monkeypatch, None)
-    assert site.reason.startswith(f"{math.prod(site.grid)} tokens are fewer than min_tokens = 2048")
+    assert site.code == "few_tokens"
 
 
 def test_broken_table_is_a_note_and_no_error(monkeypatch):
@@ -187,7 +188,7 @@ def test_broken_table_is_a_note_and_no_error(monkeypatch):
 
     monkeypatch.setattr(crossover, "load", broken)
     (site,) = drad.explain(Tiny(), torch.randn(2, 3, 4, 6, 10), options={"block_size": 16}).sites
-    assert "fewer than min_tokens = 2048" in site.reason
+    assert site.code == "few_tokens"
 
 
 def test_expected_sparsity_of_regimes():

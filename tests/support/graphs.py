@@ -20,7 +20,7 @@ def plan_each(build_plan):
     def decision(video):
         plan = build_plan(video)
         if plan is None:
-            return Dense("")
+            return Dense(None)
         return PlannedSite(video, PlanTable.of(plan) if isinstance(plan, drad.BlockPlan) else plan)
 
     return lambda videos, conditions: Decisions([decision(video) for video in videos])

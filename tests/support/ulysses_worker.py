@@ -26,7 +26,7 @@ def main(rank, meeting):
     error = relative_error(call(compiled, kwargs), alone)
     sites = [site.to_dict() for site in drad.report(compiled).sites]
     if rank == 0:
-        found = [{name: site[name] for name in ("role", "replaced", "reason", "advice", "shape")} for site in sites]
+        found = [{name: site[name] for name in ("role", "replaced", "code", "advice", "shape")} for site in sites]
         print(json.dumps({"error": error, "sites": found}))
     dist.destroy_process_group()
 

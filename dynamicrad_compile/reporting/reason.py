@@ -1,0 +1,34 @@
+"""Why an attention stays dense and what to do about it, as one value that is made where the reason arises.
+
+docs/reasons.md lists every code; a test compares the list with the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NOTHING = "nothing to do"
+SET_GRID = "set `grid` to its (frames, height, width) in tokens, if they lie frame by frame and row by row"
+OTHER_BACKEND = "choose another attention backend, such as model.set_attention_backend('native')"
+PROMPT_MASK = "give the prompt mask as a bool of one row a sample, [B, 1, 1, keys], or leave padding out of the prompt"
+REPORT_MODEL = "nothing to set: the model computes it in a way that is not supported; please report the model"
+REBUILD_MHA = "build the nn.MultiheadAttention without it, or with need_weights=False"
+CALL_SDPA = "write it as torch.nn.functional.scaled_dot_product_attention"
+FIX_SIZES = "set `grid`, or compile for fixed sizes (dynamic=False)"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an attention stays dense.
+
+    code    short name of the kind of reason; programs and tests go by it
+    text    what speaks against replacing this attention, with its sizes and names
+    advice  what a user can do about it
+    """
+
+    code: str
+    text: str
+    advice: str
+
+    def __str__(self) -> str:
+        return self.text
