@@ -43,10 +43,11 @@ $(STAMP): pyproject.toml
 	@$(PY) -m pip install --quiet $(PIP_ARGS) -e ".[dev,diffusers]"
 	@touch $@
 
-lint: env ## ruff and mypy
+lint: env ## ruff, mypy, and which room imports which
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	$(PY) .ci/arrows.py
 
 test: env ## all tests; those that need a GPU skip themselves without one
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

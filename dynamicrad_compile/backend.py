@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ from .passes.site import OTHER_SELF, UNKNOWN, VIDEO
 from .reporting.report import GraphReport, Report, SiteReport, TextTokens
 
 Compiled = Callable[..., Any]
+
+INNER = "dynamicrad_compile.inner"
+"""Entry points of inner compilers that know our operations, called with the rewritten graph, its inputs, inner_options
+and a function that notes a text in the report; other names are looked up among the backends of torch.compile."""
 
 
 def dynamicrad(
@@ -144,10 +149,9 @@ def _inner_compiler(
         raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
     if options.inner == "dynamicrad":
         raise OptionsError("inner='dynamicrad' would call itself; use 'inductor' or another backend.")
-    if options.inner in ("tensorrt", "torch_tensorrt"):
-        from .exporting.tensorrt import compile as tensorrt
-
-        return lambda gm, inputs: tensorrt.compile_graph(gm, inputs, options.inner_options, note)
+    for ours in importlib.metadata.entry_points(group=INNER, name=options.inner):
+        compile_graph = ours.load()
+        return lambda gm, inputs: compile_graph(gm, inputs, options.inner_options, note)
     from torch._dynamo.backends.registry import lookup_backend
 
     backend = lookup_backend(options.inner)

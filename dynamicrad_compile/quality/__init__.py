@@ -9,9 +9,9 @@ Metrics take clips, float [N, F, C, H, W] in 0..1, and give one number a clip.
 
 from __future__ import annotations
 
+from ..models.hook import Place, attention_hook
 from .features import feature_distance, frechet_distance
 from .harness import Results, Row, evaluate, make_clips
-from .hook import Place, attention_hook
 from .loops import LoopScore, loop_score
 from .methods import METHODS, Compiled, Dense, Hooked, method
 from .metrics import flicker, motion, motion_ratio, psnr, rmse, ssim

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backend import report
 from ..errors import DynamicRadError, nearest
+from ..models.hook import Place, attention_hook
 from ..options import Options
 from ..plans.make import make_plan
 from ..plans.plan import Candidates
+from ..plans.selection import select_blocks
 from .blocks import block_budget, block_mass, masked_attention, oracle_mask, random_mask, skipped
-from .hook import Place, attention_hook
 from .subject import Subject
 
 
@@ -82,8 +84,6 @@ class Compiled:
     @contextmanager
     def run(self, subject: Subject) -> Iterator[Run]:
         """The compiled model. Raises DynamicRadError (wrapped by Dynamo) for wrong options."""
-        from .. import report
-
         torch._dynamo.reset()
         options = {"min_tokens": 0, "inner": "eager", **self.options}
         compiled = torch.compile(subject.model, backend="dynamicrad", options=options)
@@ -160,7 +160,6 @@ def fixed(mask: Tensor) -> Choose:
 
 def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio") -> Choose:
     """The blocks that `select_blocks` keeps of candidates (P = 1): what mode dynamic_threshold runs compiled."""
-    from ..plans.selection import select_blocks
 
     def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
         return select_blocks(q, k, candidates, (near, far), criterion, scale).block_mask()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import report
 from ..errors import DynamicRadError
 from ..kernels.blocks import cdiv
 
@@ -56,8 +57,6 @@ def from_pipeline(pipe: Any, prompts: Sequence[str], **call: Any) -> Subject:
 
     The grid is traced: the pipeline runs one step for it. Raises DynamicRadError if it can't be told.
     """
-    from .. import report
-
     model = pipe.transformer
     device = next(model.parameters()).device
 

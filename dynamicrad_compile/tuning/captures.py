@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError, OptionsError, nearest
+from ..models.hook import Place
+from ..models.hook import Place, attention_hook
 from ..optional import optional
 from ..profiles import REGIMES
 
@@ -61,8 +63,6 @@ def record_attention(
     Raises OptionsError for values out of range, and DynamicRadError if no attention of so many tokens was met or one
     has a mask, dropout or causality; nothing is written then.
     """
-    from ..quality.hook import Place, attention_hook
-
     path = Path(output)
     if path.suffix != ".safetensors":
         raise OptionsError(f"output must be the path of a .safetensors file, got {str(output)!r}.")
