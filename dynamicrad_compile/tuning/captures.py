@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError, OptionsError, nearest
-from ..models.hook import Place
 from ..models.hook import Place, attention_hook
 from ..optional import optional
 from ..profiles import REGIMES
