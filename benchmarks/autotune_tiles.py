@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.files import toml_value, whole_file
 from dynamicrad_compile.kernels.tiles import TABLE, Table, Tile, read_table
 
 
@@ -27,8 +28,8 @@ def to_toml(table: Table, comment: str) -> str:
                 lines += ["", f"[sm_{arch}.{dtype}.{dim}]"]
                 for kernel, tile in tiles.items():
                     sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages]
-                    tma = ", tma = true" if tile.tma else ""
-                    lines.append(f"{kernel} = {{ tile = {sizes}{tma}, source = {json.dumps(tile.source)} }}")
+                    tma = {"tma": True} if tile.tma else {}
+                    lines.append(f"{kernel} = {toml_value({'tile': sizes, **tma, 'source': tile.source})}")
     return "\n".join(lines) + "\n"
 
 
@@ -73,10 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run or not changes:
         return
     comment = "\n".join(line for line in args.table.read_text().splitlines() if line.startswith("#"))
-    partial = args.table.with_suffix(".partial")
-    partial.write_text(to_toml(table, comment))
-    read_table(partial)
-    partial.replace(args.table)
+    with whole_file(args.table) as partial:
+        partial.write_text(to_toml(table, comment), encoding="utf-8")
+        read_table(partial)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import numbers
 import os
 import shutil
 import sys
@@ -104,9 +105,9 @@ def toml_value(value: Any) -> str:
         return value.isoformat()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, float):
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if not isinstance(value, numbers.Real):
         raise TypeError(f"TOML has no {type(value).__name__}: {value!r}.")
     text = repr(float(value))
     return text if any(mark in text for mark in ".en") else f"{text}.0"

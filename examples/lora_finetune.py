@@ -25,8 +25,8 @@ from tiny_video import data, model, pictures
 from torch import Tensor
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.files import write_file
 from dynamicrad_compile.lora import Clip, Settings, finetune
-from dynamicrad_compile.lora.checkpoint import write_file
 from dynamicrad_compile.lora.data import Batch, collate
 from dynamicrad_compile.lora.losses import Question, ask, held_out_losses, mean_and_error
 from dynamicrad_compile.lora.student import ADAPTER, Student

@@ -7,18 +7,13 @@ bytes, because TF32x3 keeps each operand twice. `benchmarks/tile_model.py` shows
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynamicrad_compile.errors import PlanError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from dynamicrad_compile.files import tomllib
 
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block may use, in bytes, by architecture (CUDA programming guide, table of limits)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
 import types
 import typing
 from importlib import resources
@@ -15,13 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dynamicrad_compile.errors import ProfileError, nearest
+from dynamicrad_compile.files import tomllib
 
 from .schema import Profile
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # "auto" takes a profile whose video has at most so many times more or fewer frames, and tokens in a frame.
 REACH = 2.5

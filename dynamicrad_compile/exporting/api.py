@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from ..errors import ExportError, nearest
+from ..files import whole_folder
 from ..options import Options
 from ..profiles import load_profile
 from .batch import with_dynamic_batch
 from .card import model_card
 from .checking import check_export
 from .job import Exported, Job, capture
-from .output import place_of, written_whole
+from .output import SUFFIXES, place_of
 from .rewriting import rewrite
 
 FORMATS = {"torch": "torch_program", "aoti": "aoti", "onnx": "onnx.model", "tensorrt": "tensorrt.files"}
@@ -88,7 +89,7 @@ def export(
         module, report = rewrite(program, options)
     for line in report.summary().splitlines():
         say(line)
-    with written_whole(folder) as temporary:
+    with whole_folder(folder, last=SUFFIXES) as temporary:
         job = Job(module, args, kwargs, shapes, temporary, stem, parsed, report, say)
         with _timed(seconds, "write", say, f"writing {format}"), torch.no_grad():
             details = writer.write(job, **settings)

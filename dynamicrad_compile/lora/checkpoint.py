@@ -6,7 +6,6 @@ Each file is written beside its place and moved there, so a crash leaves the old
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from ..files import write_file
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 STATE_FILE, JOURNAL_FILE, CURVE_FILE = "resume.safetensors", "losses.jsonl", "losses.png"
@@ -108,22 +108,10 @@ class Journal:
                     break
                 if line["step"] <= keep_until:
                     self.lines.append(line)
-        write_file(file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        write_file(file, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, **line: Any) -> None:
         """Append a line; it is in the file when this returns."""
         self.lines.append(line)
         with self.file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(line) + "\n")
-
-
-def write_file(file: Path, content: bytes) -> Path:
-    """Write a file at once or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-    return file

@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from ..files import write_file
 from ..reporting.figure import new_figure
-from .checkpoint import write_file
 
 COLORS = {"flow": "#2a78b5", "distill": "#d9822b", "held_out": "#b5322a"}
 NAMES = {

@@ -14,19 +14,14 @@ output = "outputs/lora"        folder of the adapter, the journal, the curve and
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import LoraError, OptionsError, nearest
+from ..files import tomllib
 from ..options import Options
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SELF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NOT_IN_TRAINING = {

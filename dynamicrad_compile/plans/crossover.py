@@ -16,9 +16,6 @@ from __future__ import annotations
 import datetime
 import functools
 import math
-import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -27,11 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import CrossoverError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ..files import toml_value, tomllib, whole_file
 
 TABLE = Path(__file__).with_name("crossover.toml")
 MIN_GAIN = 1.05
@@ -120,24 +113,17 @@ def save(tables: Sequence[Table], path: Path) -> None:
     blocks = [_HEADER + f"schema = {SCHEMA}\n"]
     for table in tables:
         texts = {name: getattr(table, name) for name in ("arch", "dtype", "source", "machine", "versions", "command")}
-        lines = ["[[tables]]", *(f"{name} = {_quoted(text)}" for name, text in texts.items()), f"date = {table.date}"]
+        lines = [
+            "[[tables]]",
+            *(f"{name} = {toml_value(text)}" for name, text in texts.items()),
+            f"date = {table.date}",
+        ]
         rows = [f"  [{row.tokens}, {row.head_dim}, {row.sparsity:g}, {row.ratio:g}]," for row in table.rows]
         blocks.append("\n".join([*lines, "rows = [", *rows, "]\n"]))
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".toml", delete=False, encoding="utf-8") as file:
-        file.write("\n".join(blocks))
-    try:
-        load(Path(file.name))
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
+    with whole_file(path) as partial:
+        partial.write_text("\n".join(blocks), encoding="utf-8")
+        load(partial)
     load.cache_clear()
-
-
-def _quoted(text: str) -> str:
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return '"' + plain.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def architecture(device: torch.device) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError
+from ..files import whole_file, write_file
 from .features import WINDOW, feature_distance, frechet_distance
 from .loops import MIN_FRAMES, loop_score
 from .methods import Dense, Method
@@ -163,11 +163,9 @@ def make_clips(
         sparsity = run.sparsity()
     seconds = (time.perf_counter() - start) / len(prompts)
     clips = torch.cat(made).clamp(0.0, 1.0)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
     numbers = {"sparsity": torch.tensor(sparsity, dtype=torch.float64), "seconds": torch.tensor(seconds)}
-    save_file({"clips": clips.half(), **numbers}, partial)
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        save_file({"clips": clips.half(), **numbers}, partial)
     return clips.half().float(), sparsity, seconds
 
 
@@ -215,10 +213,7 @@ def _frechet(clips: Tensor, reference: Tensor) -> float:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one piece."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def _shown(number: float) -> str:

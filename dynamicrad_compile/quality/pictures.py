@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DynamicRadError
+from ..files import whole_file
 from ..optional import optional
 from ..reporting.figure import new_figure
 from .harness import Results
@@ -86,13 +86,10 @@ def save_gif(
         for row, title in enumerate(titles[:rows]):
             draw.text((4, row * high + LABEL + 1), title, fill="gray")
         pictures.append(sheet)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pictures[0].save(
-        partial, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-    )
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        pictures[0].save(
+            partial, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+        )
 
 
 def read_clip(path: str | Path) -> Tensor:

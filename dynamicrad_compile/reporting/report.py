@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..files import write_file
 from ..plans.plan import BlockPlan
 
 
@@ -196,14 +197,14 @@ class Report:
             for row in _rows(self.sites, more=True)
         )
         head = "".join(f"<th>{cell}</th>" for cell in (*_HEADER, "code", "what to do"))
-        Path(path).write_text(
+        write_file(
+            path,
             "<!doctype html><meta charset=utf-8><title>dynamicrad report</title><style>"
             "body{font:14px system-ui;margin:2em}pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
             "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}"
             ".y td:nth-child(2){color:#080}.n td:nth-child(2){color:#888}</style>"
             f"<h1>dynamicrad report</h1><pre>{html.escape(self.summary())}</pre>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n",
-            encoding="utf-8",
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RouterError
+from ..files import to_toml, tomllib, write_file
 from ..optional import optional
 from ..profiles import REGIMES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CLASSES = REGIMES
 SAFE_REGIME = CLASSES.index("high")  # the least sparse: the regime that loses least when the prompt says nothing
@@ -194,16 +189,16 @@ class Router:
         blob = _safetensors().save(
             {name: getattr(self, name).cpu().contiguous() for name in TENSORS if getattr(self, name) is not None}
         )
-        lines = [f"schema = {SCHEMA}", f"classes = {_toml(list(CLASSES))}", f"embedding_dim = {self.embedding_dim}"]
-        tables: list[str] = []
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name in TENSORS or value is None:
-                continue
-            (tables if isinstance(value, dict) else lines).append(f"{item.name} = {_toml(value)}")
-        lines += [*tables, f'weights_sha256 = "{hashlib.sha256(blob).hexdigest()}"']
-        _write(weights, blob)
-        _write(notes, ("\n".join(lines) + "\n").encode())
+        known = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in TENSORS}
+        table = {
+            "schema": SCHEMA,
+            "classes": list(CLASSES),
+            "embedding_dim": self.embedding_dim,
+            **{name: value for name, value in known.items() if value is not None},
+            "weights_sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        write_file(weights, blob)
+        write_file(notes, to_toml(table))
         return weights
 
     @classmethod
@@ -263,29 +258,6 @@ def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     file = Path(path)
     stem = file.with_suffix("") if file.suffix in (".safetensors", ".toml") else file
     return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".toml")
-
-
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in text) + '"'
 
 
 def _safetensors() -> Any:

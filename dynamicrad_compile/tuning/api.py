@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionsError
+from ..files import to_toml, write_file
 from ..optional import optional
 from ..profiles import REGIMES, Profile
 from ..profiles.loader import parse_profile
 from .captures import read_capture
 from .journal import Journal
-from .output import package_versions, profile_tables, to_toml
+from .output import package_versions, profile_tables
 from .pictures import plot_convergence, plot_pareto
 from .search import Runner, Winners, count_evaluations, search
 from .task import DEFAULT_OPTIMIZER, MODES, Task
@@ -101,7 +102,7 @@ def tune(
     header = {"name": path.stem, "description": "", **(header or {})}
     text = to_toml(profile_tables(task, winners, header, match, _source(task)))
     profile = parse_profile(text, str(path))
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
     if pictures:
         plot_convergence(journal, task, path.with_name(f"{path.stem}_convergence.png"))
         plot_pareto(journal, task, path.with_name(f"{path.stem}_pareto.png"))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError, OptionsError, nearest
+from ..files import whole_file
 from ..models.hook import Place, attention_hook
 from ..optional import optional
 from ..profiles import REGIMES
@@ -92,10 +93,8 @@ def record_attention(
     with attention_hook(model, tokens, keep):
         yield
     q, k, v = torch.stack([entry[2] for entry in sorted(kept, key=lambda entry: entry[1])], dim=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"q": q.clone(), "k": k.clone(), "v": v.clone()}, partial, {"regime": regime})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file({"q": q.clone(), "k": k.clone(), "v": v.clone()}, partial, {"regime": regime})
 
 
 def read_capture(path: str | Path) -> Capture:

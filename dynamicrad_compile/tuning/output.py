@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Mapping
@@ -70,39 +69,3 @@ def profile_tables(
         regime: {mode: winners.tuned[regime, mode].parameters for mode in task.modes} for regime in REGIMES
     }
     return tables
-
-
-def to_toml(tables: Mapping[str, Any]) -> str:
-    """TOML of nested tables of numbers, texts, dates, and lists of these. Plain values of a table come first."""
-    lines: list[str] = []
-
-    def write(table: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-        if path and (plain or not table):
-            lines.extend(["", f"[{'.'.join(map(_key, path))}]"] if lines else [f"[{'.'.join(map(_key, path))}]"])
-        lines.extend(f"{_key(key)} = {_value(value)}" for key, value in plain.items())
-        for key, value in table.items():
-            if isinstance(value, Mapping):
-                write(value, (*path, key))
-
-    write(tables, ())
-    return "\n".join(lines) + "\n"
-
-
-def _key(key: str) -> str:
-    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, datetime.date):
-        return value.isoformat()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int):
-        return str(value)
-    text = repr(float(value))
-    return text if any(mark in text for mark in ".en") else f"{text}.0"

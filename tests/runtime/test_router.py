@@ -202,7 +202,7 @@ def test_broken_files(router, tmp_path):
     fails("classes must be", toml=text.replace('["low", "mid", "high"]', '["slow", "fast"]'))
     fails("schema must be", toml=text.replace("schema = 1", "schema = 99"))
     fails("embedding_dim is 17", toml=text.replace("embedding_dim = 16", "embedding_dim = 17"))
-    fails("unknown keys", toml=text + "colour = 3\n")
+    fails("unknown keys", toml="colour = 3\n" + text)
     notes.unlink()
     with pytest.raises(RouterError, match="there is no router"):
         Router.load(file)

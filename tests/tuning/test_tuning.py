@@ -11,6 +11,7 @@ import torch
 import dynamicrad_compile as drad
 from dynamicrad_compile import cli
 from dynamicrad_compile.errors import DynamicRadError, OptionsError
+from dynamicrad_compile.files import to_toml
 from dynamicrad_compile.kernels.select_criteria import CRITERIA
 from dynamicrad_compile.plans.make import make_candidates, make_plan
 from dynamicrad_compile.profiles import REGIMES, load_profile
@@ -19,7 +20,6 @@ from dynamicrad_compile.tuning.choosing import Choice, fit_thresholds
 from dynamicrad_compile.tuning.journal import Journal
 from dynamicrad_compile.tuning.objective import Objective
 from dynamicrad_compile.tuning.optimizer import Optimizer
-from dynamicrad_compile.tuning.output import to_toml
 from dynamicrad_compile.tuning.proxy import MASS, PROXIES, PUBLISHED_NOISE, published_proxy, video_proxy
 from dynamicrad_compile.tuning.space import DEFAULTS, Space
 from dynamicrad_compile.tuning.sums import BlockSums, sample_rows

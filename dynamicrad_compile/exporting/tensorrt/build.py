@@ -10,13 +10,13 @@ runtime of TensorRT then loads it without Python.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ...errors import DynamicRadError, ExportError
+from ...files import write_file
 
 
 def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
@@ -64,12 +64,7 @@ def build_engine(
             f"TensorRT could not build an engine from {model}; its messages are above. If a kernel could not be "
             "launched, try --small, which needs less shared memory."
         )
-    temporary = engine.with_name(f".{engine.name}.partial")
-    try:
-        temporary.write_bytes(bytes(serialized))
-        os.replace(temporary, engine)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(engine, bytes(serialized))
     return time.perf_counter() - start
 
 
