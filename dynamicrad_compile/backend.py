@@ -16,6 +16,7 @@ from . import policy
 from .errors import OptionsError, StrictError
 from .options import Options
 from .passes import Dense, PassContext, Site, run_passes
+from .passes.dump import Dump
 from .passes.graph import source_line
 from .passes.site import OTHER_SELF, UNKNOWN, VIDEO
 from .reporting.report import GraphReport, Report, SiteReport, TextTokens
@@ -64,6 +65,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         covariance=options.covariance,
         is_final=is_final,
     )
+    dump = _dump(options)
+    if dump is not None:
+        context.watch = dump
     start = time.perf_counter()
     run_passes(gm, context)
     total = time.perf_counter() - start
@@ -73,11 +77,24 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     notes = list(context.notes)
     if any(site.replaced for site in context.sites):
         notes = [*context.decisions.unmet, *context.decisions.notes, *notes]
+    if dump is not None and dump.problem:
+        notes.append(f"option dump: {dump.problem}")
     return GraphReport(
         [_site_report(site) for site in context.sites],
         notes,
         {"passes": total - plans, "plans": plans},
+        dump=str(dump.folder) if dump is not None else "",
     )
+
+
+def _dump(options: Options) -> Dump | None:
+    """What writes a graph into the folder of option dump, if that is set."""
+    if options.dump is None:
+        return None
+    try:
+        return Dump(options.dump)
+    except OSError as error:
+        raise OptionsError(f"option dump = {str(options.dump)!r}: no folder can be made in it ({error}).") from None
 
 
 def report(compiled: Any) -> Report:

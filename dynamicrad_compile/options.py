@@ -94,6 +94,10 @@ class Options(BaseModel):
     inner_options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the inner backend: Inductor's options such as {"max_autotune": True}."""
 
+    dump: Path | None = Field(default=None, validate_default=True)
+    """Folder to write each captured graph into, before the passes and after each, with the attentions marked; made if
+    it is not there. None = the environment variable DYNAMICRAD_DUMP, or nothing is written."""
+
     @field_validator("grid", mode="before")
     @classmethod
     def _three_positive(cls, value: Any) -> Any:
@@ -118,6 +122,20 @@ class Options(BaseModel):
         if value is None or isinstance(value, str) or hasattr(value, "embedding_dim"):
             return value
         raise ValueError("expected a path, or a Router of fit_router or Router.load")
+
+    @field_validator("dump")
+    @classmethod
+    def _writable(cls, value: Path | None) -> Path | None:
+        folder = value or os.environ.get("DYNAMICRAD_DUMP")
+        if not folder:
+            return None
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"expected a folder to write graphs into, {folder} can't be made ({error})") from None
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"expected a folder to write graphs into, {folder} is not writable")
+        return Path(folder)
 
     @field_validator("sparsity", "decay_factor", "dense_timestep", "compensate")
     @classmethod

@@ -71,13 +71,17 @@ def run_passes(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid does not fit.
     """
+    context.watch("captured", gm, context)
     regions = open_regions(gm)
     count = 0
     for step in PASSES:
         start = time.perf_counter()
         count = step(gm, context)
         context.seconds[step.__name__] = time.perf_counter() - start
+        context.watch(step.__name__, gm, context)
     close_regions(gm, regions, context.training)
+    if regions:
+        context.watch("regions_closed", gm, context)
     if count or regions:
         gm.graph.lint()
         gm.recompile()

@@ -19,7 +19,7 @@ from dynamicrad_compile.errors import GridError
 from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
 from .axes.grids import Grids
-from .axes.labels import Axis, Part, parts_of, resolve, same, segments_of, within
+from .axes.labels import Axis, Label, Part, parts_of, resolve, same, segments_of, within
 from .axes.windows import windows
 from .graph import value_of
 from .reading.sharding import exchanged
@@ -220,8 +220,12 @@ def _length(parts: tuple[Part, ...]) -> int:
     return sum(part.size for part in parts)
 
 
+def describe(sequence: Label) -> str:
+    """Where the pieces of a sequence come from."""
+    return _describe(parts_of(sequence))
+
+
 def _describe(parts: tuple[Part, ...]) -> str:
-    """Where the pieces of a sequence come from, for a reason."""
 
     def one(axis: Axis) -> str:
         return f"{axis.size} ({axis.source})"

@@ -94,11 +94,13 @@ class Trace:
 class Replacement:
     """What took the place of an attention.
 
+    node      the op
     plan      the blocks that it reads; of all regimes, and all candidates where a selection thins them
     stats     what its calls computed (see dynamicrad_compile.runtime.account); None: the plan is all there is to know
     overhead  share of dense attention that covariances of dropped blocks add
     """
 
+    node: fx.Node
     plan: BlockPlan
     stats: torch.Tensor | None = None
     overhead: float = 0.0
@@ -258,6 +260,7 @@ class Decisions:
 
 
 Policy = Callable[[Sequence[VideoSite], Conditions], Decisions]
+Watch = Callable[[str, fx.GraphModule, "PassContext"], None]
 
 
 @dataclass
@@ -271,6 +274,7 @@ class PassContext:
     qk_int8       scores from queries and keys rounded to int8
     covariance    compensation by means and covariances
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
+    watch         sees the graph before the first pass ("captured") and after each, by its name
 
     The rest is what the passes find: sites, those of them that are videos, and of these the planned ones.
     """
@@ -282,6 +286,7 @@ class PassContext:
     qk_int8: bool = False
     covariance: bool = False
     is_final: bool = False
+    watch: Watch = lambda step, gm, context: None
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     videos: list[VideoSite] = field(default_factory=list)

@@ -37,6 +37,7 @@ def add_explain(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the report as a web page")
+    parser.add_argument("--dump", metavar="FOLDER", help="also write each graph, before the passes and after each")
     parser.set_defaults(run=run)
 
 
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from ..options import Options
 
     options = dict(key_value(text) for text in args.options)
+    if args.dump:
+        options["dump"] = args.dump
     Options.from_mapping(options)  # a mistake is told before the model is built
     model, inputs = build(args.model, frames=args.frames, height=args.height, width=args.width, layers=args.layers)
     report = _unwrapped(lambda: explain(model, options=options, **inputs))

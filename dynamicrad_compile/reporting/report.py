@@ -95,11 +95,16 @@ class SiteReport:
 
 @dataclass
 class GraphReport:
-    """What happened to one captured graph. `seconds`: passes, plans and inner compilation."""
+    """What happened to one captured graph.
+
+    seconds  of passes, plans and inner compilation
+    dump     folder with the graph before and after each pass (option `dump`); empty if it was not asked for
+    """
 
     sites: list[SiteReport]
     notes: list[str]
     seconds: dict[str, float]
+    dump: str = ""
 
 
 @dataclass
@@ -117,6 +122,11 @@ class Report:
     def notes(self) -> list[str]:
         """Remarks that concern no single site."""
         return list(dict.fromkeys(note for graph in self.graphs for note in graph.notes))
+
+    @property
+    def dumps(self) -> list[str]:
+        """Folders into which option `dump` wrote the graphs."""
+        return [graph.dump for graph in self.graphs if graph.dump]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -157,6 +167,7 @@ class Report:
             count = dense.count(reason)
             lines.append(f"left dense ({count}): {reason}")
         lines.extend(f"note: {note}" for note in self.notes)
+        lines.extend(f"written: {folder}" for folder in self.dumps)
         return "\n".join(lines)
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -166,6 +177,7 @@ class Report:
                 "summary": self.summary(),
                 "seconds": self.seconds,
                 "notes": self.notes,
+                "dumps": self.dumps,
                 "sites": [site.to_dict() for site in self.sites],
             },
             indent=indent,

@@ -163,3 +163,9 @@ def test_mistakes(capsys, tmp_path, argv, message):
     code, _, err = run(capsys, *(text.format(tmp=tmp_path) for text in argv))
     assert code == 2
     assert message in err
+
+
+def test_explain_dumps_graphs(capsys, tmp_path):
+    code, out, _ = run(capsys, "explain", "--model", "wan-1.3b", *SMALL, "--dump", str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out)["dumps"] == [str(tmp_path / "graph_000")]
