@@ -75,7 +75,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         _check_strict(context)
     plans = context.seconds.get("build_plans", 0.0)
     notes = list(context.notes)
-    if any(site.replaced for site in context.sites):
+    if options.plan is not None or any(site.replaced for site in context.sites):
         notes = [*context.decisions.unmet, *context.decisions.notes, *notes]
     if dump is not None and dump.problem:
         notes.append(f"option dump: {dump.problem}")

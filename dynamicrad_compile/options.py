@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import OptionsError, nearest
+from .plans import own
 from .profiles.parameters import BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
 
 MIN_TOKENS_AUTO = 2048
@@ -32,6 +33,11 @@ class Options(BaseModel):
     pattern: PatternName | None = None
     """How blocks are chosen; None = the profile's. "dense" replaces nothing."""
 
+    plan: Any = None
+    """Your own blocks instead of a pattern's: a BlockPlan, a bool block mask [M, M] or [heads, M, M], or a function
+    (grid, text_before, text_after) that returns one of them (None: dense). Where it does not fit, attention stays
+    dense; an error of a function is raised. None = a pattern."""
+
     mode: Literal["auto", Mode] = "auto"
     """"static_ratio": a fixed share of blocks by the radial prior. "dynamic_threshold": the blocks that matter to the
     queries at hand, chosen among candidates of that prior at every call. "auto" takes the profile's."""
@@ -47,7 +53,8 @@ class Options(BaseModel):
     "dynamic_threshold" that share of the candidates is kept which meets it. Pattern "dynamicrad" only."""
 
     compensate: Share | None = None
-    """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's."""
+    """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's, with the
+    option plan that plan's (0 for a mask)."""
 
     covariance: bool = False
     """With compensation: dropped blocks stand with their covariances too, not with their means alone
@@ -66,7 +73,7 @@ class Options(BaseModel):
     """(frames, height, width) of the video in latent tokens after patchifying; None = traced from the graph."""
 
     block_size: BlockSize | None = None
-    """Tokens of a query block and of a key block; None = the profile's."""
+    """Tokens of a query block and of a key block; None = the profile's, for a mask as option plan the one that fits."""
 
     dense_layers: Count | None = None
     """The first n video self-attentions of a graph stay dense; None = the profile's."""
@@ -137,6 +144,11 @@ class Options(BaseModel):
             raise ValueError(f"expected a folder to write graphs into, {folder} is not writable")
         return Path(folder)
 
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _own_plan(cls, value: Any) -> Any:
+        return None if value is None else own.checked(value)
+
     @field_validator("sparsity", "decay_factor", "dense_timestep", "compensate")
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
@@ -170,5 +182,7 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
             continue
         message = str(problem["msg"]).removeprefix("Value error, ")
-        lines.append(f"option {name} = {problem['input']!r}: {message}.")
+        given = repr(problem["input"])
+        given = given if len(given) <= 200 else f"{given[:200]}..."
+        lines.append(f"option {name} = {given}: {message.removesuffix('.')}.")
     return "\n".join(dict.fromkeys(lines))

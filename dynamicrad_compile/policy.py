@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import CrossoverError
+from .errors import CrossoverError, PlanError
 from .options import MIN_TOKENS_AUTO, Options
 from .passes import Conditions, Control, Decisions, Dense, PlannedSite, VideoSite
 from .plans import crossover
+from .plans.own import OwnPlan
 from .plans.table import PlanSpec, PlanTable, RegimeSpec, balance_of
 from .profiles import REGIMES, Profile, load_profile, pick_profile
 from .profiles.parameters import Mode, Radial, StaticRatio
@@ -38,23 +39,26 @@ class Wishes:
 
     profile  None: each site's grid picks one
     router   None: the regime is not routed
+    own      the option plan; None: plans are made by pattern
     """
 
     options: Options
     profile: Profile | None
     router: Router | None
+    own: OwnPlan | None = None
 
     @staticmethod
     def of(options: Options) -> Wishes:
         """Load profile and router. Raises ProfileError or RouterError."""
         profile = None if options.profile == "auto" else load_profile(options.profile)
         loaded = Router.load(options.router) if isinstance(options.router, str) else options.router
-        return Wishes(options, profile, loaded)
+        own = None if options.plan is None else OwnPlan(options.plan, options.block_size, options.compensate)
+        return Wishes(options, profile, loaded, own)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options where they are given, else the profile's."""
+    """Options where they are given, else the profile's; pattern "own" is the option plan."""
 
     profile: Profile
     pattern: str
@@ -74,7 +78,10 @@ class Settings:
 
         names = ("pattern", "block_size", "dense_layers", "dense_steps", "min_tokens")
         mode = profile.mode if options.mode == "auto" else options.mode
-        return Settings(profile=profile, mode=mode, **{name: chosen(name) for name in names})
+        values = {name: chosen(name) for name in names}
+        if options.plan is not None and options.pattern != "dense":
+            values["pattern"] = "own"
+        return Settings(profile=profile, mode=mode, **values)
 
 
 @dataclass(frozen=True)
@@ -99,24 +106,21 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             notes[f"profile 'auto' is {profile.name!r}: {why}"] = None
         settings = Settings.of(wishes.options, profile)
         first = first or settings
-        dense = _stays_dense(site, number, settings)
-        if dense is not None:
-            decided.append(dense)
-            continue
-        if settings.pattern == "radial":
-            spec = _radial(settings, wishes.options)
-            ignored = _without_meaning(wishes.options)
+        decision = _stays_dense(site, number, settings) or _planned(site, settings, wishes, regimes)
+        if isinstance(decision, PlannedSite):
+            ignored = _without_meaning(wishes.options, settings.pattern)
             if ignored:
-                notes[f"pattern 'radial' has no meaning for {', '.join(ignored)}: not used"] = None
-        else:
-            spec = _dynamicrad(settings, wishes.options, regimes.names)
-            if regimes.why:
+                notes[ignored] = None
+            if settings.pattern == "dynamicrad" and regimes.why:
                 (unmet if regimes.unmet else notes)[regimes.why] = None
-        table = spec.build(site.grid, *site.text)
-        dense, problem = _no_gain(site, settings, spec, table)
-        if problem:
-            unmet[problem] = None
-        decided.append(dense or PlannedSite(site, table, spec))
+            dense, problem = _no_gain(decision, settings)
+            if problem:
+                unmet[problem] = None
+            decision = dense or decision
+        decided.append(decision)
+    unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]
+    if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):
+        unmet[f"no attention of this graph uses the option plan. {unused[0]}"] = None
     control, problems = _control(sites, decided, conditions, first, wishes)
     return Decisions(decided, control, tuple(notes), (*unmet, *problems))
 
@@ -171,10 +175,42 @@ def _regimes(conditions: Conditions, wishes: Wishes) -> Regimes:
     return Regimes(REGIMES, f"the regime (low, mid or high motion) {chosen}, each row its own")
 
 
-def _without_meaning(options: Options) -> list[str]:
-    """Options that were given and mean nothing to pattern "radial"."""
-    given = [name for name in ("router", "sparsity", "compensate") if getattr(options, name) is not None]
-    return given + (["mode"] if options.mode == "dynamic_threshold" else [])
+def _without_meaning(options: Options, pattern: str) -> str:
+    """Which options were given and mean nothing to the pattern; '' if none."""
+    if pattern == "dynamicrad":
+        return ""
+    names = ["router", "sparsity"]
+    names += ["compensate"] if pattern == "radial" else ["pattern", "decay_factor", "sink_frames"]
+    given = [name for name in names if getattr(options, name) is not None]
+    given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and pattern == "own") else []
+    given += ["regime"] if options.regime != "auto" and pattern == "own" else []
+    by = "the option plan" if pattern == "own" else f"pattern {pattern!r}"
+    return f"{by} has no meaning for {', '.join(given)}: not used" if given else ""
+
+
+def _planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regimes) -> PlannedSite | Dense:
+    """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
+    if settings.pattern == "own" and wishes.own is not None:
+        return _own(site, wishes.own)
+    if settings.pattern == "radial":
+        spec = _radial(settings, wishes.options)
+    else:
+        spec = _dynamicrad(settings, wishes.options, regimes.names)
+    return PlannedSite(site, spec.build(site.grid, *site.text), spec)
+
+
+def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
+    """The option plan, if it fits the site. Raises PlanError where a function fails or gives what does not fit."""
+    try:
+        table = own.table(site.grid, site.text, site.shape[1], site.device)
+    except PlanError as error:
+        if own.follows_grid:
+            raise
+        advice = "give a plan for this sequence, or a function (grid, text_before, text_after) that makes one"
+        return Dense(Reason("plan_misfit", str(error), advice))
+    if table is None:
+        return Dense(Reason("plan_none", "the option plan gives None for its grid", AS_ASKED), asked=True)
+    return PlannedSite(site, table)
 
 
 def _radial(settings: Settings, options: Options) -> PlanSpec:
@@ -222,12 +258,13 @@ def _given(options: Options, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _no_gain(site: VideoSite, settings: Settings, spec: PlanSpec, table: PlanTable) -> tuple[Dense | None, str]:
+def _no_gain(planned: PlannedSite, settings: Settings) -> tuple[Dense | None, str]:
     """With min_tokens "auto": why sparse attention would not pay on this device, and why that can't be told."""
     if settings.min_tokens != "auto":
         return None, ""
+    site = planned.video
     problem, gain, half = "", None, site.dtype != torch.float32
-    tokens, sparsity = site.tokens, expected_sparsity(settings.profile, spec, table)
+    tokens, sparsity = site.tokens, expected_sparsity(settings.profile, planned.spec, planned.table)
     arch = crossover.architecture(site.device)
     try:
         gain = crossover.expected_gain(arch, tokens, sparsity, site.shape[-1], half) if arch else None
@@ -242,13 +279,15 @@ def _no_gain(site: VideoSite, settings: Settings, spec: PlanSpec, table: PlanTab
     return None, problem
 
 
-def expected_sparsity(profile: Profile, spec: PlanSpec, table: PlanTable) -> float:
+def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable) -> float:
     """Share of dense attention that calls will skip: the mean over the regimes that the graph may be in.
 
     Where blocks are chosen by fixed thresholds it is not known before; the profile's static plan stands for it, since
     both modes of a profile are tuned to one sparsity.
     """
     plan, shares = table.plan, []
+    if spec is None:
+        return plan.sparsity
     for number, regime in enumerate(spec.regimes):
         if regime.criterion:
             static = profile.regime(regime.name).static_ratio.sparsity
@@ -293,6 +332,8 @@ def _control(
 
 def _no_refresh(sites: Sequence[VideoSite], specs: Sequence[PlanSpec], settings: Settings) -> str:
     """Why blocks can't be kept from step to step; '' if they can."""
+    if settings.pattern == "own":
+        return "has no meaning: the option plan gives the blocks"
     if settings.mode != "dynamic_threshold":
         return "has no meaning: mode is not dynamic_threshold"
     if any(len(spec.criteria) > 1 for spec in specs):

@@ -50,7 +50,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
         planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))
         table = table_of(planned.video)
         if table is not None:
-            grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(planned.video))
+            grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(planned))
             context.notes.append(
                 f"the grid was read from the values of {table.node.name} and is looked up at each call: "
                 f"{grids} run sparse, other grids of as many tokens run dense"
@@ -65,13 +65,14 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     """The sites whose plans can be placed in the graph, and where it holds the sizes of plans made when it runs."""
     planned = context.planned
     sizes = symbolic_inputs(gm, context) if planned else []
-    found = {p.video.node: runtime_sizes(p.video, context, fixed_inputs=not sizes) for p in planned}
+    followed = [p for p in planned if p.spec is not None]
+    found = {p.video.node: runtime_sizes(p.video, context, fixed_inputs=not sizes) for p in followed}
     homes = {node: where for node, where in found.items() if where is not None}
     symbolic = bool(sizes) and len(homes) == len(planned)
     if sizes and not symbolic:
         if context.is_final:
             names = ", ".join(sorted({str(size) for size in sizes}))
-            text = f"sizes {names} are dynamic, and an axis of its grid is in no shape"
+            text = f"sizes {names} are dynamic, and {_why_fixed(planned)}"
             for p in planned:
                 p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES)
             return [], {}
@@ -84,11 +85,17 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     placed = []
     for p in planned:
         if p.video.site.data_dependent and p.video.node not in homes:
-            text = "its length depends on data, and an axis of its grid is in no shape of the graph"
+            text = f"its length depends on data, and {_why_fixed([p])}"
             p.video.site.reason = Reason("data_dependent_length", text, FIX_SIZES)
         else:
             placed.append(p)
     return placed, homes
+
+
+def _why_fixed(planned: Sequence[PlannedSite]) -> str:
+    """Why plans can't be made when the graph runs."""
+    fixed = any(p.spec is None for p in planned)
+    return "its plan is for one grid" if fixed else "an axis of its grid is in no shape of the graph"
 
 
 def _replace(

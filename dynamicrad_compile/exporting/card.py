@@ -59,7 +59,9 @@ def describe(value: Any) -> Any:
 
 
 def _options(options: Options) -> dict[str, Any]:
-    given = options.model_dump(exclude_unset=True, exclude={"router", "dump"}, mode="json")
+    given = options.model_dump(exclude_unset=True, exclude={"router", "plan", "dump"}, mode="json")
+    if options.plan is not None:
+        given["plan"] = describe(options.plan)
     if options.router is not None:
         router = options.router
         given["router"] = router.encoder if isinstance(router, Router) else str(router)

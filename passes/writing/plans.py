@@ -80,8 +80,8 @@ class PlanWriter:
         table = table_of(planned.video)
         if where is not None:
             return self._runtime(planned, where)
-        if table is not None and planned.spec is not None:
-            return guarded_plan(self.gm, planned.video, planned.spec, table, self._constant)
+        if table is not None:
+            return guarded_plan(self.gm, planned, table, self._constant)
         return self._constant(planned.table.tensors())
 
     def _constant(self, tensors: tuple[torch.Tensor, ...]) -> PlanNodes:
@@ -107,7 +107,8 @@ class PlanWriter:
             before = call(operator.sub, (length, product(where.grid)))
         for piece in where.before or ():
             before = call(operator.add, (before, product(piece)))
-        spec = planned.spec.to_json() if planned.spec is not None else ""
+        assert planned.spec is not None
+        spec = planned.spec.to_json()
         table = call(torch.ops.dynamicrad.make_plan.default, (query, frames, height, width, before, length, spec))
         return PlanNodes(*(call(operator.getitem, (table, i)) for i in range(len(planned.table.tensors()))))
 

@@ -15,17 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from dynamicrad_compile.plans.table import PlanSpec, PlanTable
-
 from ..axes.positions import PositionTable, columns_of
-from ..site import VideoSite
+from ..site import PlannedSite, VideoSite
 from .control import PlanNodes
 
 
-def grids_of(video: VideoSite) -> list[tuple[int, int, int]]:
+def grids_of(planned: PlannedSite) -> list[tuple[int, int, int]]:
     """The grids that get sparse attention in a graph whose grid was read from a table."""
-    frames, height, width = video.grid
-    return [video.grid] if height == width else [video.grid, (frames, width, height)]
+    frames, height, width = grid = planned.video.grid
+    return [grid] if height == width or planned.spec is None else [grid, (frames, width, height)]
 
 
 def table_of(video: VideoSite) -> PositionTable | None:
@@ -35,15 +33,14 @@ def table_of(video: VideoSite) -> PositionTable | None:
 
 def guarded_plan(
     gm: fx.GraphModule,
-    video: VideoSite,
-    spec: PlanSpec,
+    planned: PlannedSite,
     table: PositionTable,
     constant: Callable[[tuple[torch.Tensor, ...]], PlanNodes],
 ) -> PlanNodes:
     """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
     call = gm.graph.call_function
-    grids = grids_of(video)
-    plans: list[PlanTable] = [spec.build(grid, *video.text) for grid in grids]
+    spec, text, grids = planned.spec, planned.video.text, grids_of(planned)
+    plans = [planned.table] if spec is None else [spec.build(grid, *text) for grid in grids]
     width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
     found: PlanNodes | None = None
     for grid, plan in reversed(list(zip(grids, plans, strict=True))):

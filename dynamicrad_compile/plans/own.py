@@ -1,0 +1,157 @@
+"""A plan of the user's (option `plan`): a BlockPlan, a bool block mask, or a function of the grid that gives one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import PlanError
+from ..kernels.blocks import cdiv
+from ..profiles.parameters import BLOCK_SIZES
+from .plan import BlockPlan
+from .table import PlanTable
+
+EXPECTED = (
+    "expected a BlockPlan, a bool block mask [M, M] or [heads, M, M] (tensor or array, True where a block is read), "
+    "or a function (grid, text_before, text_after) that returns one of them, or None for dense attention"
+)
+
+
+def checked(value: Any) -> Any:
+    """The value, if it can be a plan whatever the site: arrays as tensors, all on the CPU. Raises PlanError."""
+    if isinstance(value, BlockPlan):
+        return _checked_plan(value.to("cpu"))
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        return _checked_mask(value.detach().cpu())
+    if callable(value):
+        return value
+    raise PlanError(f"{EXPECTED}; got {type(value).__name__}.")
+
+
+def _checked_mask(mask: torch.Tensor) -> torch.Tensor:
+    shape = list(mask.shape)
+    if mask.dtype != torch.bool or mask.dim() not in (2, 3) or shape[-1] != shape[-2]:
+        raise PlanError(f"{EXPECTED}; got {mask.dtype} {shape}.")
+    _check_rows(mask.sum(-1))
+    return mask
+
+
+def _checked_plan(plan: BlockPlan) -> BlockPlan:
+    """A plan for one sequence and one regime whose ids are in range and different in each row."""
+    if len(plan.kv_counts) != 1:
+        raise PlanError(f"a plan of one's own has one regime (P = 1), got {len(plan.kv_counts)}.")
+    if plan.q_len != plan.kv_len:
+        raise PlanError(f"self-attention has as many queries as keys, but the plan has {plan.q_len} and {plan.kv_len}.")
+    counts, indices, blocks = plan.kv_counts, plan.kv_indices, plan.num_kv_blocks
+    _check_rows(counts[0])
+    active = torch.arange(indices.shape[-1]) < counts[..., None]
+    active &= (counts < blocks)[..., None]  # the ids of a dense row are not read
+    inside = bool(((indices >= 0) & (indices < blocks) | ~active).all()) and int(counts.max()) <= blocks
+    if not inside or not torch.equal(plan.block_mask().sum(-1), counts):
+        raise PlanError(
+            f"the first kv_counts ids of each row of kv_indices must be different blocks in 0..{blocks - 1}. "
+            "BlockPlan.from_mask makes a plan of a bool mask."
+        )
+    return plan
+
+
+def _check_rows(counts: torch.Tensor) -> None:
+    """counts [Mq] or [H', Mq]: blocks that each row reads."""
+    empty = (counts < 1).nonzero()
+    if len(empty):
+        *head, row = empty[0].tolist()
+        where = f" of head {head[0]}" if head else ""
+        raise PlanError(f"query block {row}{where} reads no block: every row needs at least one, such as its own.")
+
+
+def block_size_of(blocks: int, tokens: int) -> int:
+    """The block size that cuts `tokens` into so many blocks. Raises PlanError where none or more than one does."""
+    fitting = [size for size in BLOCK_SIZES if cdiv(tokens, size) == blocks]
+    if not fitting:
+        counts = ", ".join(f"{cdiv(tokens, size)} of {size}" for size in BLOCK_SIZES)
+        raise PlanError(f"a mask of {blocks} x {blocks} blocks does not fit {tokens} tokens, which are {counts}.")
+    if len(fitting) > 1:
+        raise PlanError(f"a mask of {blocks} x {blocks} blocks may have blocks of {fitting} tokens: give block_size.")
+    return fitting[0]
+
+
+@dataclass(frozen=True, eq=False)
+class OwnPlan:
+    """The option `plan`, for the sites of one graph: each grid's table is made once, so that its sites share it.
+
+    value       as `checked` gives it
+    block_size  of masks; None: the one that fits the sequence
+    compensate  weight of the mean keys of dropped blocks; None: that of the BlockPlan, 0 for a mask
+    """
+
+    value: Any
+    block_size: int | None = None
+    compensate: float | None = None
+    made: dict[Any, PlanTable | None] = field(default_factory=dict)
+
+    @property
+    def follows_grid(self) -> bool:
+        """Whether it is a function, which gives every grid its own plan."""
+        return not isinstance(self.value, (BlockPlan, torch.Tensor))
+
+    def table(
+        self, grid: tuple[int, int, int], text: Sequence[int], heads: int, device: torch.device
+    ) -> PlanTable | None:
+        """The plan of a site of (frames, height, width) latent tokens with text (before, after) around it.
+
+        None where the function gives None. Raises PlanError, which says what does not fit; for a function also where it
+        raises an error of its own, and with the grid.
+        """
+        key = (grid, tuple(text), heads)
+        if key not in self.made:
+            plan = self._plan(grid, *text) if self.follows_grid else self.value
+            if plan is not None:
+                plan = self._fitted(plan, grid, text, heads, device)
+            self.made[key] = None if plan is None else PlanTable.of(plan)
+        return self.made[key]
+
+    def _plan(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> Any:
+        """What the function gives for a grid."""
+        try:
+            found = self.value(grid, text_before, text_after)
+        except Exception as error:
+            where = _where(grid, (text_before, text_after))
+            raise PlanError(f"option plan: the function failed for {where}: {type(error).__name__}: {error}") from error
+        if found is None:
+            return None
+        if not isinstance(found, (BlockPlan, torch.Tensor, np.ndarray)):
+            where = _where(grid, (text_before, text_after))
+            raise PlanError(f"option plan: for {where} the function gave {type(found).__name__}; {EXPECTED}.")
+        return found
+
+    def _fitted(
+        self, plan: Any, grid: tuple[int, int, int], text: Sequence[int], heads: int, device: torch.device
+    ) -> BlockPlan:
+        frames, height, width = grid
+        tokens = frames * height * width + sum(text)
+        try:
+            plan = checked(plan)
+            if isinstance(plan, torch.Tensor):
+                size = self.block_size or block_size_of(plan.shape[-1], tokens)
+                plan = BlockPlan.from_mask(plan, block_q=size, block_kv=size, q_len=tokens, kv_len=tokens)
+            if plan.q_len != tokens:
+                raise PlanError(f"the plan is for {plan.q_len} tokens, the sequence has {tokens}.")
+            if plan.kv_counts.shape[1] not in (1, heads):
+                raise PlanError(f"the plan is for {plan.kv_counts.shape[1]} heads, the attention has {heads}.")
+            sizes = (plan.block_q, plan.block_kv)
+            if device.type == "cuda" and any(size % 16 or size > 256 for size in sizes):
+                raise PlanError(f"blocks must be multiples of 16 tokens up to 256 on CUDA, got {sizes}.")
+        except PlanError as error:
+            raise PlanError(f"option plan, {_where(grid, text)}: {error}") from None
+        return plan if self.compensate is None else replace(plan, compensate=(self.compensate,))
+
+
+def _where(grid: Sequence[int], text: Sequence[int]) -> str:
+    around = f" with text tokens {text[0]} + {text[1]}" if any(text) else ""
+    return f"grid {'x'.join(map(str, grid))}{around}"
