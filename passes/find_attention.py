@@ -22,11 +22,12 @@ from torch import fx
 from dynamicrad_compile.reporting.reason import Reason
 
 from .graph import module_path
+from .operators.names import tensor_value
 from .reading.layout import layout_of_rank, plain_shape
 from .reading.library_attention import read_library_attention
 from .reading.multihead_attention import read_multihead_attention
 from .reading.softmax_attention import read_softmax_attention
-from .reading.spelling import Positions, tensor_value
+from .reading.writes import Positions
 from .site import AttentionCall, PassContext, Site
 from .writing.checkpoints import higher_order_name, nested_graphs
 

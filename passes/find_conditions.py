@@ -22,7 +22,8 @@ from torch import fx
 
 from .axes.labels import Label, parts_of, resolve
 from .graph import shape_hint, value_of
-from .reading.spelling import op_name
+from .operators.names import op_name
+from .operators.table import operator_of
 from .site import CROSS, VIDEO, Conditions, PassContext
 
 _NO_PROMPT = re.compile(r"image|img|vision|clip|audio|byt5|pooled|face|pose|camera|speech|motion", re.I)
@@ -30,8 +31,6 @@ _PROMPT = re.compile(r"encoder_hidden_states|prompt|text|txt|context|caption|con
 _NO_TIMESTEP = re.compile(r"guidance|cfg|ofs|fps|r_timestep|size|aspect|mask|pos|coord", re.I)
 _TIMESTEP = re.compile(r"timestep|time_step|(^|_)t(_|$)|sigma|noise", re.I)
 _STATE = re.compile(r"l_self_|p_|b_|c_", re.I)  # names that Dynamo and torch.export give to what a module holds
-_CASTS = {"type_as", "cast"}  # of the first operand, whatever the other is
-_PROJECTIONS = {"linear", "addmm", "mm", "matmul", "baddbmm"}
 
 
 def find_conditions(gm: fx.GraphModule, context: PassContext) -> int:
@@ -108,12 +107,12 @@ def _is_embedded(gm: fx.GraphModule, start: fx.Node, data: set[fx.Node]) -> bool
     for node in gm.graph.nodes:
         if node is start or node in data:
             continue
-        inputs = node.all_input_nodes[:1] if op_name(node) in _CASTS else node.all_input_nodes
+        inputs = node.all_input_nodes[: 1 if op_name(node) == "cast" else None]  # `type_as` has a second operand
         if all(one in free for one in inputs):
             free.add(node)
         elif all(one in free or one in pure for one in inputs):
             waved = op_name(node) in ("sin", "cos") or any(pure.get(one, False) for one in inputs)
-            if waved and op_name(node) in _PROJECTIONS:
+            if waved and operator_of(node).projects:
                 return True
             pure[node] = waved
     return False

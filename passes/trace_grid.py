@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_map
 
 from .axes.labels import Label, Source, fresh, label_size, same
-from .axes.rules import AxisMode
 from .axes.streams import Stream, attended, get_stream, packed, set_stream
 from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_range
 from .graph import depends_on_data, hint, value_of
+from .operators.mode import AxisMode
 from .reading.layout import output_labels, plain_labels
 from .site import PassContext, Site, Trace
 

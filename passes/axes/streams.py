@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from .labels import Label, label_size, resolve
-from .tensor_labels import get_labels
 
 
 class Stream(NamedTuple):
@@ -116,40 +114,6 @@ def is_feature(label: Label) -> bool:
     return bool(leaves) and all(leaf.feature for leaf in leaves)
 
 
-def same_program(streams: Streams, name: str, tensors: Sequence[torch.Tensor], size: int) -> Stream | None:
-    """Stream of an elementwise operation: the operand that has tokens, a term of all of them if several have."""
-    given = [(x, s) for x in tensors if (s := get_stream(x)) is not None]
-    full = [(x, s) for x, s in given if x.numel() == size] or given
-    projected = any(s.projected for _, s in full)
-    terms = list(dict.fromkeys(s.term for _, s in full if s.projected == projected))
-    if not terms:
-        return None
-    return Stream(terms[0] if len(terms) == 1 else streams.term(name.rstrip("_"), *terms), projected)
-
-
-def projection(tensors: Sequence[torch.Tensor]) -> Stream | None:
-    """Stream of a product with weights, or of two streams: the first that is of tokens, else the first."""
-    known = [s for x in tensors if (s := get_stream(x)) is not None]
-    first = next((s for s in known if s.projected), known[0] if known else None)
-    return None if first is None else Stream(first.term, True)
-
-
-def sliced(streams: Streams, tensor: torch.Tensor, label: Label, size: int, start: int, stop: int) -> Stream | None:
-    """Stream of rows `start..stop` of a dimension of `size`."""
-    stream = get_stream(tensor)
-    leaves = list(resolve(label))
-    featured = bool(leaves) and leaves[0].feature
-    while leaves and leaves[0].feature:
-        leaves.pop(0)
-    inner = label_size(tuple(leaves))
-    if stream is None or (featured and inner and not (start % inner or stop % inner)):  # heads or q, k, v are chosen
-        return stream
-    term = streams.rows(stream.term, size, start, stop)
-    if stop - start == 1 and streams.slice_of(term) is not None:
-        streams.note_axis(term, label)
-    return Stream(term, stream.projected)
-
-
 def all_one(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether all these tensors are of the same tokens."""
     terms = {None if (s := get_stream(x)) is None else s.term for x in tensors}
@@ -173,27 +137,6 @@ def attended(streams: Streams, query: Stream | None, key: Stream | None) -> Stre
     return Stream(streams.term("attention", query.term, key.term), query.projected or key.projected)
 
 
-def joined(streams: Streams, tensors: Sequence[torch.Tensor], label: Label, sizes: Sequence[int]) -> Stream | None:
-    """Stream of a concatenation along a dimension of this label."""
-    given = [get_stream(x) for x in tensors]
-    known = [s for s in given if s is not None]
-    if not known:
-        return None
-    projected = any(s.projected for s in known)
-    if all_one(tensors) and is_feature(label):
-        return Stream(known[0].term, projected)
-    rows = [(-1 if s is None else s.term, n) for s, n in zip(given, sizes, strict=True)]
-    return Stream(streams.joined(rows), projected)
-
-
-def picked(streams: Streams, tensor: torch.Tensor, index: torch.Tensor) -> Stream | None:
-    """Stream of rows chosen by an index whose values are not known."""
-    stream, by = get_stream(tensor), get_stream(index)
-    if stream is None:
-        return by
-    return Stream(streams.term("picked", stream.term, by.term if by else None), stream.projected)
-
-
 def written(streams: Streams, before: Stream | None, view: Stream | None, new: Stream | None) -> Stream | None:
     """Stream of a tensor after `new` was written into `view`, a part of it."""
     if new is None or before == new or (view is not None and view.term == new.term):
@@ -201,75 +144,3 @@ def written(streams: Streams, before: Stream | None, view: Stream | None, new: S
     if before is None:
         return new
     return Stream(streams.term("write", before.term, new.term), before.projected or new.projected)
-
-
-def streams_of(
-    streams: Streams, func: Any, out: Any, args: Sequence[Any], kwargs: dict[str, Any]
-) -> list[Stream | None]:
-    """Streams of the outputs of an operation, before anything is written in place."""
-    outs = list(out) if isinstance(out, (tuple, list)) else [out]
-    name = func.overloadpacket.__name__
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if not tensors:
-        return [None] * len(outs)
-    first = tensors[0]
-    if name in _SLICES and isinstance(args[0], torch.Tensor):
-        return _slices(streams, name, outs, args, kwargs)
-    if name in ("cat", "concat", "stack"):
-        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % max(outs[0].dim(), 1)
-        sizes = [1 if name == "stack" else x.shape[dim] if x.dim() == outs[0].dim() else 0 for x in tensors]
-        return [joined(streams, tensors, get_labels(outs[0])[dim], sizes)]
-    if name == "constant_pad_nd":
-        return [_padded(streams, first, args[1])]
-    if name in _PRODUCTS:
-        return [projection(tensors[1:] if name in ("addmm", "baddbmm") else tensors)]
-    if name == "embedding":
-        return [get_stream(tensors[-1])]
-    if name in ("index_select", "index", "gather"):
-        return [picked(streams, first, tensors[-1])]
-    if name == "copy_":
-        return [get_stream(tensors[-1]) or get_stream(first)]
-    if name in _ROW_WRITES:
-        return [written(streams, get_stream(first), None, get_stream(tensors[-1]))]
-    if torch.Tag.pointwise in func.tags or name in _POINTWISE:
-        return [same_program(streams, name, tensors, outs[0].numel())]
-    return [get_stream(first)] * len(outs)
-
-
-_SLICES = ("slice", "select", "unbind", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
-_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "_convolution")
-_POINTWISE = ("complex", "polar", "where")
-_ROW_WRITES = (
-    "index_put", "index_put_", "index_copy", "index_copy_", "scatter", "scatter_", "slice_scatter",
-    "select_scatter", "masked_scatter", "index_add", "scatter_add", "index_add_", "scatter_add_",
-)  # fmt: skip
-
-
-def _slices(
-    streams: Streams, name: str, outs: Sequence[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]
-) -> list[Stream | None]:
-    tensor = args[0]
-    at = 2 if name.endswith(("split", "split_with_sizes")) else 1
-    dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % max(tensor.dim(), 1)
-    label, size = get_labels(tensor)[dim], tensor.shape[dim]
-    start, found = 0, []
-    if name in ("slice", "select"):
-        start = (args[2] if len(args) > 2 else 0) or 0
-        start = min(max(start + size if start < 0 else start, 0), size)
-    for piece in outs:
-        n = piece.shape[dim] if piece.dim() == tensor.dim() else 1
-        found.append(sliced(streams, tensor, label, size, start, min(start + n, size)))
-        start += n
-    return found
-
-
-def _padded(streams: Streams, tensor: torch.Tensor, amounts: Sequence[int]) -> Stream | None:
-    stream = get_stream(tensor)
-    if stream is None:
-        return None
-    for k in range(len(amounts) // 2):
-        d = tensor.dim() - 1 - k
-        if any(amounts[2 * k : 2 * k + 2]) and not is_feature(get_labels(tensor)[d]):
-            rows = [(-1, amounts[2 * k]), (stream.term, tensor.shape[d]), (-1, amounts[2 * k + 1])]
-            stream = Stream(streams.joined([row for row in rows if row[1] > 0]), stream.projected)
-    return stream

@@ -47,6 +47,7 @@ def get_base(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def set_base(view: torch.Tensor, of: torch.Tensor) -> None:
+    """Note that a tensor shows the memory of another."""
     if view is not of:
         view._drad_base = get_base(of)
 
@@ -57,6 +58,7 @@ def get_range(tensor: object) -> Range | None:
 
 
 def set_range(tensor: torch.Tensor, found: Range | None) -> None:
+    """Attach the consecutive integers that an index holds."""
     tensor._drad_range = found
 
 

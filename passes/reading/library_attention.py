@@ -18,8 +18,9 @@ from torch import fx
 from dynamicrad_compile.reporting.reason import OTHER_BACKEND, Reason
 
 from ..graph import value_of
+from ..operators.names import op_name, operator_name, tensor_value
 from ..site import AttentionCall
-from .spelling import number, op_name, operator_name, tensor_value
+from .numbers import number
 
 QUANTISED = Reason(
     "quantised", "it works on quantised queries and keys; choose another attention backend for the model", OTHER_BACKEND
@@ -185,7 +186,7 @@ def _equal_sequences(found: dict[str, Any]) -> int | None:
 
 def _integers(node: Any) -> list[int] | None:
     """Values of a constant integer tensor: arange or a literal, perhaps cast."""
-    while op_name(node) in ("cast", "same"):
+    while op_name(node) in ("cast", "same", "clone"):
         node = node.args[0]
     name = op_name(node)
     if name == "arange":

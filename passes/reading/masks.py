@@ -11,7 +11,6 @@ A query that is left without any key gets 0.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,17 +19,17 @@ from torch import fx
 from dynamicrad_compile.reporting.reason import PROMPT_MASK, Reason
 
 from ..axes.labels import Label, Source, fresh, label_size, resolve
-from ..axes.reshape import reshape
 from ..graph import hint, shape_hint
+from ..operators.names import op_name, tensor_value
+from ..operators.rules.masks import COPY
+from ..operators.table import operator_of
 from ..site import AttentionCall
+from .numbers import number
 from .row_masks import row_mask
-from .spelling import argument, is_rewritten, number, op_name, permutation, tensor_value
+from .writes import is_rewritten
 
 HIDDEN = -1e4
 """A score lowered by this much or more has weight 0 in every dtype (exp(-104) is 0 in float32)."""
-
-_COPY = "copy"  # kind of an axis along which a mask repeats itself
-_SAME_SHAPE = {"cast", "same", "logical_not"}
 
 
 def not_key_padding(call: AttentionCall, tokens: int) -> Reason | None:
@@ -96,7 +95,7 @@ def keys_node(graph: fx.Graph, call: AttentionCall) -> fx.Node:
 
 def repeats(label: Label) -> bool:
     """Whether a mask is the same all along a dimension with this label."""
-    return all(axis.source.kind == _COPY for axis in resolve(label))
+    return all(axis.source.kind == COPY for axis in resolve(label))
 
 
 def mask_labels(node: fx.Node) -> list[Label]:
@@ -104,129 +103,62 @@ def mask_labels(node: fx.Node) -> list[Label]:
     shape = shape_hint(node)
     assert shape is not None
     base = node.args[0] if node.args else None
-    name = op_name(node)
-    inner = shape_hint(base) if isinstance(base, fx.Node) and name in _MOVES else None
+    inner = shape_hint(base) if isinstance(base, fx.Node) and operator_of(node).carries_mask else None
     if isinstance(base, fx.Node) and inner is not None and not is_rewritten(node):
-        labels = _MOVES[name](node, mask_labels(base), inner, shape)
+        labels = operator_of(node).mask_labels(node, mask_labels(base), inner, shape)
         if labels is not None and [label_size(label) for label in labels] == list(shape):
             return labels
     value = tensor_value(node)
     strides = [hint(s) for s in value.stride()] if value is not None else []
-    kinds = [_COPY if stride == 0 else "op" for stride in strides]
+    kinds = [COPY if stride == 0 else "op" for stride in strides]
     return [fresh(n, Source(node.name, d, kinds[d], len(shape))) for d, n in enumerate(shape)]
 
 
-Shape = tuple[int, ...]
+def shows_hiding(mask: Any) -> bool:
+    """Whether the graph shows that a float mask is 0 where a key is attended and HIDDEN or less elsewhere."""
+    return isinstance(mask, fx.Node) and _Hiding(mask, depth=16).shown()
 
 
-def _same(node: fx.Node, labels: list[Label], inner: Shape, shape: Shape) -> list[Label] | None:
-    return labels
+class _Hiding:
+    """One step of the walk back through the nodes that make a float mask.
 
-
-def _view(node: fx.Node, labels: list[Label], inner: Shape, shape: Shape) -> list[Label] | None:
-    """`view`, `reshape` and `expand`: the same elements regrouped, or dimensions of size 1 repeated."""
-    sizes = 1
-    for n in inner:
-        sizes *= n
-    total = 1
-    for n in shape:
-        total *= n
-    if sizes == total:
-        return reshape(labels, list(shape), Source(node.name, 0, "op", len(shape)))
-    return _expand(node, labels, inner, shape)
-
-
-def _expand(node: fx.Node, labels: list[Label], inner: Shape, shape: Shape) -> list[Label] | None:
-    """Sizes of 1 grow by repetition, as in `expand`; `repeat` of a larger size puts copies in front."""
-    offset = len(shape) - len(inner)
-    out: list[Label] = []
-    for d, n in enumerate(shape):
-        old = labels[d - offset] if d >= offset else ()
-        copies, rest = divmod(n, label_size(old))
-        if rest:
-            return None
-        out.append((*fresh(copies, Source(node.name, d, _COPY, len(shape))), *old))
-    return out
-
-
-def _repeat_interleave(node: fx.Node, labels: list[Label], inner: Shape, shape: Shape) -> list[Label] | None:
-    dim, times = argument(node, 2, "dim"), argument(node, 1, "repeats")
-    if not isinstance(dim, int) or not isinstance(times, int):
-        return None
-    out = list(labels)
-    out[dim] = (*out[dim], *fresh(times, Source(node.name, dim, _COPY, len(shape))))
-    return out
-
-
-def _permute(node: fx.Node, labels: list[Label], inner: Shape, shape: Shape) -> list[Label] | None:
-    order = permutation(node, len(inner))
-    return None if order is None else [labels[d] for d in order]
-
-
-def _getitem(node: fx.Node, labels: list[Label], inner: Shape, shape: Shape) -> list[Label] | None:
-    """Whole dimensions, new ones and single positions; anything else is not followed."""
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        missing = len(inner) - sum(i is not None for i in index) + 1
-        index = (*index[:at], *[slice(None)] * missing, *index[at + 1 :])
-    out: list[Label] = []
-    left = list(labels)
-    for i in index:
-        if i is None:
-            out.append(())
-        elif i == slice(None) and left:
-            out.append(left.pop(0))
-        elif isinstance(i, int) and left:
-            left.pop(0)
-        else:
-            return None
-    return [*out, *left]
-
-
-_MOVES: dict[str, Callable[[fx.Node, list[Label], Shape, Shape], list[Label] | None]] = {
-    **dict.fromkeys(_SAME_SHAPE, _same),
-    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze"), _view),
-    **dict.fromkeys(("expand", "repeat"), _expand),
-    "repeat_interleave": _repeat_interleave,
-    **dict.fromkeys(("permute", "transpose", "mT"), _permute),
-    "getitem": _getitem,
-    "slice": lambda node, labels, inner, shape: labels if inner == shape else None,
-}
-
-
-def shows_hiding(node: Any, depth: int = 16, by: fx.Node | None = None) -> bool:
-    """Whether the graph shows that a float mask is 0 where a key is attended and HIDDEN or less elsewhere.
-
-    `by` is the node that uses it, and may write over it.
+    node    made a part of the mask
+    depth   how many steps may still be taken
+    by      the node that uses it, and may write over it
     """
-    if not isinstance(node, fx.Node) or depth == 0 or is_rewritten(node, but_by=by):
-        return False
 
-    def inner(x: Any) -> bool:
-        return _is_level(x, node) or shows_hiding(x, depth - 1, by=node)
+    def __init__(self, node: fx.Node, depth: int, by: fx.Node | None = None):
+        self.node = node
+        self.depth = depth
+        self.by = by
 
-    name = op_name(node)
-    if name in _MOVES and name != "logical_not":
-        return shows_hiding(node.args[0], depth - 1, by=node)
-    if name == "masked_fill":
-        return inner(node.args[0]) and _is_level(argument(node, 2, "value"), node)
-    if name == "where" and len(node.args) == 3:
-        return inner(node.args[1]) and inner(node.args[2])
-    if name in ("add", "minimum"):
-        return inner(node.args[0]) and inner(node.args[1]) and not node.kwargs
-    if name == "mul":
-        for flag, factor in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-            low = number(factor)
-            if low is not None and low <= HIDDEN and _is_flag(flag):
-                return True
-    return False
+    def shown(self) -> bool:
+        """Whether the node is 0 where a key is attended and HIDDEN or less elsewhere."""
+        if self.depth == 0 or is_rewritten(self.node, but_by=self.by):
+            return False
+        entry = operator_of(self.node)
+        if entry.carries_mask and not entry.negates:
+            return self._inner(self.node.args[0])
+        return entry.hides is not None and entry.hides(self)
 
+    def _inner(self, value: Any) -> bool:
+        below = tensor_value(value)
+        floats = below is not None and below.is_floating_point()
+        return floats and _Hiding(value, self.depth - 1, by=self.node).shown()
 
-def _is_level(value: Any, by: fx.Node) -> bool:
-    """0, or low enough to hide a key."""
-    constant = number(value, by)
-    return constant is not None and (constant == 0 or constant <= HIDDEN)
+    def hides(self, value: Any) -> bool:
+        """Whether a value is 0 where a key is attended and HIDDEN or less elsewhere."""
+        return self.is_level(value) or self._inner(value)
+
+    def is_level(self, value: Any) -> bool:
+        """Whether a value is the number 0, or a number low enough to hide a key."""
+        constant = number(value, self.node)
+        return constant is not None and (constant == 0 or constant <= HIDDEN)
+
+    def is_scaled_flag(self, flag: Any, factor: Any) -> bool:
+        """Whether a value is 0 or 1, and a factor a number low enough to hide a key."""
+        low = number(factor)
+        return low is not None and low <= HIDDEN and _is_flag(flag)
 
 
 def _is_flag(node: Any, depth: int = 8) -> bool:
@@ -238,7 +170,8 @@ def _is_flag(node: Any, depth: int = 8) -> bool:
         return True
     if name == "rsub" or (name == "sub" and number(node.args[0]) == 1):
         return number(node.args[0 if name == "sub" else 1]) == 1 and _is_flag(node.args[1 if name == "sub" else 0])
-    return name in _MOVES and name != "logical_not" and _is_flag(node.args[0], depth - 1)
+    entry = operator_of(node)
+    return entry.carries_mask and not entry.negates and _is_flag(node.args[0], depth - 1)
 
 
 def _name(value: torch.Tensor) -> str:

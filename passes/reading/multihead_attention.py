@@ -18,9 +18,9 @@ from torch import fx
 
 from dynamicrad_compile.reporting.reason import PROMPT_MASK, REBUILD_MHA, Reason
 
+from ..operators.names import op_name, tensor_value
 from ..site import AttentionCall, Projections
 from .layout import BHSD, to_plain
-from .spelling import op_name, tensor_value
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _LEARNED_KEY = Reason("mha_learned_key", "it appends a learned key and value", REBUILD_MHA)

@@ -8,7 +8,10 @@ import torch
 from torch import fx
 
 from ..graph import shape_hint, value_of
-from .spelling import Positions, argument, is_mutating, number, op_name, operand, permutation, tensor_value
+from ..operators.names import argument, op_name, operand, tensor_value
+from ..operators.table import permutation
+from .numbers import number
+from .writes import Positions, is_mutating
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -106,7 +109,7 @@ def peel(node: fx.Node, layout: str, until: fx.Node, positions: Positions) -> tu
         name, order = op_name(node), permutation(node, value.dim())
         factor = number(node.args[1]) if name in ("mul", "div") and len(node.args) == 2 else None
         widens = name == "cast" and below.dtype in HALF and value.dtype == torch.float32
-        if not (order or factor or widens or name == "same") or positions.write_between(node, until):
+        if not (order or factor or widens or name in ("same", "clone")) or positions.write_between(node, until):
             break
         if order:
             layout = "".join(layout[order.index(d)] for d in range(len(order)))

@@ -12,8 +12,9 @@ from torch import fx
 
 from dynamicrad_compile.reporting.reason import Reason
 
+from ..operators.names import operator_name
+from ..operators.table import operator_of
 from ..site import AttentionCall
-from .spelling import VIEWS, op_name, operator_name
 
 _NAMESPACES = ("_c10d_functional::", "_c10d_functional_autograd::")
 
@@ -37,7 +38,7 @@ def _collective(node: Any) -> fx.Node | None:
         operator = operator_name(node.target)
         if operator.startswith(_NAMESPACES) and not operator.endswith("wait_tensor"):
             return node
-        if not operator.startswith(_NAMESPACES) and op_name(node) not in VIEWS:
+        if not operator.startswith(_NAMESPACES) and not operator_of(node).view:
             return None
         node = node.args[0] if node.args else None
     return None

@@ -18,11 +18,14 @@ from torch import fx
 from dynamicrad_compile.reporting.reason import CALL_SDPA, PROMPT_MASK, Reason
 
 from ..graph import shape_hint
+from ..operators.names import argument, op_name, operand, tensor_value
+from ..operators.table import permutation
 from ..site import AttentionCall
 from .layout import layout_of_rank
 from .masks import HIDDEN
+from .numbers import number
 from .products import Product, computed_in, peel, read_product
-from .spelling import Positions, argument, number, op_name, operand, permutation, tensor_value
+from .writes import Positions
 
 
 def read_softmax_attention(node: fx.Node, positions: Positions) -> AttentionCall | None:
@@ -189,12 +192,12 @@ def _shape(node: object) -> tuple[int, ...] | None:
 
 
 _STEPS: dict[str, Callable[[fx.Node, _Inner], _Steps | None]] = {
-    **dict.fromkeys(("cast", "same"), _same),
+    **dict.fromkeys(("cast", "same", "clone"), _same),
     **dict.fromkeys(("mul", "div"), _scale),
     **dict.fromkeys(("add", "sub"), _add),
     **dict.fromkeys(("masked_fill", "where"), _fill),
     **dict.fromkeys(("transpose", "permute", "mT"), _move),
-    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze"), _regroup),
+    **dict.fromkeys(("view", "reshape", "expand", "unsqueeze", "squeeze"), _regroup),
     "softmax": _softmax,
     "dropout": _dropout,
 }

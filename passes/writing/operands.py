@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..operators.names import op_name, tensor_value
 from ..reading.layout import from_plain, output_value, to_plain
 from ..reading.multihead_attention import project_inputs, project_output
-from ..reading.spelling import op_name, tensor_value
 from ..site import AttentionCall, Site
 
 

@@ -14,39 +14,38 @@ import torch
 
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
-from .labels import Axis, Label, Part, Source, concat, fresh, label_size, resolve, rows_of, slice_label, unify
-from .tensor_labels import Labels, Range, get_base, get_labels, get_range, set_labels
+from ...axes.labels import Axis, Label, Part, Source, concat, fresh, label_size, resolve, rows_of, slice_label, unify
+from ...axes.tensor_labels import Labels, Range, get_base, get_labels, get_range, set_labels
+from ..calls import Trace
 
-Mode = Any  # _axis_rules.AxisMode
 
-
-def new_buffer(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def new_buffer(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """empty, zeros, full and the like: axes with nothing in them."""
-    labels = [fresh(n, Source(mode.node, d, "op", out.dim())) for d, n in enumerate(out.shape)]
+    labels = [fresh(n, Source(trace.node, d, "op", out.dim())) for d, n in enumerate(out.shape)]
     for label in labels:
         for axis in label:
             axis.blank = True
     return labels
 
 
-def spoilt(mode: Mode, size: int, dim: int, why: Reason) -> Label:
+def spoilt(trace: Trace, size: int, dim: int, why: Reason) -> Label:
     """A dimension whose rows are in an unknown order, with the reason."""
-    label = fresh(size, mode.source(dim))
+    label = fresh(size, trace.source(dim))
     for axis in label:
         axis.why = why
     return label
 
 
-def write(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
-    """In-place copy into a tensor or a view of one."""
+def write(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+    """Copy into a tensor or a view of one."""
     labels = list(get_labels(args[0]))
     if not isinstance(args[1], torch.Tensor):
         return labels
     for d, label in _aligned(args[1], out):
-        if get_base(args[0]) is args[0]:
+        if out is not args[0] or get_base(out) is out:
             labels[d] = label
         else:
-            put(labels[d], label, mode.node)
+            put(labels[d], label, trace.node)
     return labels
 
 
@@ -90,7 +89,7 @@ def _aligned(source: torch.Tensor, target: torch.Tensor) -> list[tuple[int, Labe
     ]
 
 
-def slice_scatter(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def slice_scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """What exported programs have for a write into a slice."""
     tensor, source = args[:2]
     values = dict(zip(("dim", "start", "end", "step"), (0, None, None, 1), strict=True)) | kwargs
@@ -99,20 +98,22 @@ def slice_scatter(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: di
     start = values["start"] or 0
     start = min(max(start + out.shape[dim] if start < 0 else start, 0), out.shape[dim])
     found = Range(0, start) if step == 1 else None
-    return _write_rows(mode, tensor, dim, found, source, in_place=False, interleaved=step != 1)
+    return _write_rows(trace, tensor, dim, found, source, in_place=False, interleaved=step != 1)
 
 
-def select_scatter(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def select_scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """One row changes: nothing is learnt, nothing lost."""
     return list(get_labels(args[0]))
 
 
-def index_copy(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def index_copy(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+    """Rows of one dimension, by an index."""
     tensor, dim, index, source = args[:4]
-    return _write_rows(mode, tensor, dim % max(out.dim(), 1), get_range(index), source, in_place=out is tensor)
+    return _write_rows(trace, tensor, dim % max(out.dim(), 1), get_range(index), source, in_place=out is tensor)
 
 
-def scatter(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+    """Elements along one dimension, by an index as large as what is written."""
     tensor, dim, index, source = args[:4]
     dim %= max(out.dim(), 1)
     if not isinstance(source, torch.Tensor):
@@ -120,34 +121,35 @@ def scatter(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str
     found, others = get_range(index), [d for d in range(out.dim()) if d != dim]
     if found is None or found.dim != dim or any(index.shape[d] != out.shape[d] for d in others):
         found = None
-    return _write_rows(mode, tensor, dim, found, source, in_place=out is tensor)
+    return _write_rows(trace, tensor, dim, found, source, in_place=out is tensor)
 
 
-def scatter_add(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def scatter_add(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Something is added to rows: they stay what they were, unless nothing was there."""
     labels = list(get_labels(args[0]))
     dim = args[1] % max(out.dim(), 1)
     if any(axis.blank for axis in resolve(labels[dim])):
-        labels[dim] = spoilt(mode, out.shape[dim], dim, _unknown_order(mode))
+        labels[dim] = spoilt(trace, out.shape[dim], dim, _unknown_order(trace))
     return labels
 
 
-def index_put(mode: Mode, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def index_put(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+    """Rows by indices; of masks and of several dimensions at once the order is not known."""
     tensor, indices, source = args[:3]
     labels = list(get_labels(tensor))
     used = [d for d, i in enumerate(indices) if i is not None]
     if source.numel() == 1 or (len(args) > 3 and args[3]):
         return labels
     if len(used) == 1 and indices[used[0]].dim() == 1 and indices[used[0]].dtype != torch.bool:
-        return _write_rows(mode, tensor, used[0], get_range(indices[used[0]]), source, in_place=out is tensor)
+        return _write_rows(trace, tensor, used[0], get_range(indices[used[0]]), source, in_place=out is tensor)
     masks = sum(max(i.dim() - 1, 0) for i in indices if i is not None and i.dtype == torch.bool)
     for d in range(used[0], min(used[-1] + 1 + masks, out.dim())):
-        labels[d] = spoilt(mode, out.shape[d], d, _unknown_order(mode))
+        labels[d] = spoilt(trace, out.shape[d], d, _unknown_order(trace))
     return labels
 
 
 def _write_rows(
-    mode: Mode, tensor: torch.Tensor, dim: int, rows: Range | None, source: torch.Tensor, *, in_place: bool,
+    trace: Trace, tensor: torch.Tensor, dim: int, rows: Range | None, source: torch.Tensor, *, in_place: bool,
     interleaved: bool = False,
 ) -> Labels:  # fmt: skip
     """Labels of `tensor` after `source` was written into its rows `rows.start`, ... of dimension `dim`."""
@@ -155,7 +157,7 @@ def _write_rows(
     offset = tensor.dim() - source.dim()
     for d, label in enumerate(get_labels(source)):
         if 0 <= offset + d != dim and source.shape[d] != 1 and source.shape[d] == tensor.shape[offset + d]:
-            unify(labels[offset + d], label, mode.node)
+            unify(labels[offset + d], label, trace.node)
     size, n = tensor.shape[dim], source.shape[dim - offset] if dim >= offset else 1
     old = labels[dim]
     start, stop = (rows.start, rows.start + n) if rows is not None else (0, size)
@@ -163,29 +165,29 @@ def _write_rows(
     if (interleaved or n == 1) and not empty:
         return labels
     if rows is None or stop > size:
-        labels[dim] = spoilt(mode, size, dim, _unknown_order(mode))
+        labels[dim] = spoilt(trace, size, dim, _unknown_order(trace))
         return labels
     new = get_labels(source)[dim - offset] if dim >= offset else ()
     if (start, stop) == (0, size) and get_base(tensor) is tensor:
         labels[dim] = new
     elif in_place:
-        put(slice_label(old, start, stop, mode.source(dim)), new, mode.node)
+        put(slice_label(old, start, stop, trace.source(dim)), new, trace.node)
     elif empty:
         pieces = [*rows_of(old, 0, start), Part(new, 0, label_size(new)), *rows_of(old, stop, size)]
-        labels[dim] = concat(pieces, mode.source(dim))
+        labels[dim] = concat(pieces, trace.source(dim))
     else:
-        unify(slice_label(old, start, stop, mode.source(dim)), new, mode.node)
+        unify(slice_label(old, start, stop, trace.source(dim)), new, trace.node)
     return labels
 
 
-def _unknown_order(mode: Mode) -> Reason:
-    text = f"{mode.node} writes rows by an index whose values are known only when the graph runs"
+def _unknown_order(trace: Trace) -> Reason:
+    text = f"{trace.node} writes rows by an index whose values are known only when the graph runs"
     return Reason("unknown_rows", text, SET_GRID)
 
 
-def spoil(mode: Mode, tensor: torch.Tensor, what: str) -> None:
+def spoil(trace: Trace, tensor: torch.Tensor, what: str) -> None:
     """Forget the labels of a tensor that an unknown operation changed in place, and of what it is a view of."""
     for one in {id(x): x for x in (tensor, get_base(tensor))}.values():
-        text = f"{mode.node} ({what}) changes a tensor in place in a way that is not followed"
+        text = f"{trace.node} ({what}) changes a tensor in place in a way that is not followed"
         why = Reason("unknown_write", text, SET_GRID)
-        set_labels(one, [spoilt(mode, n, d, why) for d, n in enumerate(one.shape)])
+        set_labels(one, [spoilt(trace, n, d, why) for d, n in enumerate(one.shape)])

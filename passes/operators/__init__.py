@@ -1,0 +1,1 @@
+"""What is known of each PyTorch operator, in one table, and the trace that applies it."""
