@@ -1,7 +1,7 @@
 """BlockPlan: which key/value blocks each query block reads.
 
 The layout follows PyTorch's flex `BlockMask`: a count and a list of block ids per query block. A plan knows
-nothing of frames or of a model; the planners (`dynamicrad_compile.plans.make`) build it, the kernels read it.
+nothing of frames or of a model; patterns (`dynamicrad_compile.plans.make`) or users build it, the kernels read it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import PlanError
 from ..profiles.parameters import Table
 from . import cost
 from .layout import Layout
@@ -28,12 +29,12 @@ KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
 class RegimeSpec:
     """How the plan of one regime is made.
 
-    name       "low", "mid", "high", or "" where there is but one
+    name        "low", "mid", "high", or "" where there is but one
     parameters  of the pattern, of its candidates where there is a criterion
-    criterion  by which select_blocks thins it when the graph runs; "": a static plan
-    near, far  its thresholds; None: the shares of blocks that meet `sparsity`
-    balance    how these shares are divided between near and far blocks, see `ratios_for`
-    sparsity   share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
+    criterion   by which select_blocks thins it when the graph runs; "": a static plan
+    near, far   its thresholds; None: the shares of blocks that meet `sparsity`
+    balance     how these shares are divided between near and far blocks, see `ratios_for`
+    sparsity    share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
     """
 
     name: str
@@ -44,19 +45,25 @@ class RegimeSpec:
     sparsity: float | None = None
     balance: float = 0.0
 
-    @property
-    def compensate(self) -> float:
-        """Weight of the mean keys of dropped blocks."""
-        return float(getattr(self.parameters, "compensate", 0.0))
-
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """How plan tables are made."""
+    """How plan tables are made. Raises PlanError for parameters of another pattern, or a choice that it can't have."""
 
     pattern: str
     block_size: int
     regimes: tuple[RegimeSpec, ...]
+
+    def __post_init__(self) -> None:
+        pattern = PATTERNS[self.pattern]
+        for regime in self.regimes:
+            if not isinstance(regime.parameters, pattern.parameters):
+                found, wanted = type(regime.parameters).__name__, pattern.parameters.__name__
+                raise PlanError(f"pattern {self.pattern!r} has parameters of type {wanted}, got {found}.")
+            if regime.criterion and pattern.needs != "selection":
+                raise PlanError(
+                    f"blocks of pattern {self.pattern!r} can't be chosen by {regime.criterion!r}: it is static."
+                )
 
     @property
     def criteria(self) -> tuple[str, ...]:
