@@ -18,8 +18,9 @@ from torch import fx
 from dynamicrad_compile.errors import GridError
 from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
+from .axes.concatenation import parts_of, same, segments_of, within
 from .axes.grids import Grids
-from .axes.labels import Axis, Label, Part, parts_of, resolve, same, segments_of, within
+from .axes.labels import Axis, Label, Part, resolve
 from .axes.windows import windows
 from .graph import value_of
 from .reading.sharding import exchanged

@@ -19,7 +19,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .axes.labels import Axis, parts_of, resolve
+from .axes.concatenation import parts_of
+from .axes.labels import Axis, resolve
 from .axes.positions import PositionTable, columns_of
 from .axes.reshape import reshape
 from .site import PassContext

@@ -20,7 +20,8 @@ from collections import Counter
 import torch
 from torch import fx
 
-from .axes.labels import Label, parts_of, resolve
+from .axes.concatenation import parts_of
+from .axes.labels import Label, resolve
 from .graph import shape_hint, value_of
 from .operators.names import op_name
 from .operators.table import operator_of

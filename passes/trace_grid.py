@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map
 
-from .axes.labels import Label, Source, fresh, label_size, same
+from .axes.concatenation import same
+from .axes.labels import Label, Source, fresh, label_size
 from .axes.streams import Stream, attended, get_stream, packed, set_stream
 from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_range
 from .graph import depends_on_data, hint, value_of

@@ -14,7 +14,8 @@ from torch import fx
 
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
-from .labels import Axis, Label, Part, coarsest, parts_of, resolve
+from .concatenation import parts_of
+from .labels import Axis, Label, Part, coarsest, resolve
 
 KEEP_ORDER = "have the model keep its tokens frame by frame, row by row, if it can"
 

@@ -14,11 +14,10 @@ the packed sequence that it multiplies, and a reshape after the last layer label
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+from dynamicrad_compile.reporting.reason import Reason
 
 Label = tuple["Axis", ...]
 
@@ -184,190 +183,8 @@ def take(leaves: list[Axis], size: int, node: str = "") -> Label | None:
     return tuple(taken)
 
 
-def unify(first: Label, second: Label, why: str) -> Label:
-    """The label of a dimension that is both `first` and `second` (they have the same size)."""
-    left, right = list(resolve(first)), list(resolve(second))
-    while left and right:
-        x, y = left[0], right[0]
-        if x is y or x.size == y.size:
-            if x is not y:
-                _merge(x, y, why)
-            left.pop(0)
-            right.pop(0)
-            continue
-        big, small = (left, right) if x.size > y.size else (right, left)
-        halves = split(big[0], small[0].size, why) if small[0].size else None
-        if halves is not None:
-            big[:1] = [*halves[0], *halves[1]]
-            continue
-        inner = list(small)
-        taken = take(inner, big[0].size, why) if big[0].parts else None
-        if taken is None or not _regard(big[0], taken):
-            _refuse(big[0], small[0], why)
-            break
-        big[:1], small[:] = [], inner
-    return first
-
-
-def _regard(joined: Axis, label: Label) -> bool:
-    """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
-    pieces = parts_of((joined,))
-    if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
-        return False
-    if len(pieces) == 1:
-        if pieces[0].whole and resolve(pieces[0].label) != resolve(label):
-            return False
-        joined.parts, joined.factors = None, label
-        return True
-    unknown = [resolve(piece.label) for piece in pieces]
-    if any(len(x) > 1 or not piece.whole or set(x) & set(label) for x, piece in zip(unknown, pieces, strict=True)):
-        return False
-    offset = 0
-    for axes, piece in zip(unknown, pieces, strict=True):
-        for axis in axes:
-            axis.parts = rows_of(label, offset, offset + piece.size)
-        offset += piece.size
-    return True
-
-
-def _merge(x: Axis, y: Axis, why: str) -> None:
-    """Make two leaf axes of the same size one axis, unless one is the other in reverse order."""
-    if (x.mirror or y.mirror or x.parent or y.parent) and are_mirrored((x,), (y,)):
-        return
-    if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
-        if [p.size for p in x.parts] != [p.size for p in y.parts]:
-            _refuse(x, y, why)
-            return
-        for a, b in zip(x.parts, y.parts, strict=True):
-            if a.whole and b.whole:
-                unify(a.label, b.label, why)
-    keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
-    if _holds(keep, drop):  # rows of an axis, put together again and aligned with it
-        keep, drop = drop, keep
-    if _holds(keep, drop):
-        _refuse(x, y, why)
-        return
-    keep.conflict = keep.conflict or drop.conflict
-    keep.why = keep.why or drop.why
-    keep.mirror = keep.mirror or drop.mirror
-    keep.feature = keep.feature or drop.feature
-    keep.kin = (*keep.kin, drop, *drop.kin)
-    drop.alias = keep
-
-
-def _holds(axis: Axis, inner: Axis) -> bool:
-    """Whether `inner` is among the pieces of `axis`."""
-    leaves = (leaf for part in axis.parts or () for leaf in resolve(part.label))
-    return any(leaf is inner or _holds(leaf, inner) for leaf in leaves)
-
-
-def _refuse(x: Axis, y: Axis, why: str) -> None:
-    """Record that two structures of one dimension contradict each other."""
-    text = f"{why} aligns an axis of {x.size} ({x.source}) with one of {y.size} ({y.source})"
-    reason = Reason("axes_disagree", text, SET_GRID)
-    x.conflict = x.conflict or reason
-    y.conflict = y.conflict or reason
-
-
-def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, int]:
-    """Which of two merged axes says more: a concatenation, an input, a slice of something, anything, a new buffer."""
-    pieces = len(axis.parts or ())
-    return (pieces > 1, axis.source.kind == "input", pieces == 1, not axis.blank, axis.source.rank)
-
-
-def parts_of(label: Label) -> tuple[Part, ...]:
-    """The label as pieces of a concatenation; a label that is none is one piece. Contiguous pieces are glued."""
-    if isinstance(label, Row):
-        return (label.part,)
-    leaves = resolve(label)
-    if len(leaves) == 1 and leaves[0].parts:
-        return glue([inner for part in leaves[0].parts for inner in rows_of(part.label, part.start, part.stop)])
-    return (Part(leaves, 0, label_size(leaves)),)
-
-
-def rows_of(label: Label, start: int, stop: int) -> tuple[Part, ...]:
-    """Pieces of rows `start..stop` of a label."""
-    kept: list[Part] = []
-    offset = 0
-    for part in parts_of(label):
-        low, high = max(start, offset), min(stop, offset + part.size)
-        if low < high:
-            base = part.start - offset
-            kept.append(Part(part.label, low + base, high + base))
-        offset += part.size
-    return tuple(kept)
-
-
-def segments_of(label: Label) -> tuple[Part, ...]:
-    """`parts_of`, where frames put together from several sources are several pieces as well."""
-    out: list[Part] = []
-    for part in parts_of(label):
-        leaves = resolve(part.label)
-        pieces = parts_of(leaves[:1]) if part.whole and len(leaves) > 1 else ()
-        area = label_size(leaves[1:])
-        if len(pieces) > 1:
-            out.extend(Part((*p.label, *leaves[1:]), p.start * area, p.stop * area) for p in pieces)
-        else:
-            out.append(part)
-    return glue(out)
-
-
-def glue(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Join neighbouring pieces that are contiguous rows of the same label; drop empty ones."""
-    out: list[Part] = []
-    for part in parts:
-        if part.size == 0:
-            continue
-        label = resolve(part.label)
-        if out and out[-1].stop == part.start and label and _same_leaves(out[-1].label, label):
-            out[-1] = Part(label, out[-1].start, part.stop)
-        else:
-            out.append(Part(label, part.start, part.stop))
-    return tuple(out)
-
-
-def concat(parts: Sequence[Part], source: Source) -> Label:
-    """Label of a concatenation."""
-    pieces = glue(parts)
-    size = sum(part.size for part in pieces)
-    if size == 1:
-        return Row.of(pieces[0]) if pieces and resolve(pieces[0].label) else ()
-    if len(pieces) == 1 and pieces[0].whole:
-        return pieces[0].label
-    axis = Axis(size, source)
-    axis.parts = pieces
-    leaves = [leaf for part in pieces for leaf in resolve(part.label)]
-    axis.feature = bool(leaves) and all(leaf.feature for leaf in leaves)
-    return (axis,)
-
-
-def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
-    """Label of rows `start..stop` (step 1) of a dimension."""
-    if start == 0 and stop == label_size(label):
-        return label
-    kept = rows_of(label, start, stop)
-    return concat(kept, source) if kept else fresh(0, source)
-
-
-def same(first: Label, second: Label) -> bool:
-    """Whether two labels are known to be the same positions in the same order."""
-    one, two = parts_of(first), parts_of(second)
-    return len(one) == len(two) and all(same_part(a, b) for a, b in zip(one, two, strict=True))
-
-
-def same_part(a: Part, b: Part) -> bool:
-    """Whether two pieces are the same rows of the same label. A single row has no axis to be told by."""
-    if a.size == b.size == 1 and not (resolve(a.label) and resolve(b.label)):
-        return True
-    return a.start == b.start and a.stop == b.stop and _same_leaves(resolve(a.label), resolve(b.label))
-
-
-def within(a: Part, b: Part) -> bool:
-    """Whether a piece is among the rows of another."""
-    return b.start <= a.start and a.stop <= b.stop and _same_leaves(resolve(a.label), resolve(b.label))
-
-
-def _same_leaves(a: Label, b: Label) -> bool:
+def same_axes(a: Label, b: Label) -> bool:
+    """Whether two resolved labels are of the same axes."""
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
@@ -378,7 +195,7 @@ def coarsest(label: Label) -> Label:
         out.append(leaf)
         while len(out) >= 2 and (parent := out[-1].parent) is not None and parent.factors is not None:
             inner = resolve(parent.factors)
-            if len(inner) > len(out) or not _same_leaves(tuple(out[-len(inner) :]), inner):
+            if len(inner) > len(out) or not same_axes(tuple(out[-len(inner) :]), inner):
                 break
             out[-len(inner) :] = [parent]
     return tuple(out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dynamicrad_compile.reporting.reason import NOTHING, Reason
 
-from .labels import Axis, Label, label_size, parts_of, resolve
+from .concatenation import parts_of
+from .labels import Axis, Label, label_size, resolve
 
 
 def windows(batch: Label, sequence: Label) -> Reason | None:

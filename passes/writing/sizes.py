@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..axes.labels import Axis, parts_of, resolve
+from ..axes.concatenation import parts_of
+from ..axes.labels import Axis, resolve
 from ..graph import specialise, value_of
 from ..site import CROSS, PassContext, VideoSite
 

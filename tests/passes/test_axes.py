@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from dynamicrad_compile.passes.axes.alignment import unify
+from dynamicrad_compile.passes.axes.concatenation import concat, parts_of, same, slice_label
 from dynamicrad_compile.passes.axes.labels import (
     Axis,
     Part,
     Source,
     are_mirrored,
     coarsest,
-    concat,
     label_size,
     mirrored,
-    parts_of,
     resolve,
-    same,
-    slice_label,
-    unify,
 )
 from dynamicrad_compile.passes.axes.reshape import reshape
 

@@ -97,6 +97,21 @@ def test_its_stream_is_the_rule_of_the_entry(monkeypatch):
     assert traced() == (True, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_bias_is_not_followed_through_other_dtypes(dtype):
+    """0 and -inf cast to bool and back are 0 and 1: that hides nothing."""
+    _, polished, _ = polished_mask()
+    graph = polished.graph
+    filled = graph.call_method("masked_fill", (graph.call_function(torch.zeros, (2, 1, 6, 6)), polished, -1e9))
+    other = graph.call_method("to", (filled, dtype))
+    back = graph.call_method("to", (other, torch.float32))
+    for node in (filled.args[0], filled, back):
+        node.meta["val"] = torch.zeros(2, 1, 6, 6)
+    other.meta["val"] = torch.zeros(2, 1, 6, 6, dtype=dtype)
+    assert shows_hiding(filled)
+    assert not shows_hiding(back)
+
+
 def _exists(name: str) -> bool:
     spaces = (operator, torch, F, torch._C._nn, torch.Tensor, torch.ops.aten)
     return any(hasattr(space, name) or hasattr(space, f"{name}_") for space in spaces)

@@ -14,7 +14,9 @@ import torch
 
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
-from ...axes.labels import Axis, Label, Part, Source, concat, fresh, label_size, resolve, rows_of, slice_label, unify
+from ...axes.alignment import unify
+from ...axes.concatenation import concat, rows_of, slice_label
+from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, resolve
 from ...axes.tensor_labels import Labels, Range, get_base, get_labels, get_range, set_labels
 from ..calls import Trace
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ...axes.labels import Label, Part, Row, are_mirrored, concat, fresh, resolve, same, slice_label, unify
+from ...axes.alignment import unify
+from ...axes.concatenation import concat, same, slice_label
+from ...axes.labels import Label, Part, Row, are_mirrored, fresh, resolve
 from ...axes.streams import all_one, get_stream
 from ...axes.tensor_labels import Labels, get_labels
 from ..calls import Trace

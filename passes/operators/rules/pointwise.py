@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ...axes.labels import Row, fresh, label_size, unify
+from ...axes.alignment import unify
+from ...axes.labels import Row, fresh, label_size
 from ...axes.tensor_labels import Labels, get_labels
 from ..calls import Trace
 

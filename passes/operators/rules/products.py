@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ...axes.labels import Label, fresh, slice_label, unify
+from ...axes.alignment import unify
+from ...axes.concatenation import slice_label
+from ...axes.labels import Label, fresh
 from ...axes.streams import get_stream
 from ...axes.tensor_labels import Labels, get_labels, get_range
 from ..calls import Trace

@@ -1,0 +1,99 @@
+"""What is learnt when two labels turn out to be of one dimension: their axes are the same, or split alike."""
+
+from __future__ import annotations
+
+from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+
+from .concatenation import parts_of, rows_of
+from .labels import Axis, Label, are_mirrored, resolve, split, take
+
+
+def unify(first: Label, second: Label, why: str) -> Label:
+    """The label of a dimension that is both `first` and `second` (they have the same size)."""
+    left, right = list(resolve(first)), list(resolve(second))
+    while left and right:
+        x, y = left[0], right[0]
+        if x is y or x.size == y.size:
+            if x is not y:
+                _merge(x, y, why)
+            left.pop(0)
+            right.pop(0)
+            continue
+        big, small = (left, right) if x.size > y.size else (right, left)
+        halves = split(big[0], small[0].size, why) if small[0].size else None
+        if halves is not None:
+            big[:1] = [*halves[0], *halves[1]]
+            continue
+        inner = list(small)
+        taken = take(inner, big[0].size, why) if big[0].parts else None
+        if taken is None or not _regard(big[0], taken):
+            _refuse(big[0], small[0], why)
+            break
+        big[:1], small[:] = [], inner
+    return first
+
+
+def _regard(joined: Axis, label: Label) -> bool:
+    """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
+    pieces = parts_of((joined,))
+    if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
+        return False
+    if len(pieces) == 1:
+        if pieces[0].whole and resolve(pieces[0].label) != resolve(label):
+            return False
+        joined.parts, joined.factors = None, label
+        return True
+    unknown = [resolve(piece.label) for piece in pieces]
+    if any(len(x) > 1 or not piece.whole or set(x) & set(label) for x, piece in zip(unknown, pieces, strict=True)):
+        return False
+    offset = 0
+    for axes, piece in zip(unknown, pieces, strict=True):
+        for axis in axes:
+            axis.parts = rows_of(label, offset, offset + piece.size)
+        offset += piece.size
+    return True
+
+
+def _merge(x: Axis, y: Axis, why: str) -> None:
+    """Make two leaf axes of the same size one axis, unless one is the other in reverse order."""
+    if (x.mirror or y.mirror or x.parent or y.parent) and are_mirrored((x,), (y,)):
+        return
+    if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
+        if [p.size for p in x.parts] != [p.size for p in y.parts]:
+            _refuse(x, y, why)
+            return
+        for a, b in zip(x.parts, y.parts, strict=True):
+            if a.whole and b.whole:
+                unify(a.label, b.label, why)
+    keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
+    if _holds(keep, drop):  # rows of an axis, put together again and aligned with it
+        keep, drop = drop, keep
+    if _holds(keep, drop):
+        _refuse(x, y, why)
+        return
+    keep.conflict = keep.conflict or drop.conflict
+    keep.why = keep.why or drop.why
+    keep.mirror = keep.mirror or drop.mirror
+    keep.feature = keep.feature or drop.feature
+    keep.kin = (*keep.kin, drop, *drop.kin)
+    drop.alias = keep
+
+
+def _holds(axis: Axis, inner: Axis) -> bool:
+    """Whether `inner` is among the pieces of `axis`."""
+    leaves = (leaf for part in axis.parts or () for leaf in resolve(part.label))
+    return any(leaf is inner or _holds(leaf, inner) for leaf in leaves)
+
+
+def _refuse(x: Axis, y: Axis, why: str) -> None:
+    """Record that two structures of one dimension contradict each other."""
+    text = f"{why} aligns an axis of {x.size} ({x.source}) with one of {y.size} ({y.source})"
+    reason = Reason("axes_disagree", text, SET_GRID)
+    x.conflict = x.conflict or reason
+    y.conflict = y.conflict or reason
+
+
+def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, int]:
+    """Which of two merged axes says more: a concatenation, an input, a slice of something, anything, a new buffer."""
+    pieces = len(axis.parts or ())
+    return (pieces > 1, axis.source.kind == "input", pieces == 1, not axis.blank, axis.source.rank)
