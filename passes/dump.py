@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dynamicrad_compile.files import write_file
+
 from .classify_sites import describe
 from .graph import module_path, source_line, value_of
 from .site import UNKNOWN, PassContext, Site
@@ -43,8 +45,7 @@ class Dump:
         marked = _with_marks(list(gm.graph.nodes), body, _marks(context))
         text = "\n".join([*head, "", *marked, ""])
         try:
-            path = self.folder / f"{self._count}_{step}.txt"
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            write_file(self.folder / f"{self._count}_{step}.txt", text)
         except OSError as error:
             self.problem = str(error)
         self._count += 1

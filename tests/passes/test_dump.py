@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import dynamicrad_compile as drad
 from dynamicrad_compile.errors import OptionsError
 from dynamicrad_compile.options import Options
-from dynamicrad_compile.passes import PASSES
+from dynamicrad_compile.passes import PASSES, dump
 
 SMALL = {"min_tokens": 0, "block_size": 16, "sparsity": 0.5}
 STEPS = ["captured", *(step.__name__ for step in PASSES)]
@@ -122,7 +122,7 @@ def test_an_error_while_writing_is_a_note(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(dump, "write_file", full)
     report = drad.explain(tiny(), LATENTS, options={**SMALL, "dump": tmp_path})
     assert len(report.replaced) == 1
     assert "option dump: no space left" in report.notes
