@@ -127,7 +127,7 @@ def attention_case(dtype: torch.dtype, masked: bool, means: bool, dim: int, open
             def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
                 out, _ = torch.ops.dynamicrad.block_sparse_attention(
                     q, k, v, plan.kv_counts, plan.kv_indices, None, plan.block_q, plan.block_kv,
-                    mask if masked else None, 0, weight,
+                    mask if masked else None, weight,
                 )  # fmt: skip
                 return out
 

@@ -1,19 +1,23 @@
-"""Compile the forward kernel for an architecture without a GPU: registers, spilled bytes, shared memory, PTX.
+"""Compile a kernel for an architecture without a GPU: PTX, and what ptxas says of it.
 
-For the tests, the tile model and whoever looks at PTX. Nothing here is imported at run time.
+For the plugins of TensorRT, the tests, the tile model and whoever looks at PTX. The package imports it nowhere else.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+
+from dynamicrad_compile.errors import ExportError
 
 from .attention_triton import MEANS_TILE, _block_sparse_forward
 from .tiles import Tile
@@ -25,53 +29,91 @@ POINTERS |= {"n_valid": "*i32", "weight": "*fp32", "kept": "*i32"}
 
 @dataclass(frozen=True)
 class Build:
-    """What a compiled kernel needs and contains."""
+    """A compiled kernel. What ptxas says of it is found out when it is asked for."""
 
-    registers: int  # of a thread
-    spilled: int  # bytes
-    shared: int  # bytes of a block
-    wgmma: int  # instructions in the PTX, as of the rest
-    mma: int
-    cp_async: int
-    tma: int
+    name: str
+    target: str  # "sm_90a"
     ptx: str
+    shared: int  # bytes of a block
+    metadata: Any  # Triton's
+
+    @cached_property
+    def log(self) -> str:
+        """What ptxas prints. Raises ExportError if it rejects the kernel."""
+        arch = int(re.sub(r"\D", "", self.target))
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={self.target}", "-o", "/dev/null", "-"]
+        done = subprocess.run(command, input=self.ptx, capture_output=True, text=True)
+        if done.returncode:
+            raise ExportError(f"ptxas rejects the kernel for {self.target}: {done.stderr.strip()}")
+        return done.stderr
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        found = re.search(r"Used (\d+) registers", self.log)
+        assert found is not None, self.log
+        return int(found[1])
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of a thread, stored and loaded."""
+        return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", self.log)))
+
+    @property
+    def instructions(self) -> dict[str, int]:
+        """Numbers in the PTX of those that say how it works."""
+        texts = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "cp_async": "cp.async.c", "tma": "cp.async.bulk.tensor"}
+        return {name: self.ptx.count(text) for name, text in texts.items()}
 
     def __str__(self) -> str:
-        counts = {name: getattr(self, name) for name in ("wgmma", "mma", "cp_async", "tma")}
-        shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        shown = ", ".join(f"{n} {name}" for name, n in self.instructions.items() if n)
         return f"{self.registers} registers, {self.spilled} B spilled, {self.shared >> 10} KiB shared, {shown}"
 
 
 def build(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: list[str], arch: int, tile: Tile
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Collection[str],
+    arch: int,
+    options: Mapping[str, Any],
 ) -> Build:
-    """Compile a kernel. signature: type of each argument that is not in `constants`; `aligned` ones divide by 16."""
+    """Compile a kernel for sm_ARCH, without a device; some seconds.
+
+    types: type of each argument that is not in `constants`. aligned: arguments that divide by 16, as at run time;
+    without this hint loads would be scalar. options: of the compilation, such as num_warps and num_stages.
+    """
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
-        signature={name: "constexpr" if name in constants else signature[name] for name in names},
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options})
     ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\w+)", ptx)
+    target = re.search(r"^\.target (\w+)", ptx, re.M)
     assert target is not None
-    ptxas = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", "-o", "/dev/null", "-"]
-    log = subprocess.run(ptxas, input=ptx, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", log)
-    assert registers is not None, log
-    return Build(
-        registers=int(registers[1]),
-        spilled=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
-        shared=compiled.metadata.shared,
-        wgmma=ptx.count("wgmma.mma_async"),
-        mma=ptx.count("mma.sync"),
-        cp_async=ptx.count("cp.async.c"),
-        tma=ptx.count("cp.async.bulk.tensor"),
-        ptx=ptx,
-    )
+    return Build(compiled.metadata.name, target[1], ptx, compiled.metadata.shared, compiled.metadata)
+
+
+def options_of(tile: Tile) -> dict[str, int]:
+    """What a tile says of the launch."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def forward_constants(dtype: str, dim: int, tile: Tile, block_q: int, block_kv: int) -> dict[str, Any]:
+    """The constants of the forward kernel that follow from dtype ("bf16", "fp16" or "fp32"), head_dim and blocks."""
+    return {
+        "D": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_Q": block_q,
+        "BLOCK_KV": block_kv,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_J": min(MEANS_TILE, tile.block_n),
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+    }
 
 
 def build_forward(
@@ -89,15 +131,7 @@ def build_forward(
 
     masked: with a ragged tail and a key mask. compensate: with mean keys. qk_int8: with int8 queries and keys.
     """
-    block_d = max(16, triton.next_power_of_2(dim))
-    constants = {
-        "D": dim,
-        "BLOCK_D": block_d,
-        "BLOCK_Q": block,
-        "BLOCK_KV": block,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_J": min(MEANS_TILE, tile.block_n),
+    constants = forward_constants(dtype, dim, tile, block, block) | {
         "RAGGED": masked,
         "HAS_MASK": masked,
         "COMPENSATE": compensate,
@@ -106,7 +140,6 @@ def build_forward(
         "TMA": tile.tma,
         "QK8": qk_int8,
         "WIDEN": False,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         # What the launcher specialises because it is 1.
         "KV_GROUP": 1,
         "stride_cm": 1,
@@ -115,10 +148,11 @@ def build_forward(
     if qk_int8:
         operands |= dict.fromkeys(("q", "k", "mean_k"), "*i8")
     if tile.tma:
-        operands |= {x: f"tensordesc<{operands[x][1:]}[1, 1, {tile.block_n}, {block_d}]>" for x in "kv"}
+        shape = f"[1, 1, {tile.block_n}, {constants['BLOCK_D']}]"
+        operands |= {x: f"tensordesc<{operands[x][1:]}{shape}>" for x in "kv"}
     types = POINTERS | operands | {"scale": "fp32"}
     names = _block_sparse_forward.arg_names
-    signature = {name: types.get(name, "i32") for name in names}
-    # As at run time: pointers and the strides of q, k, v divide by 16, or loads would be scalar.
-    aligned = [n for n in names if signature[n].startswith("*") or re.match("stride_[qkv]", n)]
-    return build(_block_sparse_forward, signature, constants, aligned, arch, tile)
+    types = {name: types.get(name, "i32") for name in names}
+    # As at run time: pointers and the strides of q, k, v divide by 16.
+    aligned = [n for n in names if types[n].startswith("*") or re.match("stride_[qkv]", n)]
+    return build(_block_sparse_forward, types, constants, aligned, arch, options_of(tile))

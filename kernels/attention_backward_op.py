@@ -1,9 +1,7 @@
-"""The op `dynamicrad::block_sparse_attention_backward` and its place in autograd.
+"""The op `dynamicrad::block_sparse_attention_backward`, and how the forward ops get their gradients.
 
-Like the forward, CUDA runs the Triton kernels of `triton_backward` through a `triton_op`, and CPU
-`cpu_backward.backward`, which compilers see as the opaque op `dynamicrad::block_sparse_attention_backward_cpu`.
-P is computed again from q, k and lse, so the forward saves its arguments and results and nothing else. Nothing
-here synchronises a CUDA device with the host, and two runs give the same bits.
+P is computed again from q, k and lse, so the forward saves its arguments and results and nothing else. Two runs give
+the same bits.
 """
 
 from __future__ import annotations
@@ -16,152 +14,84 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dynamicrad_compile.errors import PlanError
 
-from . import attention_backward_cpu as cpu_backward
-from .define import define
+from . import attention_backward_cpu
+from .attention_arguments import Attention, Results, check, kept_pairs, mean_pairs
+from .checks import require
+from .define import HAS_TRITON, Autograd, define, parameters_of
 from .means import means_of
 
-try:
+if HAS_TRITON:
     from .attention_backward_triton import KERNELS, launch_backward
-except ImportError:  # no Triton here: CPU tensors only
-    KERNELS, launch_backward = None, None  # type: ignore[assignment]
+else:
+    KERNELS = ()
 
 
-def _validate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *arguments: Any,
-) -> None:
-    """Check what the forward's checks do not know; those then see the `arguments` that both ops share."""
-    from .attention_op import _validate as validate_forward  # it imports this module
+TRIPLE = tuple[Tensor, Tensor, Tensor]
+PARAMETERS = [*parameters_of(Attention)[:3], *parameters_of(Results), *parameters_of(Attention)[3:]]
+"""q, k, v, then `Results`, then the other fields of `Attention`."""
 
-    validate_forward(q, k, v, *arguments)
-    for name, x, shape in (
-        ("out", out, q.shape),
-        ("grad_out", grad_out, q.shape),
-        ("lse", lse, q.shape[:3]),
-        ("grad_lse", grad_lse, q.shape[:3]),
-    ):
-        dtype = q.dtype if len(shape) == 4 else torch.float32
+
+def split(arguments: tuple[Any, ...]) -> tuple[Attention, Results]:
+    """The two parts of the arguments of a backward op."""
+    return Attention(*arguments[:3], *arguments[7:]), Results(*arguments[3:7])
+
+
+def check_results(q: Tensor, results: Results) -> None:
+    """Raise PlanError unless the results fit the queries."""
+    for name, x in results._asdict().items():
+        shape = q.shape if name.endswith("out") else q.shape[:3]
+        dtype = q.dtype if name.endswith("out") else torch.float32
         if x.dim() != len(shape) or x.dtype != dtype or x.device != q.device:
             raise PlanError(
                 f"expected {name} {dtype} {list(shape)} on {q.device}, got {x.dtype} {list(x.shape)} on {x.device}."
             )
-        same = x.shape == shape
-        if not isinstance(same, torch.SymBool) and not same:
-            raise PlanError(f"expected {name} {list(shape)} for q {list(q.shape)}, got {list(x.shape)}.")
+        require(x.shape == shape, f"expected {name} {list(shape)} for q {list(q.shape)}, got {list(x.shape)}.")
 
 
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    mask_start: int = 0,
-    compensate: Tensor | None = None,
-    dropped_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, plan = (q, k, v, out, lse, grad_out, grad_lse), (kv_counts, kv_indices)
-    if q.device.type == "cpu":
-        return torch.ops.dynamicrad.block_sparse_attention_backward_cpu(
-            *tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate, dropped_only
+def empty_gradients(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dq, dk, dv, contiguous."""
+    return a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape), a.v.new_empty(a.v.shape)
+
+
+def _checked(arguments: tuple[Any, ...]) -> tuple[Attention, Results]:
+    a, results = split(arguments)
+    check(a)
+    check_results(a.q, results)
+    return a, results
+
+
+def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a, results = _checked(arguments)
+    return launch_backward(a, results, None if a.compensate is None else means_of(a))
+
+
+def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward_cpu.backward(*_checked(arguments))
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(_checked(arguments)[0])
+
+
+define("block_sparse_attention_backward", PARAMETERS, TRIPLE, cuda=_on_cuda, kernels=KERNELS, cpu=_on_cpu, fake=_fake)
+
+
+def autograd_through(backward_op: str) -> Autograd:
+    """The gradients of q, k and v of an op of `Attention` through `dynamicrad::BACKWARD_OP`."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a = Attention(*inputs)
+        ctx.save_for_backward(a.q, a.k, a.v, *output, a.kv_counts, a.kv_indices, a.kv_mask, a.compensate)
+        ctx.numbers = (a.scale, a.block_q, a.block_kv)
+
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, kv_counts, kv_indices, kv_mask, compensate = ctx.saved_tensors
+        grads = getattr(torch.ops.dynamicrad, backward_op)(
+            *(q, k, v, out, lse, grad_out, grad_lse, kv_counts, kv_indices, *ctx.numbers, kv_mask, compensate)
         )
-    _validate(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate)
-    if q.device.type != "cuda":
-        raise PlanError(f"block_sparse_attention_backward runs on cpu and cuda tensors, got {q.device}.")
-    if launch_backward is None:
-        raise PlanError("block_sparse_attention_backward needs Triton for CUDA tensors. Install triton.")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    means = None
-    if compensate is not None:
-        means = means_of(k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
-    read = torch.zeros_like(kv_counts) if dropped_only else kv_counts
-    return launch_backward(*tensors, read, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, means)
+        return (*grads, *[None] * (len(Attention._fields) - 3))
 
-
-def _backward_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    mask_start: int = 0,
-    compensate: Tensor | None = None,
-    dropped_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, plan = (q, k, v, out, lse, grad_out, grad_lse), (kv_counts, kv_indices)
-    _validate(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return cpu_backward.backward(*tensors, *plan, scale, block_q, block_kv, kv_mask, compensate, dropped_only)
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    mask_start: int = 0,
-    compensate: Tensor | None = None,
-    dropped_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, plan = (q, k, v, out, lse, grad_out, grad_lse), (kv_counts, kv_indices)
-    _validate(*tensors, *plan, scale, block_q, block_kv, kv_mask, mask_start, compensate)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-_op = define("dynamicrad::block_sparse_attention_backward", _backward, KERNELS)
-_op_cpu = torch.library.custom_op("dynamicrad::block_sparse_attention_backward_cpu", _backward_cpu, mutates_args=())
-_op.register_kernel("cpu")(_backward_cpu)  # saves eager code the second dispatch
-for _definition in (_op, _op_cpu):
-    _definition.register_fake(_fake)
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """setup_context of the attention ops; `inputs` are theirs, defaults included."""
-    q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate, _, dropped_only = inputs
-    ctx.save_for_backward(q, k, v, *output, kv_counts, kv_indices, kv_mask, compensate)
-    ctx.numbers = (scale, block_q, block_kv, mask_start, dropped_only)
-
-
-def gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    """backward of the attention ops: gradients of q, k and v."""
-    q, k, v, out, lse, kv_counts, kv_indices, kv_mask, compensate = ctx.saved_tensors
-    scale, block_q, block_kv, mask_start, dropped_only = ctx.numbers
-    grads = torch.ops.dynamicrad.block_sparse_attention_backward(
-        *(q, k, v, out, lse, grad_out, grad_lse, kv_counts, kv_indices),
-        *(scale, block_q, block_kv, kv_mask, mask_start, compensate, dropped_only),
-    )
-    return (*grads, *[None] * 10)
+    return Autograd(backward, setup)
 
 
 @register_flop_formula(
@@ -171,13 +101,10 @@ def gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     ],
     get_raw=True,
 )
-def flops(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor, *args: Any, **kw: Any
-) -> int:
+def flops(*arguments: Any, out_val: Any = None) -> int:
     """FLOPs of the five matrix products, 2.5 times those of the forward.
 
     Computing P and dS a second time, as the CUDA kernels do, does not count: it is not a part of the problem.
     """
-    from .attention_op import flops as forward_flops  # it imports this module
-
-    return 5 * forward_flops(q, k, v, *args, **kw) // 2
+    a, _ = split(arguments)
+    return 10 * a.q.shape[3] * (kept_pairs(a) + mean_pairs(a))

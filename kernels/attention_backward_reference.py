@@ -29,7 +29,6 @@ def block_sparse_attention_backward_reference(
     block_kv: int,
     kv_mask: Tensor | None = None,
     compensate: Tensor | None = None,
-    dropped_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) fp64 of the op's arguments; out and lse are computed here. Memory is O(B H Sq Sk)."""
     dtype, (batch, heads, q_len, dim), (kv_heads, kv_len) = k.dtype, q.shape, k.shape[1:3]
@@ -37,7 +36,6 @@ def block_sparse_attention_backward_reference(
     q, k, v, grad_out, grad_lse = (x.double() for x in (q, k, v, grad_out, grad_lse))
     usable = torch.ones(batch, kv_len, dtype=torch.bool) if kv_mask is None else kv_mask.expand(batch, -1)
     active = token_mask(kv_counts, kv_indices, block_q, block_kv, q_len, kv_len) & usable[:, None, None]
-    active = torch.zeros_like(active) if dropped_only else active
     bias = torch.where(active, 0.0, float("-inf")).double().expand(batch, heads, -1, -1)
     keys, values = k, v
     means, count = block_means(k, block_kv, usable)

@@ -9,9 +9,8 @@ With P = exp(scale * q k^T - lse) and delta = rowsum(do * out) - dlse (Dao 2023,
 head of the group that shares the keys. Each result is written once by one program: no atomics, always the same bits.
 Hidden keys need a select in `_dq`; in `_dk_dv` they are rows of their own, zeroed at the end.
 
-With compensation `_dq` also walks the mean keys of the blocks that a row drops, and `_dmeans`, which `_dk_dv` then
-adds to the keys of each block, is the gradient of the means: they are few, so all rows are walked, in some splits
-that are summed afterwards.
+With compensation `_dq` also walks the mean keys of the blocks that a row drops, and `_dk_dv` adds the gradient of the
+means, of `means_backward_triton`, to the keys of each block.
 """
 
 from __future__ import annotations
@@ -19,32 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_rows(p, o_row, stride, o_d, length, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED, WIDEN: tl.constexpr):
-    """[rows, BLOCK_D] from rows o_row of x [length, D]; zeros beyond length (only if RAGGED) and beyond D."""
-    p_x = p + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if RAGGED and D < BLOCK_D:
-        b_x = tl.load(p_x, mask=(o_row < length)[:, None] & (o_d < D)[None, :], other=0.0)
-    elif RAGGED:
-        b_x = tl.load(p_x, mask=(o_row < length)[:, None], other=0.0)
-    elif D < BLOCK_D:
-        b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        b_x = tl.load(p_x)
-    if WIDEN:
-        b_x = b_x.to(tl.float32)
-    return b_x
-
-
-@triton.jit
-def _mean_bias(n_valid, weight, kept, o_j, n_blocks):
-    """fp32 [len(o_j)], log2(keys * weight) of the mean keys o_j; -inf where the row keeps the block."""
-    m_j = o_j < n_blocks
-    b_n = tl.load(n_valid + o_j, mask=m_j, other=0)
-    b_bits = tl.load(kept + o_j // 32, mask=m_j, other=-1)
-    m_j = (((b_bits >> (o_j % 32)) & 1) == 0) & (b_n > 0)
-    return tl.where(m_j, tl.log2(b_n.to(tl.float32) * weight), float("-inf"))
+from .rows_triton import _load_rows, _mean_bias
 
 
 @triton.jit
@@ -100,7 +74,6 @@ def _dq(
     KV_GROUP,  # H / Hkv
     SQ,
     SK,
-    mask_start,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -193,8 +166,7 @@ def _dq(
         if RAGGED or HAS_MASK:
             m_key = o_key < SK
             if HAS_MASK:
-                m_load = m_key & (o_key >= mask_start)
-                m_key = m_key & (tl.load(key_mask + i_b * stride_mb + o_key, mask=m_load, other=1) != 0)
+                m_key = tl.load(key_mask + i_b * stride_mb + o_key, mask=m_key, other=0) != 0
             b_p = tl.where(m_key[None, :], b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[:, None])
@@ -317,87 +289,3 @@ def _dk_dv(
     m_out = m_n[:, None] & m_d[None, :]
     tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_out)
     tl.store(dv + o_out, b_dv.to(dv.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def _dmeans(
-    q,  # [B, H, Sq, D], last stride 1, as of grad_out
-    grad_out,  # [B, H, Sq, D]
-    lse2,  # fp32 [B, H, Sq] contiguous, of `_row_terms`, as delta
-    delta,
-    mean_k,  # [B, Hkv, Mk, D] contiguous, as mean_v
-    mean_v,
-    n_valid,  # int32 [B'', Mk]
-    weight,  # fp32 [B or 1]
-    kept,  # int32 [B', H', Mq, ceil(Mk / 32)], a bit per block
-    dmean_k,  # fp32 [splits, B, Hkv, Mk, D] contiguous, as dmean_v
-    dmean_v,
-    scale,
-    H,
-    KV_GROUP,  # H / Hkv
-    SQ,
-    MK,
-    TILES,  # query tiles of a split
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    stride_nb,
-    stride_wb,
-    stride_eb,
-    stride_eh,
-    stride_em,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    i_bh = tl.program_id(1).to(tl.int64)
-    i_split = tl.program_id(2)
-    n_kv = H // KV_GROUP
-    i_b, i_hkv = i_bh // n_kv, i_bh % n_kv
-    o_j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    b_k = _load_rows(mean_k + i_bh * MK * D, o_j, D, o_d, MK, D, BLOCK_D, True, WIDEN)
-    b_v = _load_rows(mean_v + i_bh * MK * D, o_j, D, o_d, MK, D, BLOCK_D, True, WIDEN)
-    b_weight = tl.load(weight + i_b * stride_wb)
-    scale2 = tl.cast(scale, tl.float32) * 1.4426950408889634
-    first_tile = i_split * TILES
-    last_tile = tl.minimum(first_tile + TILES, tl.cdiv(SQ, BLOCK_M))
-    last_tile = tl.where(b_weight > 0.0, last_tile, first_tile)
-
-    b_dk = tl.full([BLOCK_N, BLOCK_D], 0.0, tl.float32)
-    b_dv = tl.full([BLOCK_N, BLOCK_D], 0.0, tl.float32)
-    for i_g in range(KV_GROUP):
-        i_h = i_hkv * KV_GROUP + i_g
-        p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_do = grad_out + i_b * stride_gb + i_h * stride_gh
-        p_kept = kept + i_b * stride_eb + i_h * stride_eh
-        first = (i_b * H + i_h) * SQ
-        for i_m in range(first_tile, last_tile):
-            o_query = i_m * BLOCK_M + o_m
-            m_m = o_query < SQ
-            b_q = _load_rows(p_q, o_query, stride_qm, o_d, SQ, D, BLOCK_D, True, WIDEN)
-            b_do = _load_rows(p_do, o_query, stride_gm, o_d, SQ, D, BLOCK_D, True, WIDEN)
-            b_lse = tl.load(lse2 + first + o_query, mask=m_m, other=float("inf"))
-            b_delta = tl.load(delta + first + o_query, mask=m_m, other=0.0)
-            i_row = tl.cast(i_m // (BLOCK_Q // BLOCK_M), tl.int64)
-            b_bias = _mean_bias(n_valid + i_b * stride_nb, b_weight, p_kept + i_row * stride_em, o_j, MK)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            b_p = tl.exp2(tl.fma(b_s, scale2, b_bias[:, None] - b_lse[None, :]))
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-
-    n_heads = tl.num_programs(1)
-    o_out = ((i_split * n_heads + i_bh) * MK + o_j)[:, None] * D + o_d[None, :]
-    m_out = (o_j < MK)[:, None] & (o_d < D)[None, :]
-    tl.store(dmean_k + o_out, b_dk * tl.cast(scale, tl.float32), mask=m_out)
-    tl.store(dmean_v + o_out, b_dv, mask=m_out)

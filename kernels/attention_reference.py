@@ -37,6 +37,33 @@ def block_means(x: torch.Tensor, block: int, valid: torch.Tensor) -> tuple[torch
     return torch.stack(means, 2), torch.stack(counts, 1)
 
 
+def _attend(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of scores [B, H, Sq, N], -inf where hidden, and values [B, H, N, D]."""
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.where(torch.isneginf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None]))
+    return weights @ values, lse
+
+
+def _dropped_means(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: tuple[torch.Tensor, torch.Tensor, float, int, int],
+    kv_mask: torch.Tensor | None,
+    compensate: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores fp64 [B, H, Sq, Mk], -inf for kept blocks, mean values fp64 [B, H, Mk, D]); k, v [B, H, Sk, D]."""
+    kv_counts, kv_indices, scale, block_q, block_kv = plan
+    valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if kv_mask is None else kv_mask
+    mean_k, count = block_means(k, block_kv, valid.expand(q.shape[0], -1))
+    mean_v, _ = block_means(v, block_kv, valid.expand(q.shape[0], -1))
+    mean_k, mean_v = (x.to(q.dtype).double() for x in (mean_k, mean_v))  # as the op rounds them
+    scores = q.double() @ mean_k.transpose(-1, -2) * scale
+    mass = (count * compensate.double()[:, None])[:, None, None, :]
+    kept = kept_blocks(kv_counts, kv_indices, mean_k.shape[2]).repeat_interleave(block_q, -2)[..., : q.shape[2], :]
+    return (scores + mass.log()).masked_fill(kept | (mass == 0), float("-inf")), mean_v
+
+
 def block_sparse_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -48,28 +75,35 @@ def block_sparse_attention_reference(
     block_kv: int,
     kv_mask: torch.Tensor | None = None,
     compensate: torch.Tensor | None = None,
-    dropped_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out fp64 [B, H, Sq, D], lse fp64 [B, H, Sq]) of the op's arguments; memory is O(B H Sq Sk)."""
-    batch, heads, q_len, dim = q.shape
+    heads, q_len, dim = q.shape[1:]
     scale = dim**-0.5 if scale is None else scale
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     mask = token_mask(kv_counts, kv_indices, block_q, block_kv, q_len, k.shape[2])
     if kv_mask is not None:
         mask = mask & kv_mask[:, None, None, :]
-    mask = torch.zeros_like(mask) if dropped_only else mask
     values = v.double()
     scores = (q.double() @ k.double().transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
     if compensate is not None:
-        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if kv_mask is None else kv_mask
-        mean_k, count = block_means(k, block_kv, valid.expand(batch, -1))
-        mean_v, _ = block_means(v, block_kv, valid.expand(batch, -1))
-        mean_k, mean_v = (x.to(q.dtype).double() for x in (mean_k, mean_v))  # as the op rounds them
-        extra = q.double() @ mean_k.transpose(-1, -2) * scale
-        extra = extra + (count * compensate.double()[:, None]).log()[:, None, None, :]
-        kept = kept_blocks(kv_counts, kv_indices, mean_k.shape[2]).repeat_interleave(block_q, -2)[..., :q_len, :]
-        scores = torch.cat((scores, extra.masked_fill(kept, float("-inf"))), -1)
-        values = torch.cat((values, mean_v), 2)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.where(torch.isneginf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None]))
-    return weights @ values, lse
+        extra, means = _dropped_means(q, k, v, (kv_counts, kv_indices, scale, block_q, block_kv), kv_mask, compensate)
+        scores, values = torch.cat((scores, extra), -1), torch.cat((values, means), 2)
+    return _attend(scores, values)
+
+
+def means_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_counts: torch.Tensor,
+    kv_indices: torch.Tensor,
+    scale: float | None,
+    block_q: int,
+    block_kv: int,
+    kv_mask: torch.Tensor | None,
+    compensate: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out fp64 [B, H, Sq, D], lse fp64 [B, H, Sq]) of the arguments of `means_attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return _attend(*_dropped_means(q, k, v, (kv_counts, kv_indices, scale, block_q, block_kv), kv_mask, compensate))

@@ -6,13 +6,12 @@ One program computes `BLOCK_M` queries of one head of one sample: it walks the r
 `BLOCK_N` keys with the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), in powers of two with log2(e) folded
 into the scale, and accumulates in fp32. The id of the next block is loaded one tile ahead.
 
-Blocks whose keys all count come in a loop of their own without any masking. The row's first block from `FIRST_PARTIAL`
-on ends it: the last block where it is ragged, blocks with masked keys, and whatever a row lists after the first such
-block go through a second loop that selects. Planners list them last; a row of `select_blocks` has forced blocks first
-and goes through the second loop from the first partial one of those on.
+Blocks whose keys all count come in a loop of their own without any masking. The last block where it is ragged, and
+whatever a row lists after it, go through a second loop that selects; with a key mask all blocks do. Planners list the
+ragged block last; a row of `select_blocks` has forced blocks first and goes through the second loop from it on.
 
-With ORDERED the heavy rows of all heads start first (`triton_schedule`). With SPLITS > 1 a row's tiles are shared by
-several programs, each writes its own out and lse, and `triton_splits` merges them.
+With ORDERED the heavy rows of all heads start first (`schedule_triton`). With SPLITS > 1 a row's tiles are shared by
+several programs, each writes its own out and lse, and `splits_triton` merges them.
 
 With QK8 queries, keys and mean keys are int8 with a scale for each row (`quantise`), and their products are exact.
 
@@ -21,7 +20,7 @@ fewer. Triton's automatic warp specialisation is no help on sm_90: 3.9 ignores i
 with 4.
 
 With COMPENSATE a loop over the mean keys of all blocks comes first, `BLOCK_J` of them at a time; those of the kept
-blocks are hidden by a packed bit each (`compensation`). Dense rows and samples of weight 0 skip that loop.
+blocks are hidden by a packed bit each (`means`). Dense rows and samples of weight 0 skip that loop.
 
 fp32 inputs use `input_precision="tf32x3"`: three TF32 products on tensor cores, about the precision of fp32.
 The interpreter's `tl.dot` is wrong for bf16, so operands are widened there.
@@ -117,14 +116,10 @@ def _block_sparse_forward(
     out,  # [SPLITS, B, H, Sq, D] contiguous
     lse,  # fp32 [SPLITS, B, H, Sq] contiguous
     scale,
-    BH,  # B * H
     H,
     KV_GROUP,  # H / Hkv
     SQ,
     SK,
-    MQ,  # rows of the plan
-    FIRST_PARTIAL,  # first block with keys that may not count
-    mask_start,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -165,6 +160,8 @@ def _block_sparse_forward(
 ):
     # Which row of which head: heavy rows of all heads, then head by head.
     R: tl.constexpr = BLOCK_Q // BLOCK_M  # tiles of a row
+    MQ = tl.cdiv(SQ, BLOCK_Q)
+    BH = tl.num_programs(0) // (MQ * R)
     pid = tl.program_id(0)
     n_heavy = 0
     if ORDERED:
@@ -215,12 +212,13 @@ def _block_sparse_forward(
     scale2 = tl.cast(scale, tl.float32) * 1.4426950408889634
 
     n_full = count
-    if RAGGED or HAS_MASK:
-        n_full = tl.where(n_listed > 0, count, tl.minimum(count, FIRST_PARTIAL))
+    if RAGGED and not HAS_MASK:
+        first_partial = SK // BLOCK_KV  # the block with keys that do not count
+        n_full = tl.where(n_listed > 0, count, tl.minimum(count, first_partial))
         o_w = tl.arange(0, 256)
         for start in range(0, n_listed, 256):
             b_ids = tl.load(p_ids + start + o_w, mask=start + o_w < n_listed, other=0)
-            m_w = (b_ids >= FIRST_PARTIAL) & (start + o_w < n_listed)
+            m_w = (b_ids >= first_partial) & (start + o_w < n_listed)
             n_full = tl.minimum(n_full, tl.min(tl.where(m_w, start + o_w, n_blocks), 0))
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)  # in units of log2
@@ -253,7 +251,9 @@ def _block_sparse_forward(
     # This program's tiles: [begin, middle) of full blocks, [middle, end) of others.
     begin = count * TILES * i_split // SPLITS
     end = count * TILES * (i_split + 1) // SPLITS
-    middle = tl.minimum(tl.maximum(n_full * TILES, begin), end)
+    middle = begin
+    if not HAS_MASK:
+        middle = tl.minimum(tl.maximum(n_full * TILES, begin), end)
     i_kv = tl.load(p_ids + begin // TILES, mask=begin // TILES < n_listed, other=begin // TILES)
     for i_t in range(begin, middle):
         i_next = (i_t + 1) // TILES
@@ -274,8 +274,7 @@ def _block_sparse_forward(
             m_key = first + o_n < SK
             b_s = _scores(b_q, b_k, b_qs, p_ks, first + o_n, m_key, True, QK8, PRECISION)
             if HAS_MASK:
-                m_load = m_key & (first + o_n >= mask_start)
-                m_key = m_key & (tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_load, other=1) != 0)
+                m_key = tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_key, other=0) != 0
             b_s = tl.where(m_key[None, :], b_s, float("-inf"))
             b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, True, PRECISION)
 

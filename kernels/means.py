@@ -6,24 +6,12 @@ mean value; count_J is its number of valid keys. A packed bit per block tells th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from . import pool_op as pooling  # noqa: F401  registers dynamicrad::pool_blocks
+from . import pool_op as pooling
+from .attention_arguments import Attention, Means
 from .blocks import cdiv
-
-
-@dataclass(frozen=True)
-class Means:
-    """Mean keys and values of all blocks, and which rows already read them in full."""
-
-    keys: Tensor  # [B, Hkv, Mk, D] contiguous, dtype of k
-    values: Tensor  # [B, Hkv, Mk, D] contiguous, dtype of v
-    counts: Tensor  # int32 [B or 1, Mk], valid keys
-    weight: Tensor  # fp32 [B or 1], the op's `compensate`; nothing is added where it is not positive
-    bits: Tensor  # int32 [P, H', Mq, ceil(Mk / 32)], of `kept_bits`
 
 
 def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
@@ -41,17 +29,20 @@ def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
     return torch.where((kv_counts >= m_k).unsqueeze(-1), -1, packed)
 
 
-def means_of(
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    block_kv: int,
-    kv_mask: Tensor | None,
-    compensate: Tensor,
-) -> Means:
-    """`Means` of the attention op's arguments, computed on their device."""
-    mean_k, count = torch.ops.dynamicrad.pool_blocks(k, block_kv, kv_mask)
-    mean_v, _ = torch.ops.dynamicrad.pool_blocks(v, block_kv, kv_mask)
-    bits = kept_bits(kv_counts, kv_indices, mean_k.shape[2])
-    return Means(mean_k, mean_v, count, compensate, bits)
+def pooled(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean keys, mean values [B, Hkv, Mk, D], counts int32 [B or 1, Mk]) of the op's arguments."""
+    mean_k, count = torch.ops.dynamicrad.pool_blocks(a.k, a.block_kv, a.kv_mask)
+    mean_v, _ = torch.ops.dynamicrad.pool_blocks(a.v, a.block_kv, a.kv_mask)
+    return mean_k, mean_v, count
+
+
+def spread(grad_means: Tensor, counts: Tensor, a: Attention) -> Tensor:
+    """[B, Hkv, Sk, D]: what the gradients of `pooled` means [B, Hkv, Mk, D] are to the keys behind them."""
+    return pooling.spread(grad_means, counts, a.block_kv, a.k.shape[2], a.kv_mask)
+
+
+def means_of(a: Attention) -> Means:
+    """`Means` of the op's arguments, computed on their device; `compensate` must be there."""
+    mean_k, mean_v, count = pooled(a)
+    assert a.compensate is not None
+    return Means(mean_k, mean_v, count, a.compensate, kept_bits(a.kv_counts, a.kv_indices, mean_k.shape[2]))

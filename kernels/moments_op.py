@@ -19,14 +19,18 @@ differentiates all of it and Inductor fuses what can be fused. Measured in docs/
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import attention_op as _registers_attention  # noqa: F401
+from . import means_op as _registers_means_attention  # noqa: F401
 from . import merge_states as _registers_merge_states  # noqa: F401
-from .blocks import cdiv
-from .pool_op import valid_counts
-from .transpose_plan import block_mask
+from .attention_arguments import Attention, check_means
+from .blocks import block_mask, cdiv, valid_counts
+from .define import PAIR, parameters_of, signed
 
 MOMENT_BYTES = 512 << 20  # of the covariances of blocks and rows that are held at a time
 
@@ -54,34 +58,23 @@ def _row_weights(q: Tensor, mean_k: Tensor, counts: Tensor, kept: Tensor, scale:
     return torch.where(none, 0.0, torch.where(none, 0.0, logits).softmax(-1))
 
 
-def moments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def moments(a: Attention) -> tuple[Tensor, Tensor]:
     """(u fp32 [B, H, Sq], t fp32 [B, H, Sq, D]) of the attention op's arguments; see the formulas above.
 
     Some heads at a time, so that their covariances take MOMENT_BYTES at most, or those of one key head.
     """
-    kept = block_mask(kv_counts, kv_indices, cdiv(k.shape[2], block_kv))
-    kv_heads, rep = k.shape[1], q.shape[1] // k.shape[1]
-    dim, blocks = k.shape[3], kept.shape[3] + rep * kept.shape[2]
+    kept = block_mask(a.kv_counts, a.kv_indices, a.num_kv_blocks)
+    kv_heads, rep = a.k.shape[1], a.q.shape[1] // a.k.shape[1]
+    dim, blocks = a.k.shape[3], kept.shape[3] + rep * kept.shape[2]
     step = kv_heads
-    if isinstance(blocks, int) and isinstance(k.shape[0], int):
-        step = max(1, MOMENT_BYTES // (2 * dim * dim * blocks * k.shape[0] * _dtype(q).itemsize))
+    if isinstance(blocks, int) and isinstance(a.k.shape[0], int):
+        step = max(1, MOMENT_BYTES // (2 * dim * dim * blocks * a.k.shape[0] * _dtype(a.q).itemsize))
     parts = []
     for start in range(0, kv_heads, step):
         count = min(step, kv_heads - start)
-        own_q = q.narrow(1, start * rep, count * rep)
-        own_k, own_v = (x.narrow(1, start, count) for x in (k, v))
-        own_kept = kept.narrow(1, start * rep, count * rep) if kept.shape[1] > 1 else kept
-        parts.append(_moments(own_q, own_k, own_v, own_kept, scale, block_q, block_kv, kv_mask))
+        own_k, own_v = (x.narrow(1, start, count) for x in (a.k, a.v))
+        own = a._replace(q=a.q.narrow(1, start * rep, count * rep), k=own_k, v=own_v)
+        parts.append(_moments(own, kept.narrow(1, start * rep, count * rep) if kept.shape[1] > 1 else kept))
     mass, shift = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*parts, strict=True))
     return mass, shift
 
@@ -91,10 +84,9 @@ def _dtype(q: Tensor) -> torch.dtype:
     return torch.float32 if q.dtype == torch.float32 or q.device.type == "cpu" else torch.bfloat16
 
 
-def _moments(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, block_q: int, block_kv: int, kv_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _moments(a: Attention, kept: Tensor) -> tuple[Tensor, Tensor]:
     """`moments` of some heads at once; kept bool [P, H', Mq, Mk]."""
+    q, k, v, scale, block_q, block_kv, kv_mask = a.q, a.k, a.v, a.factor, a.block_q, a.block_kv, a.kv_mask
     (heads, length), (kv_heads, keys, dim) = q.shape[1:3], k.shape[1:]
     counts = valid_counts(keys, block_kv, kv_mask, k.device)  # [B or 1, Mk]
     means = [torch.ops.dynamicrad.pool_blocks(x, block_kv, kv_mask)[0] for x in (k, v)]
@@ -115,27 +107,13 @@ def _moments(
     return mass, scale * of_both / (1.0 + mass.unsqueeze(-1))
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None,
-    mask_start: int,
-    compensate: Tensor,
-    qk_int8: bool = False,
-) -> tuple[Tensor, Tensor]:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    given = (q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start)
-    attend = torch.ops.dynamicrad.block_sparse_attention
-    kept, kept_lse = attend(*given, None, qk_int8)
-    dropped, dropped_lse = attend(*given, compensate, qk_int8, True)
-    mass, shift = moments(*given[:-1])
-    dropped = (dropped.float() + shift).to(q.dtype)
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = Attention(*arguments)
+    check_means(a)
+    kept, kept_lse = torch.ops.dynamicrad.block_sparse_attention(*a._replace(compensate=None))
+    dropped, dropped_lse = torch.ops.dynamicrad.means_attention(*a)
+    mass, shift = moments(a)
+    dropped = (dropped.float() + shift).to(a.q.dtype)
     pair: tuple[Tensor, Tensor] = torch.ops.dynamicrad.merge_states(
         kept, kept_lse, dropped, dropped_lse + torch.log1p(mass)
     )
@@ -143,9 +121,6 @@ def _attend(
 
 
 _LIBRARY = torch.library.Library("dynamicrad", "FRAGMENT")
-_LIBRARY.define(
-    "second_order_attention(Tensor q, Tensor k, Tensor v, Tensor kv_counts, Tensor kv_indices, float? scale, "
-    "SymInt block_q, SymInt block_kv, Tensor? kv_mask, SymInt mask_start, Tensor compensate, bool qk_int8=False) "
-    "-> (Tensor, Tensor)"
-)
+_SCHEMA = torch.library.infer_schema(signed(_attend, parameters_of(Attention), PAIR), mutates_args=())
+_LIBRARY.define(f"second_order_attention{_SCHEMA}")
 _LIBRARY.impl("second_order_attention", _attend, "CompositeImplicitAutograd")

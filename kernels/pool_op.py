@@ -2,13 +2,12 @@
 
     mean[J] = sum_j x[j] / count[J]        over the valid tokens j of block J; 0 where there is none
 
-CUDA runs the Triton kernel of `triton_pooling` through a `triton_op`, CPU plain PyTorch. The op is linear in x
-and has its gradient. Nothing here synchronises a CUDA device with the host.
+CUDA runs the kernel of `pool_triton`, CPU plain PyTorch. The op is linear in x and has its gradient.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,49 +15,43 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dynamicrad_compile.errors import PlanError
 
-from .blocks import cdiv
-from .define import define
+from .blocks import cdiv, valid_counts
+from .checks import DTYPES, require
+from .define import HAS_TRITON, PAIR, Autograd, define, parameters_of
 
-try:
+if HAS_TRITON:
     from .pool_triton import KERNELS, launch_pooling
-except ImportError:  # no Triton here: CPU tensors only
-    KERNELS, launch_pooling = None, None  # type: ignore[assignment]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+else:
+    KERNELS = ()
 
 
-def _validate(x: Tensor, block: int, kv_mask: Tensor | None) -> None:
-    if x.dim() != 4 or x.dtype not in DTYPES:
-        raise PlanError(f"expected x [B, H, S, D] in float16, bfloat16 or float32, got {x.dtype} {list(x.shape)}.")
-    if block < 1:
-        raise PlanError(f"block must be at least 1, got {block}.")
-    if kv_mask is None:
+class Pooling(NamedTuple):
+    """Arguments of the op."""
+
+    x: Tensor  # [B, H, S, D], any strides
+    block: int
+    kv_mask: Tensor | None = None  # bool [B or 1, S], True where a token is valid
+
+
+def _check(p: Pooling) -> None:
+    if p.x.dim() != 4 or p.x.dtype not in DTYPES:
+        raise PlanError(f"expected x [B, H, S, D] in float16, bfloat16 or float32, got {p.x.dtype} {list(p.x.shape)}.")
+    if p.block < 1:
+        raise PlanError(f"block must be at least 1, got {p.block}.")
+    if p.kv_mask is None:
         return
-    got = f"got {kv_mask.dtype} {list(kv_mask.shape)} for x {list(x.shape)}."
-    if kv_mask.dtype != torch.bool or kv_mask.dim() != 2:
+    got = f"got {p.kv_mask.dtype} {list(p.kv_mask.shape)} for x {list(p.x.shape)}."
+    if p.kv_mask.dtype != torch.bool or p.kv_mask.dim() != 2:
         raise PlanError(f"expected kv_mask bool [B or 1, S], {got}")
-    fits = kv_mask.shape[1] == x.shape[2] and (kv_mask.shape[0] == 1 or kv_mask.shape[0] == x.shape[0])
-    if not isinstance(fits, torch.SymBool) and not fits:
-        raise PlanError(f"kv_mask must have x's length and a batch of 1 or x's, {got}")
-    if kv_mask.device != x.device:
-        raise PlanError(f"kv_mask is on {kv_mask.device}, x on {x.device}. Move it there.")
+    fits = p.kv_mask.shape[1] == p.x.shape[2] and (p.kv_mask.shape[0] == 1 or p.kv_mask.shape[0] == p.x.shape[0])
+    require(fits, f"kv_mask must have x's length and a batch of 1 or x's, {got}")
+    if p.kv_mask.device != p.x.device:
+        raise PlanError(f"kv_mask is on {p.kv_mask.device}, x on {p.x.device}. Move it there.")
 
 
-def valid_counts(length: int, block: int, kv_mask: Tensor | None, device: torch.device) -> Tensor:
-    """int32 [B or 1, M], valid tokens of each block of a sequence of `length` tokens; plain ATen operations.
-
-    No `x[None]`: while tracing for CUDA that asks for a device, which the tracing machine may lack.
-    """
-    n_blocks = cdiv(length, block)
-    if kv_mask is None:
-        before = torch.arange(n_blocks, dtype=torch.int32, device=device) * -block
-        return (before + length).clamp(max=block).unsqueeze(0)
-    padded = torch.nn.functional.pad(kv_mask, (0, n_blocks * block - length))
-    return padded.reshape(kv_mask.shape[0], n_blocks, block).sum(-1, dtype=torch.int32)
-
-
-def _pool_cpu(x: Tensor, block: int, kv_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _validate(x, block, kv_mask)
+def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _check(p := Pooling(*arguments))
+    x, block, kv_mask = p
     count = valid_counts(x.shape[2], block, kv_mask, x.device)
     if kv_mask is not None:
         x = x.masked_fill(~kv_mask[:, None, :, None], 0)
@@ -71,22 +64,25 @@ def _pool_cpu(x: Tensor, block: int, kv_mask: Tensor | None = None) -> tuple[Ten
     return (total / count.clamp(min=1)[:, None, :, None]).to(x.dtype).contiguous(), count
 
 
-def _pool(x: Tensor, block: int, kv_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _validate(x, block, kv_mask)
-    if x.device.type != "cuda":
-        raise PlanError(f"pool_blocks runs on cpu and cuda tensors, got {x.device}.")
-    if launch_pooling is None:
-        raise PlanError("pool_blocks needs Triton for CUDA tensors. Install triton.")
-    count = valid_counts(x.shape[2], block, kv_mask, x.device)
-    return launch_pooling(x, count, block, kv_mask), count
+def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _check(p := Pooling(*arguments))
+    count = valid_counts(p.x.shape[2], p.block, p.kv_mask, p.x.device)
+    return launch_pooling(p.x, count, p.block, p.kv_mask), count
 
 
-def _fake(x: Tensor, block: int, kv_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _validate(x, block, kv_mask)
-    batch, heads, length, dim = x.shape
-    n_blocks = cdiv(length, block)
-    count = x.new_empty((1 if kv_mask is None else kv_mask.shape[0], n_blocks), dtype=torch.int32)
-    return x.new_empty((batch, heads, n_blocks, dim)), count
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _check(p := Pooling(*arguments))
+    batch, heads, length, dim = p.x.shape
+    n_blocks = cdiv(length, p.block)
+    count = p.x.new_empty((1 if p.kv_mask is None else p.kv_mask.shape[0], n_blocks), dtype=torch.int32)
+    return p.x.new_empty((batch, heads, n_blocks, dim)), count
+
+
+def spread(grad_mean: Tensor, count: Tensor, block: int, length: int, kv_mask: Tensor | None) -> Tensor:
+    """The gradient of x [B, H, length, D] from that of the means [B, H, M, D]; count int32 [B or 1, M]."""
+    share = grad_mean / count.clamp(min=1)[:, None, :, None].to(grad_mean.dtype)
+    grad = share.repeat_interleave(block, 2)[:, :, :length]
+    return grad if kv_mask is None else grad.masked_fill(~kv_mask[:, None, :, None], 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -97,25 +93,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad_mean: Tensor, grad_count: Any) -> tuple[Tensor, None, None]:
     count, kv_mask = ctx.saved_tensors
-    share = grad_mean / count.clamp(min=1)[:, None, :, None].to(grad_mean.dtype)
-    grad = share.repeat_interleave(ctx.block, 2)[:, :, : ctx.length]
-    return (grad if kv_mask is None else grad.masked_fill(~kv_mask[:, None, :, None], 0)), None, None
+    return spread(grad_mean, count, ctx.block, ctx.length, kv_mask), None, None
 
 
-_op_cpu = torch.library.custom_op("dynamicrad::pool_blocks_cpu", _pool_cpu, mutates_args=())
-
-
-def _dispatch(x: Tensor, block: int, kv_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if x.device.type == "cpu":
-        return torch.ops.dynamicrad.pool_blocks_cpu(x, block, kv_mask)
-    return _pool(x, block, kv_mask)
-
-
-_op = define("dynamicrad::pool_blocks", _dispatch, KERNELS)
-_op.register_kernel("cpu")(_pool_cpu)  # saves eager code the second dispatch
-for _definition in (_op, _op_cpu):
-    _definition.register_fake(_fake)
-    _definition.register_autograd(_gradients, setup_context=_save)
+define(
+    "pool_blocks",
+    parameters_of(Pooling),
+    PAIR,
+    cuda=_on_cuda,
+    kernels=KERNELS,
+    cpu=_on_cpu,
+    fake=_fake,
+    autograd=Autograd(_gradients, _save),
+)
 
 
 @register_flop_formula([torch.ops.dynamicrad.pool_blocks, torch.ops.dynamicrad.pool_blocks_cpu])

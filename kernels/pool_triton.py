@@ -7,10 +7,13 @@ The interpreter truncates fp32 to bf16 instead of rounding it, so the means stay
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
+
+from ._launch import INTERPRETED, wrap_triton
 
 
 @triton.jit
@@ -58,10 +61,7 @@ def _pool_blocks(
     tl.store(p_mean, b_mean.to(mean.dtype.element_ty), mask=m_d)
 
 
-KERNELS = (_pool_blocks,)
-
-INTERPRETED = not isinstance(_pool_blocks, triton.runtime.JITFunction)
-"""True if this module was loaded with TRITON_INTERPRET=1."""
+KERNELS: tuple[Any, ...] = (_pool_blocks,)
 
 
 def launch_pooling(
@@ -71,7 +71,7 @@ def launch_pooling(
     kv_mask: torch.Tensor | None = None,
     wanted: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Means [B, H, M, D] of the blocks of x; `counts` int32 [B' or 1, M] of `pooling.valid_counts`.
+    """Means [B, H, M, D] of the blocks of x; `counts` int32 [B' or 1, M] of `blocks.valid_counts`.
 
     Where `wanted` bool [1] is given and False, x is not read and the means are left uninitialised.
     """
@@ -80,8 +80,7 @@ def launch_pooling(
     x = x if x.stride(-1) == 1 else x.contiguous()
     mean = x.new_empty((batch, heads, n_blocks, dim), dtype=torch.float32 if INTERPRETED else x.dtype)
     mask = counts if kv_mask is None else kv_mask.contiguous()
-    kernel = _pool_blocks if INTERPRETED else wrap_triton(_pool_blocks)
-    kernel[(n_blocks, batch * heads)](
+    wrap_triton(_pool_blocks)[(n_blocks, batch * heads)](
         x,
         counts,
         mask,

@@ -43,6 +43,12 @@ def dequantise(x: Quantised) -> Tensor:
     return x.values.float() * x.scales.unsqueeze(-1)
 
 
+def rounded(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k as int8 gives them back, in their dtypes, without the mean key; what the lse of those lacks)."""
+    mean = mean_key(k)
+    return dequantise(quantise(q)).to(q.dtype), dequantise(quantise(k, mean)).to(k.dtype), shift(q, mean, scale)
+
+
 def shift(q: Tensor, mean: Tensor, scale: float) -> Tensor:
     """fp32 [B, H, Sq]: scale q . m, what the lse of keys less their mean m [B, Hkv, D] lacks."""
     heads, kv_heads = q.shape[1], mean.shape[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
+from ._launch import wrap_triton
 from .quantise import Quantised
 
 
@@ -43,18 +43,13 @@ def _quantise_rows(
     tl.store(scales + i_bh * S + o_s, b_scale, mask=o_s < S)
 
 
-INTERPRETED = not isinstance(_quantise_rows, triton.runtime.JITFunction)
-"""True if this module was loaded with TRITON_INTERPRET=1."""
-
-
 def quantise_rows(x: torch.Tensor, mean: torch.Tensor | None = None) -> Quantised:
     """Rows of x [B, H, S, D], less `mean` fp32 [B, H, D], in int8."""
     batch, heads, length, dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     values = x.new_empty(x.shape, dtype=torch.int8)
     scales = x.new_empty((batch, heads, length), dtype=torch.float32)
-    kernel = _quantise_rows if INTERPRETED else wrap_triton(_quantise_rows)
-    kernel[(triton.cdiv(length, 32), batch * heads)](
+    wrap_triton(_quantise_rows)[(triton.cdiv(length, 32), batch * heads)](
         *(x, scales if mean is None else mean.contiguous(), values, scales, heads, length, *x.stride()[:3]),
         D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
+
+from ._launch import wrap_triton
 
 MAX_ROWS = 8192
 """Rows of a plan that one program orders; longer plans keep their natural order."""
@@ -41,10 +42,6 @@ def _heavy_first(
     tl.store(order + 1 + b_place, o_m, mask=m_m)
 
 
-INTERPRETED = not isinstance(_heavy_first, triton.runtime.JITFunction)
-"""True if this module was loaded with TRITON_INTERPRET=1."""
-
-
 def heavy_first(kv_counts: torch.Tensor) -> torch.Tensor | None:
     """int32 [Mq + 1] for counts [P, H', Mq]: the number of heavy rows, then all rows, heavy ones first.
 
@@ -55,7 +52,8 @@ def heavy_first(kv_counts: torch.Tensor) -> torch.Tensor | None:
     if not isinstance(rows, int) or not 1 < rows <= MAX_ROWS:
         return None
     order = kv_counts.new_empty(rows + 1)
-    kernel = _heavy_first if INTERPRETED else wrap_triton(_heavy_first)
     block = triton.next_power_of_2(rows)
-    kernel[(1,)](kv_counts, order, rows, kv_counts.stride(-1), BLOCK=block, num_warps=max(1, min(8, block // 256)))
+    wrap_triton(_heavy_first)[(1,)](
+        kv_counts, order, rows, kv_counts.stride(-1), BLOCK=block, num_warps=max(1, min(8, block // 256))
+    )
     return order

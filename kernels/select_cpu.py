@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import workers
+from .select_arguments import Selection
 from .workers import Buffers, Task
 
 CHUNK_BYTES = 4 << 20  # temporaries of one task
@@ -90,27 +91,22 @@ def _rows(
 
 
 def select(
+    s: Selection,
     q_mean: torch.Tensor,
     k_mean: torch.Tensor,
     n_keys: torch.Tensor,
-    counts: torch.Tensor,
-    indices: torch.Tensor,
-    forced: torch.Tensor,
-    near: torch.Tensor,
-    thresholds: torch.Tensor,
-    scale: float,
-    criterion: str,
     out_counts: torch.Tensor,
     out_indices: torch.Tensor,
 ) -> None:
-    """Fill out_counts int32 [B, H, Mq] and out_indices int32 [B, H, Mq, W]; arguments as of the op, validated.
+    """Fill out_counts int32 [B, H, Mq] and out_indices int32 [B, H, Mq, W]; arguments as of the op, checked.
 
     q_mean [B, H, Mq, D], k_mean [B, Hkv, Mk, D] and n_keys int32 [B or 1, Mk] come from `pool_blocks`. Memory
     beyond the outputs: fp32 copies of the means of one sample, and CHUNK_BYTES a worker (at least one row).
     """
+    plan = (s.kv_counts, s.kv_indices, s.kv_forced, s.kv_near)
     batch, heads, n_q, dim = q_mean.shape
     kv_heads, n_kv = k_mean.shape[1:3]
-    rep, width = heads // kv_heads, indices.shape[-1]
+    rep, width = heads // kv_heads, s.kv_indices.shape[-1]
     row_bytes = 4 * n_kv + BYTES_PER_CANDIDATE * width
     step_r = max(1, min(n_q, CHUNK_BYTES // (rep * row_bytes)))
     step_h = max(1, CHUNK_BYTES // (rep * row_bytes * step_r))
@@ -119,21 +115,21 @@ def select(
         q = q_mean[b].float().view(kv_heads, rep, n_q, dim)
         k = k_mean[b].float()
         bias = n_keys[b if n_keys.shape[0] > 1 else 0].log()
-        own = thresholds[b if thresholds.shape[0] > 1 else 0]
-        b_plan = b if counts.shape[0] > 1 else 0
+        own = s.thresholds[b if s.thresholds.shape[0] > 1 else 0]
+        b_plan = b if s.kv_counts.shape[0] > 1 else 0
 
         def chunk(g: int, r: int) -> Task:
             kv, rows = slice(g, g + step_h), slice(r, r + step_r)
             of = slice(g * rep, (g + step_h) * rep)
-            planned = of if counts.shape[1] > 1 else slice(0, 1)
+            planned = of if s.kv_counts.shape[1] > 1 else slice(0, 1)
 
             def task(_: Buffers) -> None:
                 queries = q[kv, :, rows]
                 group, _, n_rows, _ = queries.shape
                 pairs = torch.bmm(queries.reshape(group, rep * n_rows, dim), k[kv].transpose(1, 2))
-                pairs = pairs.mul_(scale).add_(bias).view(group * rep, n_rows, n_kv)
-                plan = (x[b_plan, planned, rows] for x in (counts, indices, forced, near))
-                out_counts[b, of, rows], out_indices[b, of, rows] = _rows(pairs, own, criterion, *plan)
+                pairs = pairs.mul_(s.factor).add_(bias).view(group * rep, n_rows, n_kv)
+                lines = (x[b_plan, planned, rows] for x in plan)
+                out_counts[b, of, rows], out_indices[b, of, rows] = _rows(pairs, own, s.criterion, *lines)
 
             return task
 

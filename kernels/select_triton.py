@@ -8,13 +8,16 @@ is a non-negative float, whose bits order like an integer, so 31 halvings find t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from dynamicrad_compile.errors import PlanError
 
+from ._launch import shared_strides, unit_last_stride, wrap_triton
+from .select_arguments import Selection
 from .select_criteria import CRITERIA
 
 MAX_WIDTH = 4096  # candidates of a row, which are held in registers
@@ -30,20 +33,21 @@ def _best(key, weight, member, target, limit):
 
 
 @triton.jit
-def _select_row(
-    q_mean,
-    k_mean,
-    n_keys,
-    counts,
-    indices,
-    forced,
-    near,
-    thresholds,
-    out_counts,
-    out_indices,
+def _select_blocks(
+    q_mean,  # [B, H, Mq, D] contiguous
+    k_mean,  # [B, Hkv, Mk, D] contiguous
+    n_keys,  # int32 [B', Mk] contiguous
+    counts,  # int32 [B', H', Mq]
+    indices,  # int32 [B', H', Mq, W], last stride 1
+    forced,  # int32 [B', H', Mq]
+    near,  # int32 [B', H', Mq]
+    thresholds,  # fp32 [B', 2] contiguous
+    refresh,  # bool [1]; not read without HAS_REFRESH
+    out_counts,  # int32 [B, H, Mq] contiguous
+    out_indices,  # int32 [B, H, Mq, W] contiguous
     scale,
     H,
-    KV_GROUP,
+    KV_GROUP,  # H / Hkv
     MQ,
     MK,
     W,
@@ -64,8 +68,12 @@ def _select_row(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    CRITERION: tl.constexpr,
+    CRITERION: tl.constexpr,  # position in CRITERIA
+    HAS_REFRESH: tl.constexpr,
 ):
+    if HAS_REFRESH:  # noqa: SIM102  one `if` would load without HAS_REFRESH, too
+        if tl.load(refresh) == 0:
+            return
     i_m = tl.program_id(0).to(tl.int64)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -147,91 +155,7 @@ def _select_row(
     tl.store(out_counts + i_bh * MQ + i_m, tl.where(dense, MK, kept))
 
 
-@triton.jit
-def _select_blocks(
-    q_mean,  # [B, H, Mq, D] contiguous
-    k_mean,  # [B, Hkv, Mk, D] contiguous
-    n_keys,  # int32 [B', Mk] contiguous
-    counts,  # int32 [B', H', Mq]
-    indices,  # int32 [B', H', Mq, W], last stride 1
-    forced,  # int32 [B', H', Mq]
-    near,  # int32 [B', H', Mq]
-    thresholds,  # fp32 [B', 2] contiguous
-    refresh,  # bool [1]; not read without HAS_REFRESH
-    out_counts,  # int32 [B, H, Mq] contiguous
-    out_indices,  # int32 [B, H, Mq, W] contiguous
-    scale,
-    H,
-    KV_GROUP,  # H / Hkv
-    MQ,
-    MK,
-    W,
-    stride_nb,
-    stride_cb,
-    stride_ch,
-    stride_cm,
-    stride_ib,
-    stride_ih,
-    stride_im,
-    stride_fb,
-    stride_fh,
-    stride_fm,
-    stride_eb,
-    stride_eh,
-    stride_em,
-    stride_tb,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    CRITERION: tl.constexpr,  # position in CRITERIA
-    HAS_REFRESH: tl.constexpr,
-):
-    wanted = True
-    if HAS_REFRESH:
-        wanted = tl.load(refresh) != 0
-    if wanted:
-        _select_row(
-            q_mean,
-            k_mean,
-            n_keys,
-            counts,
-            indices,
-            forced,
-            near,
-            thresholds,
-            out_counts,
-            out_indices,
-            scale,
-            H,
-            KV_GROUP,
-            MQ,
-            MK,
-            W,
-            stride_nb,
-            stride_cb,
-            stride_ch,
-            stride_cm,
-            stride_ib,
-            stride_ih,
-            stride_im,
-            stride_fb,
-            stride_fh,
-            stride_fm,
-            stride_eb,
-            stride_eh,
-            stride_em,
-            stride_tb,
-            D,
-            BLOCK_D,
-            BLOCK_W,
-            CRITERION,
-        )
-
-
-KERNELS = (_select_blocks,)
-
-INTERPRETED = not isinstance(_select_blocks, triton.runtime.JITFunction)
-"""True if this module was loaded with TRITON_INTERPRET=1."""
+KERNELS: tuple[Any, ...] = (_select_blocks,)
 
 
 def shape_of_program(width: int, dim: int) -> tuple[int, int, int]:
@@ -243,65 +167,34 @@ def shape_of_program(width: int, dim: int) -> tuple[int, int, int]:
 
 
 def launch_select(
+    s: Selection,
     q_mean: torch.Tensor,
     k_mean: torch.Tensor,
     n_keys: torch.Tensor,
-    counts: torch.Tensor,
-    indices: torch.Tensor,
-    forced: torch.Tensor,
-    near: torch.Tensor,
-    thresholds: torch.Tensor,
-    scale: float,
-    criterion: str,
     out_counts: torch.Tensor,
     out_indices: torch.Tensor,
     refresh: torch.Tensor | None = None,
 ) -> None:
     """Fill out_counts int32 [B, H, Mq] and out_indices int32 [B, H, Mq, W], both contiguous.
 
-    Arguments as of the op, already validated; the means come from `pool_blocks`. Where `refresh` bool [1] is given
+    Arguments as of the op, already checked; the means come from `pool_blocks`. Where `refresh` bool [1] is given
     and False nothing is written. Raises PlanError if rows are too wide for a program.
     """
-    batch, heads, n_q, dim = q_mean.shape
-    width = indices.shape[-1]
+    (batch, heads, n_q, dim), width = q_mean.shape, s.kv_indices.shape[-1]
     if width > MAX_WIDTH:
         raise PlanError(f"a row may have at most {MAX_WIDTH} candidates on CUDA, got {width}. Take larger blocks.")
     block_w, block_d, warps = shape_of_program(width, dim)
-    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    thresholds = thresholds.contiguous()
-
-    def strides(x: torch.Tensor) -> tuple[int, ...]:
-        return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in range(3))  # size 1: shared
-
-    kernel = _select_blocks if INTERPRETED else wrap_triton(_select_blocks)
-    kernel[(n_q, batch * heads)](
-        q_mean,
-        k_mean,
-        n_keys,
-        counts,
-        indices,
-        forced,
-        near,
-        thresholds,
-        counts if refresh is None else refresh,
-        out_counts,
-        out_indices,
-        scale,
-        heads,
-        heads // k_mean.shape[1],
-        n_q,
-        k_mean.shape[2],
-        width,
-        n_keys.stride(0) if n_keys.shape[0] > 1 else 0,
-        *strides(counts),
-        *strides(indices),
-        *strides(forced),
-        *strides(near),
-        thresholds.stride(0) if thresholds.shape[0] > 1 else 0,
+    indices, thresholds = unit_last_stride(s.kv_indices), s.thresholds.contiguous()
+    tables = (s.kv_counts, indices, s.kv_forced, s.kv_near)
+    strides = [stride for table in tables for stride in shared_strides(table, 0, 1, 2)]
+    wrap_triton(_select_blocks)[(n_q, batch * heads)](
+        *(q_mean, k_mean, n_keys, *tables, thresholds, s.kv_counts if refresh is None else refresh),
+        *(out_counts, out_indices, s.factor, heads, heads // k_mean.shape[1], n_q, k_mean.shape[2], width),
+        *(*shared_strides(n_keys, 0), *strides, *shared_strides(thresholds, 0)),
         D=dim,
         BLOCK_D=block_d,
         BLOCK_W=block_w,
-        CRITERION=CRITERIA.index(criterion),
+        CRITERION=CRITERIA.index(s.criterion),
         HAS_REFRESH=refresh is not None,
         num_warps=warps,
     )

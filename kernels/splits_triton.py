@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
+
+from ._launch import wrap_triton
 
 MAX_SPLITS = 8
 MIN_BLOCKS = 4  # that a split reads, at least
@@ -49,10 +50,6 @@ def _merge_splits(
     tl.store(lse + o_m, b_top + tl.log(b_sum), mask=m_m)
 
 
-INTERPRETED = not isinstance(_merge_splits, triton.runtime.JITFunction)
-"""True if this module was loaded with TRITON_INTERPRET=1."""
-
-
 def choose_splits(programs: Any, width: Any, multiprocessors: int) -> int:
     """Programs that share a row: 1 where `programs` of whole rows keep the device busy, else up to MAX_SPLITS.
 
@@ -66,6 +63,5 @@ def choose_splits(programs: Any, width: Any, multiprocessors: int) -> int:
 def merge_splits(parts: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill out [B, H, Sq, D] and lse fp32 [B, H, Sq] from parts fp32 [S, B, H, Sq, D] and part_lse [S, B, H, Sq]."""
     dim, number = out.shape[-1], lse.numel()
-    kernel = _merge_splits if INTERPRETED else wrap_triton(_merge_splits)
     sizes = {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_M": 32, "SPLITS": parts.shape[0]}
-    kernel[(triton.cdiv(number, 32),)](parts, part_lse, out, lse, number, **sizes)
+    wrap_triton(_merge_splits)[(triton.cdiv(number, 32),)](parts, part_lse, out, lse, number, **sizes)

@@ -9,21 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import block_mask
+
 SORT_BYTES = 256 << 20  # of the sort; the heads of a larger plan are sorted one by one
-
-
-def block_mask(kv_counts: Tensor, kv_indices: Tensor, num_kv: int) -> Tensor:
-    """bool [P, H', Mq, Mk] of counts [P, H', Mq] and indices [P, H', Mq, W]: True where the block pair is active.
-
-    A row with count >= num_kv is dense, whatever its indices are.
-    """
-    # No x[..., None], x[..., :n], x.contiguous(): while tracing for CUDA they ask for a device, which may be lacking.
-    counts = kv_counts.unsqueeze(-1)
-    active = torch.arange(kv_indices.shape[-1], device=kv_counts.device) < counts
-    mask = torch.zeros((*kv_counts.shape, num_kv + 1), dtype=torch.bool, device=kv_counts.device)
-    # Entries past the count go to a column that is cut off.
-    mask = mask.scatter(-1, torch.where(active, kv_indices, num_kv).long(), True)
-    return mask.narrow(-1, 0, num_kv) | (counts >= num_kv)
 
 
 def transpose_mask(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from dynamicrad_compile.kernels import attention_op as _registers_the_ops  # noqa: F401
+from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.reporting.reason import FIX_SIZES, Reason
 
@@ -116,7 +116,7 @@ def _replace(
                 stats = writer.record(nodes, planned, written.num_kv)
         arguments = (*operands, nodes.counts, nodes.indices, scale, plan.block_q, plan.block_kv, keys)
         if nodes.compensate is not None:
-            arguments = (*arguments, 0, nodes.compensate)
+            arguments = (*arguments, nodes.compensate)
         options = {"qk_int8": True} if context.qk_int8 else {}
         op = torch.ops.dynamicrad.block_sparse_attention.default
         if context.covariance and nodes.compensate is not None:

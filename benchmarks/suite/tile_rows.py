@@ -36,6 +36,7 @@ def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[s
     """Time of the forward with this tile; its result is checked first."""
     if bench.device == "cpu":
         raise Unsupported("tiles are of the CUDA kernel")
+    from dynamicrad_compile.kernels.attention_arguments import Attention
     from dynamicrad_compile.kernels.attention_triton import launch_forward
     from dynamicrad_compile.kernels.tiles import choose_tile
 
@@ -45,8 +46,8 @@ def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[s
     q, k, v = bench.qkv(tokens, dim)
 
     def call() -> Any:
-        counts, ids = plan.kv_counts, plan.kv_indices
-        return launch_forward(q, k, v, counts, ids, dim**-0.5, plan.block_q, plan.block_kv, tile=tile)
+        given = Attention(q, k, v, plan.kv_counts, plan.kv_indices, None, plan.block_q, plan.block_kv)
+        return launch_forward(given, tile=tile)
 
     error = sample_error(q, k, v, plan, call()[0])
     if not error <= SAMPLE_BOUND[bench.dtype]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..kernels import attention_op as _registers_the_ops  # noqa: F401
+from ..kernels import moments_op as _registers_the_ops  # noqa: F401
 from .plan import BlockPlan
 
 
@@ -21,7 +21,6 @@ def block_sparse_attention(
     *,
     kv_length: Tensor | Sequence[int] | None = None,
     kv_mask: Tensor | None = None,
-    mask_start: int = 0,
     compensate: float | Tensor | None = None,
     covariance: bool = False,
     qk_dtype: str | None = None,
@@ -35,12 +34,11 @@ def block_sparse_attention(
     scale: factor on q . k, 1 / sqrt(D) if None; positive.
     kv_length: int [B], keys of each sample that count, the rest is right padding.
     kv_mask: bool [B or 1, Sk], True where a key may be attended; with kv_length both must allow it.
-    mask_start: promise that all keys before this position may be attended, so the mask is not read there.
     compensate: 0 to 1, or fp32 [B or 1] on q's device: weight of the one extra key, its mean, by which each block
     that a row drops is still represented; 0 drops it, None: the plan's. It costs Sk / block_kv keys per query.
-    covariance: dropped blocks stand with their covariances too (`second_order`); without compensation it does nothing.
-    qk_dtype: "int8" takes scores from queries and keys rounded to int8, row by row (`quantise`): faster on GPUs, with
-    an error of about 1 %; the gradient is that of unrounded ones. None: from q and k as they are.
+    covariance: dropped blocks stand with their covariances too (`kernels.moments_op`); nothing without compensation.
+    qk_dtype: "int8" takes scores from queries and keys rounded to int8, row by row (`kernels.quantise`): faster on
+    GPUs, with an error of about 1 %; the gradient is that of unrounded ones. None: from q and k as they are.
     Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
     logarithm. A query with no key gives out = 0 and lse = -inf.
     Raises PlanError if shapes, dtypes, devices or lengths do not fit together, or a number is out of range.
@@ -70,7 +68,7 @@ def block_sparse_attention(
     if covariance and compensate is not None:
         op = torch.ops.dynamicrad.second_order_attention
     out, lse = op(
-        *(q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask, mask_start),
+        *(q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask),
         *(compensate, qk_dtype == "int8"),
     )
     return (out, lse) if return_lse else out

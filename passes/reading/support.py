@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dynamicrad_compile.kernels.attention_op import DTYPES, MAX_HEAD_DIM
+from dynamicrad_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
 from ..graph import value_of

@@ -74,7 +74,7 @@ def test_block_means_are_those_of_the_op(dtype):
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_equals_the_op(attention, plans, plan_heads, weights, masked):
     q, k, v, counts, indices, mask = operands(plans, plan_heads)
-    rest = (mask if masked else None, 0, None if weights is None else torch.tensor(weights))
+    rest = (mask if masked else None, None if weights is None else torch.tensor(weights))
     expected, lse = ATTENTION(q, k, v, counts, indices, None, BLOCK, BLOCK, *rest)
     out, other = attention(q, k, v, counts, indices, None, BLOCK, BLOCK, *rest)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
@@ -87,7 +87,7 @@ def test_opcheck(masked):
     q, k, v, counts, indices, mask = operands()
     rest = plugin_inputs(q, k, v, counts, indices, BLOCK, mask if masked else None, torch.ones(1))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(PLUGIN_ATTENTION, (*rest, 0.2, BLOCK, BLOCK, 0), test_utils=tests)
+    torch.library.opcheck(PLUGIN_ATTENTION, (*rest, 0.2, BLOCK, BLOCK), test_utils=tests)
 
 
 def test_what_a_plugin_can_not_take():
@@ -120,7 +120,7 @@ def test_plugin_model(tmp_path):
     assert [node.op_type for node in nodes] == ["BlockSparseAttentionMeans"] * 2
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}
     assert attributes.pop("scale") == [pytest.approx(24**-0.5)]
-    assert attributes == {"block_q": [16], "block_kv": [16], "mask_start": [0], "aot": 1,
+    assert attributes == {"block_q": [16], "block_kv": [16], "aot": 1,
                           "plugin_namespace": b"dynamicrad", "plugin_version": b"1"}  # fmt: skip
     assert len(nodes[0].input) == 10
     assert len(nodes[0].output) == 2

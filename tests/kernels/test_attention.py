@@ -14,9 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels import attention_cpu as cpu
+from dynamicrad_compile.kernels import attention_cpu, groups_cpu, workers
 from dynamicrad_compile.kernels import softmax_cpu as cpu_softmax
-from dynamicrad_compile.kernels import workers
 from dynamicrad_compile.kernels.attention_reference import token_mask
 from dynamicrad_compile.plans.attention import block_sparse_attention
 from dynamicrad_compile.plans.plan import BlockPlan
@@ -47,13 +46,13 @@ def test_matches_reference(case: Case):
 
 
 @pytest.mark.parametrize(
-    "name", ["ragged_both", "gqa_per_head", "per_batch_and_head", "mask_start", "bf16", "mask_all"]
+    "name", ["ragged_both", "gqa_per_head", "per_batch_and_head", "mask_random", "bf16", "mask_all"]
 )
 def test_small_budgets_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
     """Rows longer than a chunk, groups of one row, one head at a time."""
-    monkeypatch.setattr(cpu, "CHUNK_TOKENS", 33)
-    monkeypatch.setattr(cpu, "SCORE_BYTES", 1)
-    monkeypatch.setattr(cpu, "COPY_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(groups_cpu, "CHUNK_TOKENS", 33)
+    monkeypatch.setattr(groups_cpu, "SCORE_BYTES", 1)
+    monkeypatch.setattr(attention_cpu, "COPY_BYTES_PER_WORKER", 1)
     args = build(BY_NAME[name])
     check(*OP(*args), args, BY_NAME[name].dtype)
 
@@ -184,7 +183,7 @@ def test_a_failing_task_stops_the_others():
 
 
 @pytest.mark.parametrize(
-    "name", ["ragged_both", "gqa_per_head", "per_batch_and_head", "permuted", "sliced", "mask_start", "bf16"]
+    "name", ["ragged_both", "gqa_per_head", "per_batch_and_head", "permuted", "sliced", "mask_random", "bf16"]
 )
 def test_opcheck(name: str):
     args = build(BY_NAME[name])
@@ -312,7 +311,6 @@ def call_with(**changes):
         ({"kv_mask": torch.ones(2, 64)}, "expected kv_mask bool"),
         ({"kv_mask": torch.ones(3, 64, dtype=torch.bool)}, "kv_mask's batch must be 1 or that of q"),
         ({"kv_mask": torch.ones(2, 60, dtype=torch.bool)}, "kv_mask must cover every key"),
-        ({"mask_start": -1}, "mask_start must be at least 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -347,7 +345,7 @@ def test_cpu_works_without_triton():
 
 
 def test_reference_agrees_with_sdpa_under_its_own_mask():
-    args = build(BY_NAME["mask_start"])
+    args = build(BY_NAME["mask_random"])
     q, k, v = args[:3]
     mask = token_mask(*args[3:5], *args[6:8], q.shape[2], k.shape[2]) & args[8][:, None, None, :]
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)

@@ -12,10 +12,11 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from dynamicrad_compile.kernels import ahead_of_time  # noqa: E402
-from dynamicrad_compile.kernels import attention_backward_triton_kernels as kernels  # noqa: E402
+from dynamicrad_compile.kernels.attention_backward_triton_kernels import _dk_dv, _dq  # noqa: E402
+from dynamicrad_compile.kernels.means_backward_triton import _dmeans  # noqa: E402
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_backward_tiles  # noqa: E402
 
-KERNELS = {"dq": kernels._dq, "dk_dv": kernels._dk_dv, "dmeans": kernels._dmeans}
+KERNELS = {"dq": _dq, "dk_dv": _dk_dv, "dmeans": _dmeans}
 POINTERS = dict.fromkeys(("counts", "indices", "n_valid", "kept"), "*i32") | dict.fromkeys(
     ("lse2", "delta", "weight", "dmean_k", "dmean_v"), "*fp32"
 )
@@ -47,7 +48,7 @@ def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) 
     signature = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in names}
     # As at run time: pointers and the strides of q, k, v, grad_out divide by 16, or loads would be scalar.
     aligned = [n for n in names if n in pointers or re.match("stride_[qkvg]", n)]
-    return ahead_of_time.build(function, signature, constants, aligned, arch, tile)
+    return ahead_of_time.build(function, signature, constants, aligned, arch, ahead_of_time.options_of(tile))
 
 
 CASES = [
@@ -80,4 +81,4 @@ def test_tile_compiles_without_spills(arch: int, kernel: str, dtype: str, dim: i
     # sm_86, sm_89 and sm_120 share the entries of sm_80 and have the least.
     assert built.shared <= SHARED_MEMORY[86 if arch == 80 else arch]
     if arch == 90 and dtype != "fp32":
-        assert built.wgmma > 0
+        assert built.instructions["wgmma"] > 0

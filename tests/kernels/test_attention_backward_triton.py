@@ -49,7 +49,7 @@ GPU_ONLY = [
     Case("gpu_dim_128_bf16", batch=2, heads=4, kv_heads=4, q_len=1013, kv_len=1013, dim=128, block_q=128, block_kv=128,
          dtype=torch.bfloat16, layout="bshd"),
     Case("gpu_dim_64_fp16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=777, dim=64, block_q=128, block_kv=64,
-         dtype=torch.float16, plan_heads=4, mask="padding", mask_start=500, compensate=(1.0, 0.3)),
+         dtype=torch.float16, plan_heads=4, mask="padding", compensate=(1.0, 0.3)),
     Case("gpu_mean_bf16", heads=4, kv_heads=2, q_len=9000, kv_len=1000, dim=128, block_q=128, block_kv=128,
          dtype=torch.bfloat16, compensate=(1.0,), keep=0.2),
     Case("gpu_dim_128_fp32", heads=2, q_len=519, kv_len=519, dim=128, block_q=128, block_kv=128),
@@ -98,7 +98,7 @@ def test_compiled_graph_holds_the_kernels(compensate: bool, monkeypatch: pytest.
 
     class Backward(torch.nn.Module):
         def forward(self, *args):
-            return OP(*args[:9], None, 32, 32, None, 0, *args[9:])
+            return OP(*args[:9], None, 32, 32, None, *args[9:])
 
     with FakeTensorMode():
         q, k, v, grad = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(4))

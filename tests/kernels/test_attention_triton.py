@@ -56,7 +56,7 @@ GPU_ONLY = [
     Case("gpu_dim_128_bf16", batch=2, heads=4, kv_heads=4, q_len=1013, kv_len=1013, dim=128, block_q=128, block_kv=128,
          dtype=torch.bfloat16, layout="bshd"),
     Case("gpu_dim_64_fp16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=777, dim=64, block_q=128, block_kv=64,
-         dtype=torch.float16, plan_heads=4, mask="padding", mask_start=500),
+         dtype=torch.float16, plan_heads=4, mask="padding"),
     Case("gpu_dim_128_fp32", heads=2, q_len=519, kv_len=519, dim=128, block_q=128, block_kv=128),
     Case("gpu_mean_dim_128_bf16", batch=2, heads=4, kv_heads=2, q_len=1013, kv_len=5000, dim=128, block_q=128,
          block_kv=128, dtype=torch.bfloat16, layout="bshd", compensate=(1.0, 0.3), keep=0.2),
@@ -79,22 +79,21 @@ def test_cuda_matches_reference(case: Case):
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("case", GPU_ONLY, ids=str)
 def test_cuda_matches_reference_however_launched(case: Case, variant: str):
+    from dynamicrad_compile.kernels.attention_arguments import Attention
     from dynamicrad_compile.kernels.attention_triton import launch_forward
     from dynamicrad_compile.kernels.means import means_of
 
     args = build(case)
-    q, k, v, counts, indices, _, block_q, block_kv, mask, start, weight = (
-        x.cuda() if isinstance(x, torch.Tensor) else x for x in args
-    )
+    a = Attention(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args))
     capability = torch.cuda.get_device_capability()
     if variant == "tma" and capability < (9, 0):
         pytest.skip("the copy engine needs sm_90")
-    means = None if weight is None else means_of(k, v, counts, indices, block_kv, mask, weight)
-    tile = choose_tile(capability, case.dtype != torch.float32, case.dim, block_q, block_kv)
+    tile = choose_tile(capability, case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
     tile = dataclasses.replace(tile, tma=variant == "tma")
-    plan = (counts, indices, case.dim**-0.5, block_q, block_kv)
-    kind = {"splits": 3 if variant == "splits" else 1, "qk_int8": variant == "int8"}
-    out, lse = launch_forward(q, k, v, *plan, mask, start, means, tile, **kind)
+    means = None if a.compensate is None else means_of(a)
+    out, lse = launch_forward(
+        a._replace(qk_int8=variant == "int8"), means, tile, splits=3 if variant == "splits" else 1
+    )
     (check_int8 if variant == "int8" else check)(out.cpu(), lse.cpu(), args, case.dtype)
 
 
@@ -125,7 +124,7 @@ def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.M
 
     class Attention(torch.nn.Module):
         def forward(self, *args):
-            return torch.ops.dynamicrad.block_sparse_attention(*args[:5], None, 32, 32, None, 0, *args[5:])
+            return torch.ops.dynamicrad.block_sparse_attention(*args[:5], None, 32, 32, None, *args[5:])
 
     with FakeTensorMode():
         q, k, v = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(3))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels import attention_cpu as cpu
+from dynamicrad_compile.kernels import groups_cpu as cpu
 from dynamicrad_compile.kernels.attention_reference import kept_blocks, token_mask
 from dynamicrad_compile.kernels.means import kept_bits
 from dynamicrad_compile.plans.attention import block_sparse_attention
@@ -32,14 +32,14 @@ def random_plan(length: int, block: int = 32, keep: float = 0.4) -> BlockPlan:
 @pytest.mark.parametrize("case", COMPENSATED, ids=str)
 def test_weight_zero_changes_nothing(case):
     args = list(build(case))
-    args[10] = torch.zeros_like(args[10])
-    for got, want in zip(OP(*args), OP(*args[:10]), strict=True):
+    args[9] = torch.zeros_like(args[9])
+    for got, want in zip(OP(*args), OP(*args[:9]), strict=True):
         assert torch.equal(got, want)
 
 
 def test_dense_rows_and_samples_of_weight_zero_are_plain():
     args = list(build(BY_NAME["mean_per_sample"]))
-    plain, weighted = OP(*args[:10]), OP(*args)
+    plain, weighted = OP(*args[:9]), OP(*args)
     block = args[6]
     dense = args[3][0, 0] >= -(-args[1].shape[2] // args[7])
     assert dense.sum() == 1
@@ -73,7 +73,7 @@ def test_large_scores_do_not_overflow():
     q, k, v = torch.randn(3, 1, 2, 101, 16)
     plan, weight = random_plan(101), torch.tensor([0.5])
     out, lse = block_sparse_attention(100 * q, 100 * k, v, plan, compensate=weight, return_lse=True)
-    args = (100 * q, 100 * k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, weight)
+    args = (100 * q, 100 * k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, weight)
     check(out, lse, args, torch.float32)
 
 
@@ -124,7 +124,7 @@ def test_kept_bits(m_k: int):
 @pytest.mark.parametrize("name", ["mean_even", "mean_ragged", "mean_per_sample", "mean_per_batch_and_head"])
 def test_flops_count_the_means(name: str):
     args = build(BY_NAME[name])
-    q, k, counts, weight = args[0], args[1], args[3], args[10]
+    q, k, counts, weight = args[0], args[1], args[3], args[9]
     batch, heads, q_len, dim = q.shape
     m_k = -(-k.shape[2] // args[7])
     pairs = token_mask(*args[3:5], *args[6:8], q_len, k.shape[2]).expand(batch, heads, -1, -1).sum()
@@ -138,7 +138,7 @@ def test_flops_count_the_means(name: str):
 def test_flops_of_fake_tensors_count_the_means():
     args = build(BY_NAME["mean_even"])
     totals = []
-    for given in (args, args[:10]):
+    for given in (args, args[:9]):
         with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
             OP(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given))
         totals.append(counter.get_total_flops())

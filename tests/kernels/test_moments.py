@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.attention_cases import BF16, CASES, HALF, Case, build, check
-from support.backward_cases import build_backward
+from support.attention_cases import BF16, CASES, HALF, Case, build
 from support.graphs import OPTIONS, drad, first_output, make, relative_error
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels import moments_op as second_order
-from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
 from dynamicrad_compile.kernels.attention_reference import kept_blocks
 from dynamicrad_compile.plans.cost import covariances
 
@@ -25,7 +22,7 @@ TOLERANCE = {torch.float32: (2e-5, 5e-6), HALF: (2e-3, 1e-3), BF16: (1.6e-2, 8e-
 
 def written_out(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) fp64 of the op's arguments, one block of queries after the other; differentiable."""
-    q, k, v, counts, indices, scale, block_q, block_kv, mask, _, weight = args
+    q, k, v, counts, indices, scale, block_q, block_kv, mask, weight = args
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.double() for x in (q, k, v))
     batch, heads, length, dim = q.shape
@@ -112,43 +109,10 @@ def test_its_gradient(case: Case):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max().clamp(min=1e-6), name
 
 
-@pytest.mark.parametrize("case", COMPENSATED, ids=str)
-def test_means_of_the_dropped_blocks_alone(case: Case):
-    args = build(case)
-    out, lse = ATTENTION(*args, False, True)
-    check(out, lse, args, case.dtype, dropped_only=True)
-
-
-@pytest.mark.parametrize("name", ["mean_ragged", "mean_per_sample", "mean_gqa", "mean_mask_random", "mean_many_blocks"])
-def test_gradient_of_the_means_alone(name: str):
-    args = build(BY_NAME[name])
-    leaves = [x.detach().clone().requires_grad_() for x in args[:3]]
-    out, lse = ATTENTION(*leaves, *args[3:], False, True)
-    grad_out, grad_lse = build_backward(BY_NAME[name])[5:7]
-    seen = ~lse.isinf()
-    got = torch.autograd.grad((out * grad_out).sum() + (lse * grad_lse)[seen].sum(), leaves)
-    grad_lse = torch.where(seen, grad_lse, 0.0)
-    given = (*args[3:9], args[10], True)
-    expected = block_sparse_attention_backward_reference(*args[:3], grad_out, grad_lse, *given)
-    for a, b in zip(got, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-
-
-def test_the_means_alone_need_a_weight():
-    args = build(BY_NAME["mean_even"])
-    with pytest.raises(PlanError, match="dropped_only needs compensate"):
-        ATTENTION(*args[:10], None, False, True)
-
-
-@pytest.mark.parametrize("name", ["mean_ragged", "mean_per_sample", "mean_mask_random"])
-def test_opcheck_of_the_means_alone(name: str):
-    torch.library.opcheck(ATTENTION.default, (*build(BY_NAME[name]), False, True))
-
-
 def test_a_plan_that_keeps_everything_is_dense_attention():
     q, k, v = torch.randn(3, 2, 2, 101, 16)
     plan = drad.BlockPlan.from_mask(torch.ones(4, 4, dtype=torch.bool), block_q=32, block_kv=32, q_len=101, kv_len=101)
-    given = (plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.ones(1))
+    given = (plan.kv_counts, plan.kv_indices, None, 32, 32, None, torch.ones(1))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(OP(q, k, v, *given)[0], dense, rtol=1e-5, atol=3e-6)
 
@@ -166,7 +130,7 @@ def test_argument_of_the_function():
     q, k, v = torch.randn(3, 1, 2, 101, 16)
     mask = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.4
     plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=101, kv_len=101)
-    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.tensor([0.7]))
+    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, torch.tensor([0.7]))
     got = drad.block_sparse_attention(q, k, v, plan, compensate=0.7, covariance=True, return_lse=True)
     for a, b in zip(got, OP(*given), strict=True):
         assert torch.equal(a, b)
@@ -189,7 +153,7 @@ def test_what_covariances_cost_is_what_is_counted():
     q, k, v = torch.randn(3, 1, 2, 256, 16)
     mask = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=256, kv_len=256)
-    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, 0, torch.ones(1))
+    given = (q, k, v, plan.kv_counts, plan.kv_indices, None, 32, 32, None, torch.ones(1))
     totals = []
     for op in (OP, ATTENTION):
         with FlopCounterMode(display=False) as counter:
@@ -274,7 +238,7 @@ def test_it_traces_for_cuda_where_there_is_none():
             indices = torch.empty(1, 1, 4, 3, dtype=torch.int32, device="cuda")
             weight, mask = torch.ones(1, device="cuda"), torch.ones(2, 101, dtype=torch.bool, device="cuda")
             for hidden in (None, mask):
-                out, lse = OP(q, k, v, counts, indices, None, 32, 32, hidden, 0, weight)
+                out, lse = OP(q, k, v, counts, indices, None, 32, 32, hidden, weight)
                 assert (out.dtype, out.shape, lse.dtype) == (dtype, q.shape, torch.float32)
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,17 +18,14 @@ from support.select_cases import CASES, CRITERIA, INTERPRETED_CASES, Case, build
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from dynamicrad_compile.kernels import ahead_of_time
+from dynamicrad_compile.kernels import select_op as _registers_the_ops  # noqa: F401
+from dynamicrad_compile.kernels import select_triton as triton_select
+from dynamicrad_compile.kernels.select_arguments import Selection
+from dynamicrad_compile.kernels.select_triton import _select_blocks, shape_of_program
 
-from dynamicrad_compile.kernels import select_op as select_blocks  # noqa: E402
-from dynamicrad_compile.kernels import select_triton as triton_select  # noqa: E402
-from dynamicrad_compile.kernels.select_triton import _select_blocks, shape_of_program  # noqa: E402
-
-assert select_blocks.launch_select is not None  # importing it defines the ops
 OP = torch.ops.dynamicrad.select_blocks
 OP_STATE = torch.ops.dynamicrad.select_blocks_
 
@@ -55,37 +51,17 @@ def test_interpreter_matches_reference(case: Case, criterion: str, interpreted):
         assert close <= 0.02
 
 
-def build_kernel(arch: int, dtype: str, dim: int, width: int, criterion: str, refresh: bool) -> dict[str, int]:
+def build_kernel(arch: int, dtype: str, dim: int, width: int, criterion: str, refresh: bool) -> ahead_of_time.Build:
     """Compile for `arch`; blocks and heads do not matter."""
     block_w, block_d, warps = shape_of_program(width, dim)
     constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_W": block_w, "CRITERION": CRITERIA.index(criterion)}
     # What the launcher specialises because it is 1.
     constants |= {"HAS_REFRESH": refresh, "KV_GROUP": 1} | dict.fromkeys(("stride_cm", "stride_fm", "stride_em"), 1)
-    names = _select_blocks.arg_names
     pointers = dict.fromkeys(("q_mean", "k_mean"), f"*{dtype}") | {"thresholds": "*fp32", "refresh": "*i1"}
     tables = ("n_keys", "counts", "indices", "forced", "near", "out_counts", "out_indices")
     pointers |= dict.fromkeys(tables, "*i32")
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "fp32" if name == "scale" else "i32")
-        for name in names
-    }
-    source = ASTSource(
-        fn=_select_blocks,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\w+)", ptx)[1]
-    ptxas = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", "-o", "/dev/null", "-"]
-    log = subprocess.run(ptxas, input=ptx, capture_output=True, text=True).stderr
-    return {
-        "warps": warps,
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
-        "shared": compiled.metadata.shared,
-    }
+    types = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in _select_blocks.arg_names}
+    return ahead_of_time.build(_select_blocks, types, constants, list(pointers), arch, {"num_warps": warps})
 
 
 BUILDS = [
@@ -108,16 +84,16 @@ BUILDS = [
 def test_compiles_without_spills(options: tuple):
     built = build_kernel(*options)
     print(f"\nsm_{options[0]} {options[1:]} {built}")
-    assert built["spilled"] == 0
-    assert built["shared"] <= SHARED_MEMORY[options[0]]
+    assert built.spilled == 0
+    assert built.shared <= SHARED_MEMORY[options[0]]
 
 
 def test_too_many_candidates_are_an_error():
     x, wide = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 4097, dtype=torch.int32)
     count = wide[..., 0]
-    arguments = (x, x, count[0], count, wide, count, count, torch.zeros(1, 2), 1.0, "mass", count, wide)
+    s = Selection(x, x, count, wide, count, count, torch.zeros(1, 2), 1.0, 16, 16, "mass")
     with pytest.raises(PlanError, match="at most 4096 candidates on CUDA, got 4097"):
-        triton_select.launch_select(*arguments)
+        triton_select.launch_select(s, x, x, count[0], count, wide)
 
 
 # ---- with a GPU

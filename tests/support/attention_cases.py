@@ -31,7 +31,6 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"  # "bshd": permuted from [B, S, H, D]; "slice": part of a wider tensor
     mask: str = "none"  # "random": any key may be hidden; "padding": right padding; "all": one sample sees nothing
-    mask_start: int = 0
     scale: float | None = None
     keep: float = 0.4
     compensate: tuple[float, ...] | None = None  # one weight per sample, or one for all
@@ -66,8 +65,7 @@ CASES = [
     Case("dim_256", dim=256, q_len=67, kv_len=67, heads=1, kv_heads=1),
     Case("mask_random", mask="random", batch=2, q_len=101, kv_len=101),
     Case("mask_random_even", mask="random", batch=2),
-    Case("mask_start", mask="random", mask_start=70, batch=2, q_len=101, kv_len=115),
-    Case("mask_padding", mask="padding", mask_start=64, batch=2, q_len=101, kv_len=115),
+    Case("mask_padding", mask="padding", batch=2, q_len=101, kv_len=115),
     Case("mask_all", mask="all", batch=2, q_len=67, kv_len=67),
     Case("scale", scale=0.5, q_len=101, kv_len=101),
     Case("fp16", dtype=HALF, q_len=101, kv_len=101),
@@ -149,34 +147,35 @@ def build(case: Case) -> tuple:
     if case.mask == "random":
         kv_mask = torch.rand(case.batch, case.kv_len, generator=generator) < 0.4
     elif case.mask == "padding":
-        lengths = torch.randint(case.mask_start, case.kv_len, (case.batch, 1), generator=generator)
+        lengths = torch.randint(case.kv_len // 2, case.kv_len, (case.batch, 1), generator=generator)
         kv_mask = torch.arange(case.kv_len) < lengths
     elif case.mask == "all":
         kv_mask = torch.ones(case.batch, case.kv_len, dtype=torch.bool)
         kv_mask[0] = False
-    if kv_mask is not None:
-        kv_mask[:, : case.mask_start] = True
     return (
         *(q, k, v, plan.kv_counts, plan.kv_indices),
-        *(case.scale, plan.block_q, plan.block_kv, kv_mask, case.mask_start),
+        *(case.scale, plan.block_q, plan.block_kv, kv_mask),
         None if case.compensate is None else torch.tensor(case.compensate),
     )
 
 
-def reference(args: tuple, dropped_only: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp64 result of the op's arguments."""
-    from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
+def reference(args: tuple, means_alone: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 result of the op's arguments, or of the same ones for `means_attention`."""
+    from dynamicrad_compile.kernels.attention_reference import (
+        block_sparse_attention_reference,
+        means_attention_reference,
+    )
 
-    return block_sparse_attention_reference(*args[:9], *args[10:], dropped_only=dropped_only)
+    return (means_attention_reference if means_alone else block_sparse_attention_reference)(*args)
 
 
-def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype, dropped_only: bool = False) -> None:
+def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype, means_alone: bool = False) -> None:
     """Compare with the fp64 reference.
 
     fp32: 1e-5 relative. fp16 and bf16 round the output, and on CUDA the probabilities, to 11 and 8 bits, so
     values of the order of 1 carry errors of some 2^-11 and 2^-8. Scores stay fp32, so lse is as exact as in fp32.
     """
-    expected, expected_lse = reference(args, dropped_only)
+    expected, expected_lse = reference(args, means_alone)
     assert not out.isnan().any()
     rtol, atol = {torch.float32: (1e-5, 3e-6), HALF: (2e-3, 1e-3), BF16: (1.6e-2, 8e-3)}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
@@ -193,7 +192,7 @@ def check_int8(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.d
     assert (out - expected).norm() <= 0.02 * expected.norm()  # 1 part in 254 of a row's largest entry, summed over dim
     torch.testing.assert_close(lse.double()[seen], expected_lse[seen], rtol=0, atol=0.05)
     assert torch.equal(lse.isinf(), ~seen)
-    if args[10] is None and dtype == torch.float32:
+    if args[9] is None and dtype == torch.float32:
         q, k, *rest = args
         mean = quantise.mean_key(k)
         q8, k8 = (quantise.dequantise(x) for x in (quantise.quantise(q), quantise.quantise(k, mean)))
@@ -206,39 +205,37 @@ def check_int8(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.d
 def main() -> None:
     import numpy as np
 
-    from dynamicrad_compile.kernels.attention_triton import INTERPRETED, launch_forward
-    from dynamicrad_compile.kernels.means import Means, kept_bits
-    from dynamicrad_compile.kernels.pool_op import valid_counts
+    from dynamicrad_compile.kernels._launch import INTERPRETED
+    from dynamicrad_compile.kernels.attention_arguments import Attention, Means
+    from dynamicrad_compile.kernels.attention_triton import launch_forward
+    from dynamicrad_compile.kernels.blocks import valid_counts
+    from dynamicrad_compile.kernels.means import kept_bits
     from dynamicrad_compile.kernels.pool_triton import launch_pooling
     from dynamicrad_compile.kernels.tiles import choose_tile
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     results = {}
     for case in CASES:
-        args = list(build(case))
-        args[5] = case.dim**-0.5 if case.scale is None else case.scale
+        a = Attention(*build(case))
         means = None
-        if case.compensate is not None:
-            k, v, counts, indices, mask = args[1], args[2], args[3], args[4], args[8]
-            valid = valid_counts(case.kv_len, case.block_kv, mask, k.device)
-            mean_k, mean_v = (launch_pooling(x, valid, case.block_kv, mask) for x in (k, v))
-            means = Means(mean_k, mean_v, valid, args[10], kept_bits(counts, indices, mean_k.shape[2]))
-        out, lse = launch_forward(*args[:10], means)
+        if a.compensate is not None:
+            valid = valid_counts(case.kv_len, case.block_kv, a.kv_mask, a.k.device)
+            mean_k, mean_v = (launch_pooling(x, valid, case.block_kv, a.kv_mask) for x in (a.k, a.v))
+            bits = kept_bits(a.kv_counts, a.kv_indices, mean_k.shape[2])
+            means = Means(mean_k, mean_v, valid, a.compensate, bits)
+        out, lse = launch_forward(a, means)
         assert out.is_contiguous()
         assert out.dtype == case.dtype
         results[f"{case.name}.out"], results[f"{case.name}.lse"] = out.float().numpy(), lse.numpy()
         for variant in VARIANTS:
             if case.name in VARIANTS[variant]:
                 tile = choose_tile((9, 0), case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
-                read = torch.zeros_like(args[3]) if variant == "dropped" else args[3]
+                read = torch.zeros_like(a.kv_counts) if variant == "dropped" else a.kv_counts
                 out, lse = launch_forward(
-                    *args[:3],
-                    read,
-                    *args[4:10],
+                    a._replace(kv_counts=read, qk_int8=variant == "int8"),
                     means,
                     tile=replace(tile, tma=variant == "tma", block_n=16),
                     splits=3 if variant == "splits" else 1,
-                    qk_int8=variant == "int8",
                 )
                 results[f"{case.name}.{variant}.out"] = out.float().numpy()
                 results[f"{case.name}.{variant}.lse"] = lse.numpy()

@@ -15,7 +15,7 @@ from support.attention_cases import BF16, CASES, HALF, Case, build, reference
 # The interpreter is slow: one case of each kind.
 _INTERPRETED = """
     ragged_both one_block cross_lengths blocks_differ blocks_differ_other_way block_not_power_of_two gqa_per_head
-    per_batch_and_head permuted dim_24 dim_256 mask_start mask_all fp16 bf16
+    per_batch_and_head permuted dim_24 dim_256 mask_random mask_all fp16 bf16
     mean_ragged mean_one_block mean_per_sample mean_many_blocks mean_gqa mean_sliced mean_mask_random mean_mask_all
     mean_fp16 mean_bf16 mean_keeps_nothing
 """
@@ -38,7 +38,7 @@ def expected_gradients(args: tuple) -> tuple[torch.Tensor, ...]:
     from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
 
     q, k, v, _, _, grad_out, grad_lse, *plan = args
-    return block_sparse_attention_backward_reference(q, k, v, grad_out, grad_lse, *plan[:6], plan[7])
+    return block_sparse_attention_backward_reference(q, k, v, grad_out, grad_lse, *plan)
 
 
 def check_gradients(got: tuple[torch.Tensor, ...], args: tuple) -> None:
@@ -61,21 +61,17 @@ def check_gradients(got: tuple[torch.Tensor, ...], args: tuple) -> None:
 def main() -> None:
     import numpy as np
 
-    from dynamicrad_compile.kernels.attention_backward_triton import INTERPRETED, launch_backward
-    from dynamicrad_compile.kernels.means import Means, kept_bits
-    from dynamicrad_compile.kernels.pool_op import _pool_cpu
+    from dynamicrad_compile.kernels._launch import INTERPRETED
+    from dynamicrad_compile.kernels.attention_backward_op import split
+    from dynamicrad_compile.kernels.attention_backward_triton import launch_backward
+    from dynamicrad_compile.kernels.means import means_of
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     results = {}
     for case in INTERPRETED_CASES:
-        *args, weight = build_backward(case)
-        k, v, counts, indices, block_kv, mask = args[1], args[2], args[7], args[8], args[11], args[12]
-        args[9] = case.dim**-0.5 if args[9] is None else args[9]
-        means = None
-        if weight is not None:
-            (mean_k, n), (mean_v, _) = (_pool_cpu(x, block_kv, mask) for x in (k, v))
-            means = Means(mean_k, mean_v, n, weight, kept_bits(counts, indices, mean_k.shape[2]))
-        for name, grad in zip(("dq", "dk", "dv"), launch_backward(*args, means), strict=True):
+        a, forward = split(build_backward(case))
+        means = None if a.compensate is None else means_of(a)
+        for name, grad in zip(("dq", "dk", "dv"), launch_backward(a, forward, means), strict=True):
             assert grad.is_contiguous()
             assert grad.dtype == case.dtype
             results[f"{case.name}.{name}"] = grad.float().numpy()

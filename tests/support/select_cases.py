@@ -192,20 +192,22 @@ def _near_the_cut(row: Any, got: set[int], pair: list[float], criterion: str, ep
 def main() -> None:
     import numpy as np
 
-    from dynamicrad_compile.kernels.pool_op import valid_counts
+    from dynamicrad_compile.kernels._launch import INTERPRETED
+    from dynamicrad_compile.kernels.blocks import valid_counts
     from dynamicrad_compile.kernels.pool_triton import launch_pooling
-    from dynamicrad_compile.kernels.select_triton import INTERPRETED, launch_select
+    from dynamicrad_compile.kernels.select_arguments import Selection
+    from dynamicrad_compile.kernels.select_triton import launch_select
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     results = {}
     for case, criterion in INTERPRETED_CASES:
-        q, k, *plan, thresholds, scale, block_q, block_kv, _, mask = build(case, criterion)
-        n_q, n_k = (valid_counts(*x, q.device) for x in ((case.q_len, block_q, None), (case.kv_len, block_kv, mask)))
-        means = launch_pooling(q, n_q, block_q), launch_pooling(k, n_k, block_kv, mask)
-        shape = (*q.shape[:2], *plan[1].shape[2:])
+        s = Selection(*build(case, criterion))
+        n_q = valid_counts(case.q_len, case.block_q, None, s.q.device)
+        n_k = valid_counts(case.kv_len, case.block_kv, s.kv_mask, s.q.device)
+        means = launch_pooling(s.q, n_q, case.block_q), launch_pooling(s.k, n_k, case.block_kv, s.kv_mask)
+        shape = (*s.q.shape[:2], *s.kv_indices.shape[2:])
         out = torch.full(shape[:3], 77, dtype=torch.int32), torch.full(shape, 77, dtype=torch.int32)
-        scale = case.dim**-0.5 if scale is None else scale
-        arguments = (*means, n_k, *plan, thresholds, scale, criterion, *out)
+        arguments = (s, *means, n_k, *out)
         launch_select(*arguments, torch.tensor([False]))
         assert all(bool((x == 77).all()) for x in out), "written although refresh is False"
         launch_select(*arguments)

@@ -1,6 +1,6 @@
 """From the ops of a rewritten graph to nodes of the domain `dynamicrad` in an ONNX model.
 
-    %pair = dynamicrad.block_sparse_attention(%q, %k, %v, %counts, %indices, scale, block_q, block_kv, mask, 0, weight)
+    %pair = dynamicrad.block_sparse_attention(%q, %k, %v, %counts, %indices, scale, block_q, block_kv, mask, weight)
     %pair = attention_node(...)
 
 torch.onnx makes of it dynamicrad::BlockSparseAttention(q, k, v, kv_counts, kv_indices, kv_mask, compensate).
@@ -31,7 +31,6 @@ def attention_node(
     block_q: int,
     block_kv: int,
     kv_mask: Tensor | None = None,
-    mask_start: int = 0,
     compensate: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """A node for `block_sparse_attention`; its lse is left out."""

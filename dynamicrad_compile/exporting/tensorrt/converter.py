@@ -22,7 +22,7 @@ from .names import INPUTS, MASK_INPUTS, MEANS_INPUTS, NAMESPACE, plugin_name
 from .plugin import ATTRIBUTES
 
 TENSORS = INPUTS + MASK_INPUTS + MEANS_INPUTS
-SCALARS = ("scale", "block_q", "block_kv", "mask_start")
+SCALARS = ("scale", "block_q", "block_kv")
 
 
 @dynamo_tensorrt_converter(PLUGIN_ATTENTION, supports_dynamic_shapes=True)
@@ -43,7 +43,7 @@ def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def needs_nothing_else(node: torch.fx.Node, settings: Any = None) -> bool:
     """Whether the op as it is needs nothing computed beside the kernel, so that a plugin alone can take it."""
     optional = dict(enumerate(node.args))
-    if optional.get(8) is not None or optional.get(10) is not None:  # mask, compensate
+    if optional.get(8) is not None or optional.get(9) is not None:  # mask, compensate
         return False
     q, k, block_q, block_kv = (node.args[i] for i in (0, 1, 6, 7))
     return not refusal(q.meta["val"], k.meta["val"], block_q, block_kv)
@@ -54,7 +54,7 @@ def convert_plain(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str
     """The same for the op itself."""
     q, k, v, counts, indices, scale, block_q, block_kv = args[:8]
     scale = float(q.shape[3]) ** -0.5 if scale is None else scale
-    return convert(ctx, target, (q, k, v, counts, indices, *(None,) * 6, scale, block_q, block_kv, 0), kwargs, name)
+    return convert(ctx, target, (q, k, v, counts, indices, *(None,) * 6, scale, block_q, block_kv), kwargs, name)
 
 
 TORCH_TRT_DECOMPOSITIONS[ATTENTION] = attention_for_plugin

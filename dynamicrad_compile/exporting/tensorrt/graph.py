@@ -1,8 +1,8 @@
 """The attention op in the form that a TensorRT plugin can take, and the rewrite of a graph to it.
 
-Before:  dynamicrad.block_sparse_attention(q, k, v, counts, indices, scale, block_q, block_kv, mask, start, weights)
+Before:  dynamicrad.block_sparse_attention(q, k, v, counts, indices, scale, block_q, block_kv, mask, weights)
 After:   mean keys and values, kept blocks                                ordinary operations; only with weights
-         dynamicrad.plugin_attention(q, k, v, counts, indices, mask, means..., scale, block_q, block_kv, start)
+         dynamicrad.plugin_attention(q, k, v, counts, indices, mask, means..., scale, block_q, block_kv)
 
 A plugin is one kernel, so what compensation computes beside the kernel becomes part of the graph, in operations that
 TensorRT has: it has no scatter that adds, and no bit shifts. All of this needs no TensorRT.
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
-from ...kernels.attention_op import DTYPES, MAX_HEAD_DIM
-from ...kernels.blocks import cdiv
+from ...kernels import attention_op as _registers_the_op  # noqa: F401
+from ...kernels.attention_arguments import Attention
+from ...kernels.blocks import cdiv, valid_counts
+from ...kernels.checks import DTYPES, MAX_HEAD_DIM
 from ...kernels.means import Means
-from ...kernels.pool_op import valid_counts
 from ...runtime.account import record
 
 ATTENTION = torch.ops.dynamicrad.block_sparse_attention.default
@@ -42,7 +43,6 @@ def plugin_attention(
     scale: float,
     block_q: int,
     block_kv: int,
-    mask_start: int,
 ) -> tuple[Tensor, Tensor]:
     """The attention op with all that compensation needs given to it.
 
@@ -53,16 +53,14 @@ def plugin_attention(
     """
     mask = None if kv_mask is None else kv_mask != 0
     if q.device.type == "cpu":
-        out, lse = ATTENTION(
-            q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, mask, mask_start, weight
-        )  # makes its own means
+        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, mask, weight)  # with own means
         return out, lse
     from ...kernels.attention_triton import launch_forward
 
     means = None
     if mean_k is not None and mean_v is not None and n_valid is not None and weight is not None and kept is not None:
         means = Means(mean_k.contiguous(), mean_v.contiguous(), n_valid.contiguous(), weight, kept.contiguous())
-    return launch_forward(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, mask, mask_start, means)
+    return launch_forward(Attention(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, mask), means)
 
 
 @plugin_attention.register_fake
@@ -86,16 +84,15 @@ def attention_for_plugin(
     block_q: int,
     block_kv: int,
     kv_mask: Tensor | None = None,
-    mask_start: int = 0,
     compensate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """block_sparse_attention through `plugin_attention` if that can take it; arguments and results of the op."""
     if refusal(q, k, block_q, block_kv):
-        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, mask_start, compensate)
+        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, compensate)
         return out, lse
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = plugin_inputs(q, k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
-    out, lse = PLUGIN_ATTENTION(*tensors, scale, block_q, block_kv, mask_start)
+    out, lse = PLUGIN_ATTENTION(*tensors, scale, block_q, block_kv)
     return out, lse
 
 

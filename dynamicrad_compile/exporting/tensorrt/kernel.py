@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
 from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
 from ...errors import ExportError
-from ...kernels.attention_triton import MEANS_TILE, _block_sparse_forward
+from ...kernels.ahead_of_time import Build, build, forward_constants, options_of
+from ...kernels.attention_triton import _block_sparse_forward
 from ...kernels.tiles import SHARED_MEMORY, Tile, choose_tile
 from .names import input_names
 
@@ -60,7 +57,6 @@ def _plugin_forward(
     out,  # [B, H, Sq, D]
     lse,  # fp32 [B, H, Sq]
     SCALE: tl.constexpr,
-    MASK_START: tl.constexpr,
     H: tl.constexpr,
     KV_GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -92,9 +88,6 @@ def _plugin_forward(
         count_batch = tl.where(masks > 1, blocks, 0)
     if COMPENSATE:
         weight_batch = tl.where(weights > 1, 1, 0)
-    first_partial = kv_len // BLOCK_KV
-    if HAS_MASK:
-        first_partial = tl.minimum(first_partial, MASK_START // BLOCK_KV)
     _block_sparse_forward(
         q,
         k,
@@ -114,14 +107,10 @@ def _plugin_forward(
         out,
         lse,
         SCALE,
-        1,  # B * H, which only ORDERED and SPLITS need
         H,
         KV_GROUP,
         q_len,
         kv_len,
-        rows,
-        first_partial,
-        MASK_START,
         H * stride_qh,
         stride_qh,
         D,
@@ -168,7 +157,7 @@ class KernelConfig:
 
     dtype       "fp16", "bf16" or "fp32"
     ragged      kv_len may be no multiple of block_kv
-    masked      there is a key mask; keys before mask_start are not looked up in it
+    masked      there is a key mask
     compensate  dropped blocks count by their means
     """
 
@@ -181,7 +170,6 @@ class KernelConfig:
     scale: float
     ragged: bool = True
     masked: bool = False
-    mask_start: int = 0
     compensate: bool = False
 
     def inputs(self) -> tuple[str, ...]:
@@ -195,18 +183,15 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class KernelImage:
-    """A kernel ready to be embedded: PTX whose parameters are inputs, sizes and outputs (out, lse), in this order.
+    """A kernel ready to be embedded: its PTX has as parameters inputs, sizes and outputs (out, lse), in this order.
 
-    The grid is Mq * (block_q / block_m) * B * H, a block has `threads` threads and `shared` bytes of dynamic memory.
+    The grid is Mq * (block_q / block_m) * B * H, a block has `threads` threads and `built.shared` bytes of dynamic
+    memory.
     """
 
-    name: str
-    ptx: str
-    target: str
+    built: Build
     block_m: int
     threads: int
-    shared: int
-    parameters: int
 
 
 def tiles_of(capability: tuple[int, int], config: KernelConfig) -> tuple[Tile, Tile]:
@@ -249,49 +234,23 @@ def build_kernel(config: KernelConfig, capability: tuple[int, int], tile: Tile |
     given = (*config.inputs(), *config.sizes(), "out", "lse")
     constants |= {name: None for name in names if name not in constants and name not in given}
     typed = dict.fromkeys(("q", "k", "v", "mean_k", "mean_v", "out"), f"*{config.dtype}") | POINTERS
-    signature = {name: "constexpr" if name in constants else typed.get(name, "i32") for name in names}
-    source = ASTSource(
-        fn=_plugin_forward,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        # As TensorRT allocates them; without the hint loads would be scalar.
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in given if name in typed},
-    )
+    types = {name: typed.get(name, "i32") for name in names}
+    aligned = [name for name in given if name in typed]  # as TensorRT allocates them
     version = PTX_VERSION[max(n for n in PTX_VERSION if n <= number)]
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "ptx_version": version}
-    options["enable_fp_fusion"] = True
-    compiled = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
-    ptx = without_scratch(compiled.asm["ptx"], len(given), compiled.metadata)
-    found = re.search(r"^\.target (\w+)", ptx, re.M)
-    assert found is not None
-    return KernelImage(
-        name=compiled.metadata.name,
-        ptx=ptx,
-        target=found[1],
-        block_m=tile.block_m,
-        threads=32 * tile.num_warps,
-        shared=compiled.metadata.shared,
-        parameters=len(given),
-    )
+    options = {**options_of(tile), "ptx_version": version}
+    built = build(_plugin_forward, types, constants, aligned, number, options)
+    built = replace(built, ptx=without_scratch(built.ptx, len(given), built.metadata))
+    return KernelImage(built, tile.block_m, 32 * tile.num_warps)
 
 
 def _constants(config: KernelConfig, tile: Tile) -> dict[str, object]:
-    return {
+    return forward_constants(config.dtype, config.head_dim, tile, config.block_q, config.block_kv) | {
         "SCALE": config.scale,
-        "MASK_START": config.mask_start,
         "H": config.heads,
         "KV_GROUP": config.heads // config.kv_heads,
-        "D": config.head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(config.head_dim)),
-        "BLOCK_Q": config.block_q,
-        "BLOCK_KV": config.block_kv,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_J": min(MEANS_TILE, tile.block_n),
         "RAGGED": config.ragged,
         "HAS_MASK": config.masked,
         "COMPENSATE": config.compensate,
-        "PRECISION": "tf32x3" if config.dtype == "fp32" else "tf32",
     }
 
 
@@ -312,16 +271,3 @@ def without_scratch(ptx: str, wanted: int, metadata: object) -> str:
         )
     start, end = head.span(1)
     return ptx[:start] + ",\n".join("\t" + line for line in parameters[:wanted]) + ptx[end:]
-
-
-def assemble(image: KernelImage) -> str:
-    """Run ptxas on a kernel and return its log: registers, spilled bytes, shared memory.
-
-    Raises ExportError if ptxas rejects it.
-    """
-    number = int(re.sub(r"\D", "", image.target))
-    command = [get_ptxas(number).path, "-v", f"--gpu-name={image.target}", "-o", "/dev/null", "-"]
-    done = subprocess.run(command, input=image.ptx, capture_output=True, text=True)
-    if done.returncode:
-        raise ExportError(f"ptxas rejects the kernel for {image.target}: {done.stderr.strip()}")
-    return done.stderr

@@ -17,8 +17,7 @@ from torch import Tensor, fx
 from torch.onnx import ops as onnx_ops
 
 from ...errors import ExportError
-from ...kernels.blocks import cdiv
-from ...kernels.pool_op import valid_counts
+from ...kernels.blocks import cdiv, valid_counts
 from ..job import Job
 from ..onnx.model import _quiet as quiet
 from .graph import block_means, kept_flags, lower, plugin_inputs
@@ -37,7 +36,6 @@ def attention_node(
     block_q: int,
     block_kv: int,
     kv_mask: Tensor | None = None,
-    mask_start: int = 0,
     compensate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """block_sparse_attention as a node for a plugin, with mean keys and values computed in front of it."""
@@ -50,7 +48,6 @@ def attention_node(
             "scale": [float(scale)],
             "block_q": [block_q],
             "block_kv": [block_kv],
-            "mask_start": [mask_start],
             "plugin_namespace": NAMESPACE,  # how TensorRT's parser finds the plugin, and that it is compiled ahead
             "plugin_version": "1",
             "aot": 1,
@@ -72,7 +69,6 @@ def standard_attention(
     block_q: int,
     block_kv: int,
     kv_mask: Tensor | None = None,
-    mask_start: int = 0,
     compensate: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """block_sparse_attention in operations that every runtime has; memory is that of all scores."""

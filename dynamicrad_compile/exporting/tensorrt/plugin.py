@@ -21,7 +21,7 @@ from ...errors import ExportError
 from .kernel import KernelConfig, KernelImage, build_kernel, tiles_of
 from .names import NAMESPACE, input_names, plugin_name
 
-ATTRIBUTES = {"scale": np.float32, "block_q": np.int32, "block_kv": np.int32, "mask_start": np.int32}
+ATTRIBUTES = {"scale": np.float32, "block_q": np.int32, "block_kv": np.int32}
 """Attributes of every plugin, each an array of one number: plain numbers would break on numpy 2.4."""
 
 TILE_TACTIC, SMALL_TACTIC = 1, 2
@@ -72,7 +72,6 @@ def image_of(tensors: dict[str, Any], attributes: dict[str, Any], tactic: int) -
         scale=float(attributes["scale"][0]),
         ragged=not kv_len.is_constant or kv_len.constant_value() % block_kv != 0,
         masked="kv_mask" in tensors,
-        mask_start=int(attributes["mask_start"][0]),
         compensate="mean_k" in tensors,
     )
     capability = _capability()
@@ -106,10 +105,11 @@ def _kernel(tensors: dict[str, Any], attributes: dict[str, Any], outputs: Any, t
     tiles = int(attributes["block_q"][0]) // image.block_m  # of a row of the plan
     launch.grid_x = indices[2] * tiles * q[0] * q[1]
     launch.block_x = image.threads
-    launch.shared_mem = image.shared
+    launch.shared_mem = image.built.shared
     sizes = [q[2], k[2], indices[0], indices[1], indices[3]]
     sizes += [tensors[name].shape_expr[0] for name in ("kv_mask", "weight") if name in tensors]
-    return image.name, image.ptx, launch, trtp.SymIntExprs.from_tuple([trtp.SymInt32(size) for size in sizes])
+    numbers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(size) for size in sizes])
+    return image.built.name, image.built.ptx, launch, numbers
 
 
 def _with_signature(

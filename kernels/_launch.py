@@ -1,0 +1,91 @@
+"""What the launchers of the Triton kernels share: how a kernel is called, strides, sizes, and what the device is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from .attention_arguments import Means
+from .tiles import Tile
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
+"""True if Triton was imported with TRITON_INTERPRET=1."""
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """A kernel to be called as `wrap_triton(kernel)[grid](...)`, which compilers see as it is."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; the interpreter takes the tiles of sm_90."""
+    return (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Their number; the interpreter takes that of an H100."""
+    return 132 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def shared_strides(x: torch.Tensor, *dims: int) -> tuple[int, ...]:
+    """Strides, 0 where the size is 1 and the entry serves all."""
+    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in dims)
+
+
+def row_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a plan's table [P, H', Mq, ...] between samples, heads and rows."""
+    return (*shared_strides(x, 0, 1), x.stride(2))
+
+
+def sizes_of(x: torch.Tensor) -> dict[str, Any]:
+    """The constants of a kernel that follow from the last dimension and the dtype of q or v."""
+    return {
+        "D": x.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(x.shape[-1])),
+        # The interpreter's tl.dot is wrong for bf16.
+        "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+    }
+
+
+def tile_sizes(tile: Tile) -> dict[str, int]:
+    """The constants and launch options of a tile."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def mean_operands(means: Means | None, unread: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """The five tensors and the five strides by which kernels find `means`; `unread` stands for those of None."""
+    if means is None:
+        return (unread,) * 5, (0,) * 5
+    return tuple(means), (*shared_strides(means.counts, 0), *shared_strides(means.weight, 0), *row_strides(means.bits))
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """x [B, H, S, D] for the copy engine of sm_90, in blocks [1, 1, rows, columns]; None where it can't be read.
+
+    It needs strides of 16 bytes, and sizes that are known.
+    """
+    known = all(isinstance(n, int) for n in (*x.shape, *x.stride()))
+    if not (known and x.stride(3) == 1 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:3])):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])

@@ -1,0 +1,33 @@
+"""What the backward kernels load: rows of a tensor, and the biases of mean keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_rows(p, o_row, stride, o_d, length, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED, WIDEN: tl.constexpr):
+    """[rows, BLOCK_D] from rows o_row of x [length, D]; zeros beyond length (only if RAGGED) and beyond D."""
+    p_x = p + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if RAGGED and D < BLOCK_D:
+        b_x = tl.load(p_x, mask=(o_row < length)[:, None] & (o_d < D)[None, :], other=0.0)
+    elif RAGGED:
+        b_x = tl.load(p_x, mask=(o_row < length)[:, None], other=0.0)
+    elif D < BLOCK_D:
+        b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_x)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _mean_bias(n_valid, weight, kept, o_j, n_blocks):
+    """fp32 [len(o_j)], log2(keys * weight) of the mean keys o_j; -inf where the row keeps the block."""
+    m_j = o_j < n_blocks
+    b_n = tl.load(n_valid + o_j, mask=m_j, other=0)
+    b_bits = tl.load(kept + o_j // 32, mask=m_j, other=-1)
+    m_j = (((b_bits >> (o_j % 32)) & 1) == 0) & (b_n > 0)
+    return tl.where(m_j, tl.log2(b_n.to(tl.float32) * weight), float("-inf"))
