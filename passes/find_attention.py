@@ -1,9 +1,9 @@
 """Find the attention calls of a graph.
 
 Before:  %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%m)      (functional, torch._C._nn, or aten)
-         %out = softmax(%q @ %k^T * scale + %m) @ %v                        (see _softmax_attention)
-         %out = flash_attn._flash_attn_forward(%q, %k, %v, ...)             (see _library_attention)
-         %out = multi_head_attention_forward(%x, %x, %x, ...)               (see _multihead_attention)
+         %out = softmax(%q @ %k^T * scale + %m) @ %v                        (see reading.softmax_attention)
+         %out = flash_attn._flash_attn_forward(%q, %k, %v, ...)             (see reading.library_attention)
+         %out = multi_head_attention_forward(%x, %x, %x, ...)               (see reading.multihead_attention)
 After:   the same graph; `context.sites` holds one `Site` with the call's arguments by name
 
 A near miss is left alone: linear attention (matrix products without a softmax) is no site.

@@ -18,7 +18,7 @@ from ..axes.tensor_labels import Range
 Shape = tuple[int, ...]
 
 
-class Trace(Protocol):
+class AxisTrace(Protocol):
     """What a rule for labels may ask of the trace: the running node, the terms of the graph, and sources in it."""
 
     node: str
@@ -69,7 +69,7 @@ class Hiding(Protocol):
         """Whether a value is 0 or 1, and a factor a number low enough to hide a key."""
 
 
-LabelRule = Callable[[Trace, Any, Sequence[Any], dict[str, Any]], Any]
+LabelRule = Callable[[AxisTrace, Any, Sequence[Any], dict[str, Any]], Any]
 """(trace, output, args, kwargs) -> labels of the output's dimensions (a list of those where it has several outputs),
 None where nothing is known."""
 

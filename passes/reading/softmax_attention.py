@@ -21,8 +21,8 @@ from ..graph import shape_hint
 from ..operators.names import argument, op_name, operand, tensor_value
 from ..operators.table import permutation
 from ..site import AttentionCall
+from .hiding import HIDDEN
 from .layout import layout_of_rank
-from .masks import HIDDEN
 from .numbers import number
 from .products import Product, computed_in, peel, read_product
 from .writes import Positions

@@ -16,7 +16,8 @@ from dynamicrad_compile.passes.operators import names, table
 from dynamicrad_compile.passes.operators.entry import Operator
 from dynamicrad_compile.passes.operators.mode import AxisMode
 from dynamicrad_compile.passes.operators.rules import masks, pointwise, streams
-from dynamicrad_compile.passes.reading.masks import mask_labels, shows_hiding
+from dynamicrad_compile.passes.reading.hiding import shows_hiding
+from dynamicrad_compile.passes.reading.masks import mask_labels
 from dynamicrad_compile.passes.reading.writes import is_rewritten
 
 

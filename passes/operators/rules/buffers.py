@@ -18,10 +18,10 @@ from ...axes.alignment import unify
 from ...axes.concatenation import concat, rows_of, slice_label
 from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, resolve
 from ...axes.tensor_labels import Labels, Range, get_base, get_labels, get_range, set_labels
-from ..calls import Trace
+from ..calls import AxisTrace
 
 
-def new_buffer(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def new_buffer(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """empty, zeros, full and the like: axes with nothing in them."""
     labels = [fresh(n, Source(trace.node, d, "op", out.dim())) for d, n in enumerate(out.shape)]
     for label in labels:
@@ -30,7 +30,7 @@ def new_buffer(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dic
     return labels
 
 
-def spoilt(trace: Trace, size: int, dim: int, why: Reason) -> Label:
+def spoilt(trace: AxisTrace, size: int, dim: int, why: Reason) -> Label:
     """A dimension whose rows are in an unknown order, with the reason."""
     label = fresh(size, trace.source(dim))
     for axis in label:
@@ -38,7 +38,7 @@ def spoilt(trace: Trace, size: int, dim: int, why: Reason) -> Label:
     return label
 
 
-def write(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def write(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Copy into a tensor or a view of one."""
     labels = list(get_labels(args[0]))
     if not isinstance(args[1], torch.Tensor):
@@ -91,7 +91,7 @@ def _aligned(source: torch.Tensor, target: torch.Tensor) -> list[tuple[int, Labe
     ]
 
 
-def slice_scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def slice_scatter(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """What exported programs have for a write into a slice."""
     tensor, source = args[:2]
     values = dict(zip(("dim", "start", "end", "step"), (0, None, None, 1), strict=True)) | kwargs
@@ -103,18 +103,18 @@ def slice_scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: 
     return _write_rows(trace, tensor, dim, found, source, in_place=False, interleaved=step != 1)
 
 
-def select_scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def select_scatter(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """One row changes: nothing is learnt, nothing lost."""
     return list(get_labels(args[0]))
 
 
-def index_copy(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def index_copy(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Rows of one dimension, by an index."""
     tensor, dim, index, source = args[:4]
     return _write_rows(trace, tensor, dim % max(out.dim(), 1), get_range(index), source, in_place=out is tensor)
 
 
-def scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def scatter(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Elements along one dimension, by an index as large as what is written."""
     tensor, dim, index, source = args[:4]
     dim %= max(out.dim(), 1)
@@ -126,7 +126,7 @@ def scatter(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[s
     return _write_rows(trace, tensor, dim, found, source, in_place=out is tensor)
 
 
-def scatter_add(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def scatter_add(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Something is added to rows: they stay what they were, unless nothing was there."""
     labels = list(get_labels(args[0]))
     dim = args[1] % max(out.dim(), 1)
@@ -135,7 +135,7 @@ def scatter_add(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: di
     return labels
 
 
-def index_put(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def index_put(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Rows by indices; of masks and of several dimensions at once the order is not known."""
     tensor, indices, source = args[:3]
     labels = list(get_labels(tensor))
@@ -151,7 +151,7 @@ def index_put(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict
 
 
 def _write_rows(
-    trace: Trace, tensor: torch.Tensor, dim: int, rows: Range | None, source: torch.Tensor, *, in_place: bool,
+    trace: AxisTrace, tensor: torch.Tensor, dim: int, rows: Range | None, source: torch.Tensor, *, in_place: bool,
     interleaved: bool = False,
 ) -> Labels:  # fmt: skip
     """Labels of `tensor` after `source` was written into its rows `rows.start`, ... of dimension `dim`."""
@@ -182,12 +182,12 @@ def _write_rows(
     return labels
 
 
-def _unknown_order(trace: Trace) -> Reason:
+def _unknown_order(trace: AxisTrace) -> Reason:
     text = f"{trace.node} writes rows by an index whose values are known only when the graph runs"
     return Reason("unknown_rows", text, SET_GRID)
 
 
-def spoil(trace: Trace, tensor: torch.Tensor, what: str) -> None:
+def spoil(trace: AxisTrace, tensor: torch.Tensor, what: str) -> None:
     """Forget the labels of a tensor that an unknown operation changed in place, and of what it is a view of."""
     for one in {id(x): x for x in (tensor, get_base(tensor))}.values():
         text = f"{trace.node} ({what}) changes a tensor in place in a way that is not followed"

@@ -9,10 +9,10 @@ import torch
 
 from ...axes.labels import Label, fresh, resolve, split
 from ...axes.tensor_labels import Labels, get_labels
-from ..calls import Trace
+from ..calls import AxisTrace
 
 
-def convolution(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def convolution(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """A patch embedding (kernel = stride) keeps the coarse half of an axis; a 'same' convolution all of it."""
     tensor, weight, _, stride, padding, dilation, transposed = args[:7]
     labels = get_labels(tensor)
@@ -31,7 +31,7 @@ def convolution(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: di
     return result
 
 
-def pool(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def pool(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Pooling without overlap makes patches, as a patch embedding does."""
     tensor, kernel = args[:2]
     stride = (args[2] if len(args) > 2 else None) or kernel
@@ -47,7 +47,7 @@ def pool(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str,
     return result
 
 
-def im2col(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def im2col(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """[B, C, H, W] -> [B, C kernel, patches] (F.unfold): patches without overlap are rows x columns of them."""
     tensor, kernel, dilation, padding, stride = args[:5]
     labels = get_labels(tensor)
@@ -66,7 +66,7 @@ def im2col(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[st
     return result
 
 
-def pixel_unshuffle(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def pixel_unshuffle(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """[..., C, H r, W r] -> [..., C r r, H, W]."""
     tensor, step = args[:2]
     labels = list(get_labels(tensor))
@@ -77,7 +77,7 @@ def pixel_unshuffle(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs
     return labels
 
 
-def pixel_shuffle(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def pixel_shuffle(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """[..., C r r, H, W] -> [..., C, H r, W r]."""
     labels = list(get_labels(args[0]))
     for d in (-2, -1):
@@ -86,7 +86,7 @@ def pixel_shuffle(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: 
     return labels
 
 
-def _coarse(trace: Trace, label: Label, n: int, m: int, step: int) -> Label | None:
+def _coarse(trace: AxisTrace, label: Label, n: int, m: int, step: int) -> Label | None:
     """Patches of `step` positions, as an axis."""
     leaves = resolve(label)
     if n != m * step or not leaves or leaves[-1].size % step:

@@ -12,10 +12,10 @@ from ...axes.concatenation import concat, same, slice_label
 from ...axes.labels import Label, Part, Row, are_mirrored, fresh, resolve
 from ...axes.streams import all_one, get_stream
 from ...axes.tensor_labels import Labels, get_labels
-from ..calls import Trace
+from ..calls import AxisTrace
 
 
-def slice_(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def slice_(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Rows of one dimension; of a step other than 1 nothing is known."""
     tensor = args[0]
     dim = (args[1] if len(args) > 1 else 0) % tensor.dim()
@@ -32,20 +32,20 @@ def slice_(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[st
     return labels
 
 
-def select(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def select(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """One dimension is dropped."""
     labels = list(get_labels(args[0]))
     del labels[args[1] % args[0].dim()]
     return labels
 
 
-def unbind(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Labels]:
+def unbind(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Labels]:
     """One dimension is dropped, in each output."""
     dim = args[1] if len(args) > 1 else 0
     return [select(trace, piece, (args[0], dim), {}) for piece in out]
 
 
-def split(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Labels]:
+def split(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Labels]:
     """Rows of one dimension, one piece after the other."""
     tensor = args[0]
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % tensor.dim()
@@ -58,7 +58,7 @@ def split(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return result
 
 
-def cat(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def cat(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Pieces of one dimension; rows of an axis, all and in order, are that axis again."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
     tensors = [x for x in args[0] if x.dim() == out.dim()]
@@ -72,7 +72,7 @@ def cat(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, 
     return labels
 
 
-def stack(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def stack(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """A new dimension; rows of an axis, all and in order, are that axis again."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
     labels = _aligned(trace, args[0])
@@ -81,7 +81,7 @@ def stack(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str
     return labels
 
 
-def pad(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def pad(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Rows of nothing before and behind."""
     tensor, amounts = args[0], args[1]
     labels = list(get_labels(tensor))
@@ -100,7 +100,7 @@ def pad(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, 
     return labels
 
 
-def _aligned(trace: Trace, tensors: Sequence[torch.Tensor], skip: int | None = None) -> Labels:
+def _aligned(trace: AxisTrace, tensors: Sequence[torch.Tensor], skip: int | None = None) -> Labels:
     """Labels of tensors that are put side by side, dimension `skip` apart. Rows in two directions are no axis."""
     labels = list(get_labels(tensors[0]))
     for d in range(len(labels)):
@@ -117,7 +117,7 @@ def _aligned(trace: Trace, tensors: Sequence[torch.Tensor], skip: int | None = N
     return labels
 
 
-def _frames(trace: Trace, tensors: Sequence[torch.Tensor]) -> Label:
+def _frames(trace: AxisTrace, tensors: Sequence[torch.Tensor]) -> Label:
     """The axis of which tensors were made row by row, each from one row and in order; () if they were not."""
     if len(tensors) < 2:
         return ()

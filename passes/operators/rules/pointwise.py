@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 from ...axes.alignment import unify
 from ...axes.labels import Row, fresh, label_size
 from ...axes.tensor_labels import Labels, get_labels
-from ..calls import Trace
+from ..calls import AxisTrace
 
 
-def broadcast(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels | None:
+def broadcast(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels | None:
     """Broadcasting: aligned dimensions are the same axis."""
     if not isinstance(out, torch.Tensor):
         return None
@@ -37,7 +37,7 @@ def broadcast(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any
     ]
 
 
-def like_first(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def like_first(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Output (or the first of several outputs) has the dimensions of the first argument."""
     if not isinstance(args[0], torch.Tensor):
         return None
@@ -45,7 +45,7 @@ def like_first(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, An
     return [labels] if isinstance(out, (tuple, list)) else labels
 
 
-def keep_sizes(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def keep_sizes(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Leading dimensions of equal size keep their axis (normalisation, packing of complex numbers)."""
     first = out[0] if isinstance(out, (tuple, list)) else out
     labels = get_labels(args[0])
@@ -56,7 +56,7 @@ def keep_sizes(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, An
     return [kept] if isinstance(out, (tuple, list)) else kept
 
 
-def reduce(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def reduce(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Reductions drop or flatten dimensions to 1."""
     first = out[0] if isinstance(out, (tuple, list)) else out
     tensor = args[0]
@@ -67,7 +67,7 @@ def reduce(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     return _reduced(first, tensor, dims, isinstance(out, (tuple, list)))
 
 
-def norm(trace: Trace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def norm(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Norms have their order before the dimensions."""
     return _reduced(out, args[0], args[2] if len(args) > 2 else kwargs.get("dim"), False)
 

@@ -10,29 +10,29 @@ import torch
 from ...axes.labels import fresh, label_size, mirrored
 from ...axes.reshape import reshape
 from ...axes.tensor_labels import Labels, get_labels
-from ..calls import Trace
+from ..calls import AxisTrace
 from .pointwise import keep_sizes
 
 
-def view(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def view(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Row-major regrouping."""
     return reshape(get_labels(args[0]), list(out.shape), trace.source())
 
 
-def view_dtype(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def view_dtype(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """`view` has two meanings: another shape or another dtype."""
     if isinstance(args[1], torch.dtype):
         return keep_sizes(trace, out, args, kwargs)
     return view(trace, out, args, kwargs)
 
 
-def permute(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def permute(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Dimensions in the order given."""
     labels = get_labels(args[0])
     return [labels[d] for d in args[1]]
 
 
-def transpose(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def transpose(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Two dimensions exchanged."""
     labels = list(get_labels(args[0]))
     if labels:
@@ -40,19 +40,19 @@ def transpose(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict
     return labels
 
 
-def t(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def t(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Both dimensions of a matrix exchanged."""
     return list(reversed(get_labels(args[0])))
 
 
-def unsqueeze(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def unsqueeze(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """A dimension of size 1 more."""
     labels = list(get_labels(args[0]))
     labels.insert(args[1] % out.dim(), ())
     return labels
 
 
-def squeeze(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def squeeze(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Dimensions of size 1, all or some, are dropped."""
     tensor, rest = args[0], args[1:]
     dims = range(tensor.dim()) if not rest else [rest[0]] if isinstance(rest[0], int) else rest[0]
@@ -60,7 +60,7 @@ def squeeze(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[s
     return [label for d, label in enumerate(get_labels(tensor)) if d not in gone]
 
 
-def expand(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def expand(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Dimensions of size 1 are repeated: they have axes of their own."""
     tensor = args[0]
     labels, offset = get_labels(tensor), out.dim() - tensor.dim()
@@ -70,7 +70,7 @@ def expand(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[st
     ]
 
 
-def repeat(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def repeat(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Each dimension is (copies x old)."""
     tensor = args[0]
     labels, offset = get_labels(tensor), out.dim() - tensor.dim()
@@ -82,7 +82,7 @@ def repeat(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[st
     return result
 
 
-def flip(trace: Trace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
+def flip(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Some dimensions in reverse order."""
     dims = {d % max(out.dim(), 1) for d in args[1]}
     return [mirrored(label, trace.source(d)) if d in dims else label for d, label in enumerate(get_labels(args[0]))]
