@@ -28,7 +28,7 @@ TRT_PY := $(VENV)-tensorrt/bin/python
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-tensorrt demo bench clean
+.PHONY: help env lint test test-slow test-tensorrt demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: env ## ruff, mypy, and which room imports which
 
 test: env ## all tests; those that need a GPU skip themselves without one
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+test-slow: env ## the tests that take minutes: a fresh installation, trainings, searches
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 $(ARGS)
 
 test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment of their own
 	@test -x $(TRT_PY) || $(PY) -m venv $(VENV)-tensorrt

@@ -43,8 +43,8 @@ class Bench:
     """The subject, what was captured of it, and the folder of what can be made again."""
 
     def __init__(self, checkpoint: Path, folder: Path, steps: int) -> None:
-        from tiny_video import data, model
-        from tiny_video.subject import prompts, subject
+        from dynamicrad_compile.quality.tiny_video import data, model
+        from dynamicrad_compile.quality.tiny_video.subject import prompts, subject
 
         self.subject = subject(checkpoint, steps=steps)
         self.unguided = subject(checkpoint, steps=steps, guidance_scale=1.0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_video import data, model, pictures
+from tiny_video import pictures
 from torch import Tensor
 
 import dynamicrad_compile as drad
@@ -30,6 +30,7 @@ from dynamicrad_compile.lora import Clip, Settings, finetune
 from dynamicrad_compile.lora.data import Batch, collate
 from dynamicrad_compile.lora.losses import Question, ask, held_out_losses, mean_and_error
 from dynamicrad_compile.lora.student import ADAPTER, Student
+from dynamicrad_compile.quality.tiny_video import data, model
 
 TRAIN_SEED, TRAIN_CLIPS = 2, 4096  # other clips than those the model was trained on
 PROFILE = Path(__file__).parent / "lora_profile.toml"

@@ -75,7 +75,7 @@ class SmallModel:
     """The model trained in examples/tiny_video: 16 frames of 32x32 pixels are 1,024 tokens."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from tiny_video import model
+        from dynamicrad_compile.quality.tiny_video import model
 
         self.args, self.prompts = args, args.prompt or PROMPTS
         self.transformer, self.text = model.load(CHECKPOINT, args.device)
@@ -91,7 +91,7 @@ class SmallModel:
 
     def generate(self, compiled: Any) -> tuple[torch.Tensor, list[float]]:
         """Videos [prompts, 3, frames, height, width] in -1..1 and the seconds of each step."""
-        from tiny_video import model
+        from dynamicrad_compile.quality.tiny_video import model
 
         ends = [time.perf_counter()]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import DynamicRadError
 from ..files import whole_file, write_file
+from ..optional import optional
 from .features import WINDOW, feature_distance, frechet_distance
 from .loops import MIN_FRAMES, loop_score
 from .methods import Dense, Method
@@ -101,7 +102,7 @@ def evaluate(
     Clips are kept in FOLDER/clips, named by what decides them, so an interrupted evaluation goes on where it was and
     another one with more methods makes only the new ones. Raises DynamicRadError for unusable clips.
     """
-    from tqdm import tqdm
+    tqdm = optional("tqdm", "evaluating needs", "eval").tqdm
 
     if not prompts or seeds < 1 or batch < 1:
         raise DynamicRadError("an evaluation needs at least one prompt, one seed and a batch of 1.")
@@ -142,13 +143,13 @@ def make_clips(
     They are read from there if the same subject, prompts, seeds and method have made them before. `tick` is told how
     many clips have come.
     """
-    from safetensors.torch import load_file, save_file
+    safetensors = optional("safetensors.torch", "evaluating needs", "eval")
 
     identity = {"subject": subject.name, "prompts": [*prompts], "seeds": [*seeds], **item.describe()}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     file = folder / f"{re.sub(r'[^A-Za-z0-9_]+', '-', item.name)}-{digest}.safetensors"
     if file.is_file():
-        found = load_file(file)
+        found = safetensors.load_file(file)
         tick(len(prompts))
         return found["clips"].float(), float(found["sparsity"]), float(found["seconds"])
     made: list[Tensor] = []
@@ -165,7 +166,7 @@ def make_clips(
     clips = torch.cat(made).clamp(0.0, 1.0)
     numbers = {"sparsity": torch.tensor(sparsity, dtype=torch.float64), "seconds": torch.tensor(seconds)}
     with whole_file(file) as partial:
-        save_file({"clips": clips.half(), **numbers}, partial)
+        safetensors.save_file({"clips": clips.half(), **numbers}, partial)
     return clips.half().float(), sparsity, seconds
 
 

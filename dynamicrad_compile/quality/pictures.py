@@ -95,11 +95,11 @@ def save_gif(
 def read_clip(path: str | Path) -> Tensor:
     """The frames of a GIF, WebP or PNG animation as float [1, F, 3, H, W]. Raises DynamicRadError if it is none."""
     import torch
-    from PIL import Image, ImageSequence, UnidentifiedImageError
 
+    image, sequence = (optional(f"PIL.{name}", "reading clips needs", "eval") for name in ("Image", "ImageSequence"))
     try:
-        with Image.open(path) as picture:
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
-    except UnidentifiedImageError:
+        with image.open(path) as picture:
+            frames = [np.asarray(frame.convert("RGB")) for frame in sequence.Iterator(picture)]
+    except image.UnidentifiedImageError:
         raise DynamicRadError(f"{path} is not a picture that Pillow can read; expected a GIF, WebP or APNG.") from None
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None].float() / 255.0

@@ -12,7 +12,7 @@ from ..errors import DynamicRadError
 from ..optional import optional
 from .subject import Subject, from_pipeline, load_subject
 
-TINY = "examples.tiny_video.subject:subject"
+TINY = "dynamicrad_compile.quality.tiny_video.subject:subject"
 # Arguments of the commands and of a pipeline's call.
 CALL = {"frames": "num_frames", "height": "height", "width": "width", "steps": "num_inference_steps"}
 DTYPES = ("float32", "float16", "bfloat16")

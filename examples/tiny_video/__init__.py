@@ -1,1 +1,1 @@
-"""A small video diffusion transformer that is really trained: data, model, training."""
+"""Training of a small video diffusion transformer; model and data are in dynamicrad_compile.quality.tiny_video."""

@@ -2,9 +2,9 @@
 
     python -m examples.tiny_video.ship --run runs/tiny
 
-Writes to examples/tiny_video/checkpoint/ (or --output): model.safetensors (averaged weights, float16), config.json
-(with steps, hours, held-out loss), README.md (the model card, from card.md), loss.png, samples.png and samples.gif. The
-samples are of held-out captions that nobody chose: the first ones of each regime.
+Writes to the package's quality/tiny_video/checkpoint/ (or --output): model.safetensors (averaged weights, float16),
+config.json (with steps, hours, held-out loss), README.md (the model card, from card.md), loss.png, samples.png and
+samples.gif. The samples are of held-out captions that nobody chose: the first ones of each regime.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from . import data, model, pictures, train
+from dynamicrad_compile.files import write_file
+from dynamicrad_compile.quality.tiny_video import data, model
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+from . import pictures, train
+
 LIMIT = 20e6  # bytes of the weights
 
 CARD = Path(__file__).with_name("card.md")
@@ -54,7 +56,7 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
         "seed": data.HELD_OUT_SEED,
     }
     config["machine"] = machine
-    model.write_text(output / "config.json", json.dumps(config, indent=1) + "\n")
+    write_file(output / "config.json", json.dumps(config, indent=1) + "\n")
 
     captions = [caption for regime in data.REGIMES for caption in data.captions(3, regime=regime)]
     videos = model.sample(transformer, text, captions, progress=tqdm)
@@ -82,7 +84,7 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
         samples=len(captions),
         words=len(config["vocabulary"]),
     )
-    model.write_text(output / "README.md", card)
+    write_file(output / "README.md", card)
     return config
 
 
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="--output of the training")
-    parser.add_argument("--output", type=Path, default=CHECKPOINT)
+    parser.add_argument("--output", type=Path, default=model.CHECKPOINT)
     parser.add_argument(
         "--machine", default="one core of an AMD EPYC (AVX2)", help="what it was trained on, for the card"
     )

@@ -31,7 +31,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from . import data, model, pictures
+from dynamicrad_compile.files import write_file
+from dynamicrad_compile.quality.tiny_video import data, model
+
+from . import pictures
 from .muon import Muon
 
 SEED = 1
@@ -131,7 +134,7 @@ class Run:
         self.step, self.clips, self.seconds = int(numbers["step"]), int(numbers["clips"]), float(numbers["seconds"])
         log = self.folder / "log.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-        model.write_text(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
+        write_file(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
         for part, module in (("transformer", self.transformer), ("text", self.text)):
             prefix = f"model.{part}."
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})

@@ -6,7 +6,8 @@ import pytest
 import quickstart
 import torch
 import wan_pipeline
-from tiny_video import model
+
+from dynamicrad_compile.quality.tiny_video import model
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from tiny_video import data, model, pictures, ship, train
+from tiny_video import pictures, ship, train
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.quality.tiny_video import data, model
 from dynamicrad_compile.routing.corpus import load_prompts
 
 # Words of the captions that the router's corpus has in another form, and those that it doesn't have.
@@ -182,11 +183,9 @@ def test_comparison_has_a_column_for_each_name(tmp_path):
 
 
 def test_checkpoint_has_the_stored_loss():
-    if not ship.CHECKPOINT.is_dir():
-        pytest.skip(f"{ship.CHECKPOINT} is not there: wheels and source archives come without it")
-    stored = json.loads((ship.CHECKPOINT / "config.json").read_text())["held_out"]
-    assert (ship.CHECKPOINT / "model.safetensors").stat().st_size < ship.LIMIT
-    losses = train.held_out_loss(*model.load(ship.CHECKPOINT), frames=stored["frames"], clips=stored["clips"])
+    stored = json.loads((model.CHECKPOINT / "config.json").read_text())["held_out"]
+    assert (model.CHECKPOINT / "model.safetensors").stat().st_size < ship.LIMIT
+    losses = train.held_out_loss(*model.load(model.CHECKPOINT), frames=stored["frames"], clips=stored["clips"])
     # Sums in another order move single losses by about 1e-6; another checkpoint by far more than 0.1 %.
     assert losses.mean().item() == pytest.approx(stored["loss"], rel=1e-3)
     assert losses.mean() < 0.12  # noise and velocity together have 1.2: it has learnt

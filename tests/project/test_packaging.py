@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 import subprocess
 import sys
 import types
@@ -107,30 +106,27 @@ def test_entry_points():
     assert script.load().__module__ == "dynamicrad_compile.cli"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the tree, so that nothing is left behind in it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "docs", "tests")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=skipped)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
-    return built
+def walk(folder):
+    """All files in a folder, those behind links too."""
+    for file in folder.iterdir():
+        if file.is_dir():
+            yield from walk(file)
+        else:
+            yield file
 
 
 def test_wheel_content(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {"dynamicrad_compile", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    for folder in ("kernels", "passes", "profiles"):
-        expected = {f"dynamicrad_compile/{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
-        assert expected
-        assert expected <= set(names)
+    package = ROOT / "dynamicrad_compile"
+    sources = {file.relative_to(ROOT).as_posix() for file in walk(package) if file.suffix == ".py"}
+    assert len(sources) > 150
+    assert sources <= set(names), "a folder that [tool.setuptools] packages does not list"
     profiles = {f"dynamicrad_compile/profiles/{file.name}" for file in (ROOT / "profiles").glob("*.toml")}
     assert profiles <= set(names)
     assert {"dynamicrad_compile/py.typed", "dynamicrad_compile/plans/crossover.toml"} <= set(names)
+    assert "dynamicrad_compile/quality/tiny_video/checkpoint/model.safetensors" in names
     assert not [name for name in names if "test" in name or name.endswith(".pyc")]
 
 
@@ -148,3 +144,24 @@ print(json.dumps([drad.__file__, list(drad.block_sparse_attention(q, q, q, plan)
     file, shape = python(code, tmp_path)
     assert Path(file).is_relative_to(tmp_path)
     assert shape == [1, 2, 60, 8]
+
+
+@pytest.mark.slow
+def test_eval_from_the_wheel(wheel, tmp_path):
+    """The default subject is in the wheel: nothing of the repository is needed."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+from dynamicrad_compile import cli
+few = ["--prompts", "1", "--steps", "2", "--real", "0", "--methods", "static_ratio", "--sparsity", "0.7", "-o", "out"]
+code = cli.main(["eval", *few])
+print(json.dumps([cli.__file__, code]))
+"""
+    file, code = python(code, tmp_path)
+    assert Path(file).is_relative_to(tmp_path)
+    assert code == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"].split()[0] for row in rows][:1] == ["dense"]
+    assert (tmp_path / "out" / "clips.gif").stat().st_size > 0

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from dynamicrad_compile.quality import Subject
-
+from ..subject import Subject
 from . import data
-from .model import load, sample
+from .model import CHECKPOINT, load, sample
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 GRID = (data.FRAMES, data.SIZE // 4, data.SIZE // 4)
 
 

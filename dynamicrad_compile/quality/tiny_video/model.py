@@ -1,6 +1,6 @@
 """The tiny video model: diffusers' WanTransformer3DModel as it is, on pixels, and a text encoder of three tables.
 
-    transformer, text = load("examples/tiny_video/checkpoint")
+    transformer, text = load(CHECKPOINT)
     video = sample(transformer, text, ["A red circle bounces quickly on a gray background."], seed=0)
 
 `sample` takes any callable in place of the transformer that is called like it, a compiled one for example.
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...files import whole_file, write_file
+from ...optional import optional
 from . import data
 
+CHECKPOINT = Path(__file__).parent / "checkpoint"
 TRANSFORMER = {
     "patch_size": (1, 4, 4),
     "num_attention_heads": 4,
@@ -79,7 +80,7 @@ class TextEncoder(nn.Module):
 def create(config: dict[str, Any] | None = None, vocabulary: Sequence[str] | None = None) -> tuple[Any, TextEncoder]:
     """Transformer and text encoder with fresh weights; the last layer is zero, so training starts at velocity 0."""
     config = dict(TRANSFORMER, **(config or {}))
-    transformer = WanTransformer3DModel(**config)
+    transformer = _diffusers().WanTransformer3DModel(**config)
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
     return transformer, TextEncoder(vocabulary or data.vocabulary(), config["text_dim"])
@@ -100,18 +101,9 @@ def parameters(transformer: nn.Module, text: nn.Module) -> dict[str, nn.Paramete
 def save(path: str | os.PathLike[str], weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Writes weights to the safetensors file `path` and config.json beside it, each in one piece."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path.parent / "config.json", json.dumps(config, indent=1) + "\n")
-    partial = path.with_suffix(".partial")
-    save_file({key: value.detach().contiguous() for key, value in weights.items()}, partial)
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_file(path.parent / "config.json", json.dumps(config, indent=1) + "\n")
+    with whole_file(path) as partial:
+        _safetensors().save_file({key: value.detach().contiguous() for key, value in weights.items()}, partial)
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, TextEncoder]:
@@ -130,7 +122,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, TextEn
     if missing:
         raise ValueError(f"{settings} has no {', '.join(sorted(missing))}; it was not written by tiny_video.")
     transformer, text = create(config["transformer"], config["vocabulary"])
-    tensors = load_file(weights)
+    tensors = _safetensors().load_file(weights)
     for name, module in (("transformer", transformer), ("text", text)):
         prefix = name + "."
         part = {key[len(prefix) :]: value.float() for key, value in tensors.items() if key.startswith(prefix)}
@@ -162,7 +154,7 @@ def sample(
     video = torch.cat(noise).to(device)
     guided = guidance_scale != 1
     embeds = text.encode([*captions, *[""] * len(captions)] if guided else captions)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler = _diffusers().FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=device)
     for t in progress(scheduler.timesteps) if progress else scheduler.timesteps:
         inputs = torch.cat([video, video]) if guided else video
@@ -177,3 +169,11 @@ def sample(
             velocity = free + guidance_scale * (wanted - free)
         video = scheduler.step(velocity, t, video, return_dict=False)[0]
     return video.clamp(-1, 1)
+
+
+def _diffusers() -> Any:
+    return optional("diffusers", "the tiny video model needs", "eval")
+
+
+def _safetensors() -> Any:
+    return optional("safetensors.torch", "the tiny video model needs", "eval")
