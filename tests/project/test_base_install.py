@@ -20,8 +20,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 BASE = ("torch", "triton", "numpy", "pydantic")
-EXTRAS = """safetensors sklearn diffusers transformers accelerate peft nevergrad matplotlib PIL skimage tqdm onnx
-onnxscript onnxruntime""".split()
+EXTRAS = ("safetensors", "sklearn", "diffusers", "transformers", "accelerate", "peft", "nevergrad", "matplotlib", "PIL")
+EXTRAS += ("skimage", "tqdm", "onnx", "onnxscript", "onnxruntime")
 
 
 def distributions(names):
