@@ -49,8 +49,11 @@ lint: env ## ruff, mypy, and which room imports which
 	$(PY) -m mypy
 	$(PY) .ci/arrows.py
 
-test: env ## all tests; those that need a GPU skip themselves without one
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+test: env ## the tests of every change; those that need a GPU skip themselves without one
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-slow: env ## the tests that take long: code generation, exports, examples, wheels
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 test-slow: env ## the tests that take minutes: a fresh installation, trainings, searches
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 $(ARGS)

@@ -46,6 +46,7 @@ def run_suite(gpu_suite, tmp_path, *arguments):
     return content, {row["name"]: row for row in content["rows"]}
 
 
+@pytest.mark.slow
 def test_suite_runs_reduced(suite, tmp_path, capsys):
     content, rows = run_suite(suite, tmp_path)
     status = {name: (row["status"], row.get("why")) for name, row in rows.items() if row["status"] != "ok"}

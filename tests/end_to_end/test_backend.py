@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.graphs import OPTIONS, call, compile_sparse, drad, make, masked_dense, relative_error
+from support.marks import slow
 from torch._dynamo.exc import BackendCompilerFailed
 
 
@@ -28,7 +29,7 @@ GRIDS = [dict(f=5, h=6, w=8), dict(f=5, h=8, w=6), dict(f=5, h=4, w=12), dict(f=
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False], ids=["auto", "dynamic", "static"])
-@pytest.mark.parametrize("name", ["wan_t2v", "ltx", "cogvideox_5b"])
+@pytest.mark.parametrize("name", ["wan_t2v", slow("ltx"), slow("cogvideox_5b")])
 def test_other_grids_never_meet_a_stale_plan(name, dynamic):
     model, _, _ = make(name)
     compiled = torch.compile(model, backend="dynamicrad", dynamic=dynamic, options={**OPTIONS, "sparsity": 0.6})

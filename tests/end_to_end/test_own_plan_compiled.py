@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import OPTIONS, call, compile_sparse, drad, make, masked_dense, relative_error
+from support.marks import INNER
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -59,7 +60,7 @@ class Heads(nn.Module):
         return F.scaled_dot_product_attention(*self.operands(latents))
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", INNER)
 def test_blocks_of_each_head(inner):
     model, latents = Heads(), torch.randn(1, 3, 4, 6, 10)  # 60 tokens
     mask = random_mask(4, HEADS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.graphs import call, capture, compile_sparse, drad, make, masked_dense, relative_error, sites_of
+from support.marks import slow
 from zoo.models import ZOO
 
 NOT_YET = {"hunyuan_video15", "mochi", "mochi_b2"}  # lengths that depend on data, per-block graphs
@@ -83,7 +84,7 @@ def test_other_models_are_left_untouched(name):
         assert {"spatial_attention", "temporal_attention"} <= roles
 
 
-@pytest.mark.parametrize("name", ["wan_t2v", "hunyuan_video"])
+@pytest.mark.parametrize("name", ["wan_t2v", slow("hunyuan_video")])
 def test_inductor_agrees_with_eager(name):
     model, kwargs, _ = make(name)
     compiled = compile_sparse(model, sparsity=0.5, inner="inductor")

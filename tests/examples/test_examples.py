@@ -21,6 +21,7 @@ def one_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "CHECKPOINT", tmp_path)
 
 
+@pytest.mark.slow
 def test_quickstart_with_the_small_model(tmp_path, one_layer, capsys):
     from PIL import Image
 
@@ -43,6 +44,7 @@ def test_quickstart_names_the_words_it_does_not_know(one_layer):
         quickstart.main(["--prompt", "A cat surfs.", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_quickstart_with_random_weights(tmp_path, monkeypatch, capsys):
     from PIL import Image
 
@@ -84,6 +86,7 @@ def test_quickstart_refuses(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lora_finetune(tmp_path, capsys):
     """All stages on a model of one layer without training: files, table, and an adapter that is resumed."""
     pytest.importorskip("peft")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.graphs import call, drad, relative_error
+from support.marks import slow
 
 from dynamicrad_compile.exporting import api
 from dynamicrad_compile.exporting.onnx import model as onnx_model
@@ -27,13 +28,13 @@ def exact(row):
     assert not row.replaced.startswith("0")
 
 
-@pytest.mark.parametrize("model", ["wan", "hunyuan", "cogvideox", "ltx"])
+@pytest.mark.parametrize("model", ["wan", slow("hunyuan"), slow("cogvideox"), slow("ltx")])
 def test_onnx_with_router_selection_and_open_batch(model):
     """Different prompts of one batch take different regimes, and batches of 1, 2 and 3 are equal to eager code."""
     exact(Row("onnx", model, "dynamic", "open"))
 
 
-@pytest.mark.parametrize(("format", "mode", "batch"), [("torch", "router", "open"), ("aoti", "dynamic", "open")])
+@pytest.mark.parametrize(("format", "mode", "batch"), [("torch", "router", "open"), slow("aoti", "dynamic", "open")])
 def test_programs(format, mode, batch):
     exact(Row(format, "wan", mode, batch))
 

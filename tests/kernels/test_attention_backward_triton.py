@@ -22,6 +22,9 @@ pytest.importorskip("triton")
 OP = torch.ops.dynamicrad.block_sparse_attention_backward
 
 
+pytestmark = pytest.mark.xdist_group("interpreter of backward")  # its cases run once, not once a worker
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Results of all cases. Another process, because the interpreter is chosen when Triton is imported."""

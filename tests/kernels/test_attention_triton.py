@@ -20,6 +20,9 @@ from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, 
 pytest.importorskip("triton")
 
 
+pytestmark = pytest.mark.xdist_group("interpreter of attention")  # its cases run once, not once a worker
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Results of all cases. Another process, because the interpreter is chosen when Triton is imported."""

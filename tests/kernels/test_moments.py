@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.attention_cases import BF16, CASES, HALF, Case, build
 from support.graphs import OPTIONS, drad, first_output, make, relative_error
+from support.marks import INNER
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -180,7 +181,7 @@ def compiled(wan, **options):
     return found
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", INNER)
 def test_option_covariance(inner: str, wan):
     """Nearer to dense than means alone, the same from both inner compilers; the report takes its cost off."""
     means, plain = compiled(wan, inner=inner)

@@ -30,6 +30,9 @@ OP = torch.ops.dynamicrad.select_blocks
 OP_STATE = torch.ops.dynamicrad.select_blocks_
 
 
+pytestmark = pytest.mark.xdist_group("interpreter of select")  # its cases run once, not once a worker
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Results of the cases. Another process, because the interpreter is chosen when Triton is imported."""

@@ -88,6 +88,7 @@ def test_lora_of_equal_rank_written_into_the_weights():
     assert graphs_made() == seen
 
 
+@pytest.mark.slow
 def test_lora_with_inductor():
     model, kwargs, expected = make("wan_t2v")
     model.load_lora_adapter(lora(1), adapter_name="style", prefix=None)

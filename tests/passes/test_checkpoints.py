@@ -248,6 +248,7 @@ def test_trained_with_symbolic_sizes():
     assert "made when the graph runs" in report.summary()
 
 
+@pytest.mark.slow
 def test_ulysses_in_two_processes(tmp_path):
     """The tokens of the other process are in no graph: dense, with the reason, and the same output as alone."""
     tests = Path(__file__).parents[1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.graphs import capture, sites_of
 from support.random_dit import DitConfig, RandomDit
 
-settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=100)
+settings.register_profile("steady", derandomize=True, deadline=None, database=None)
+settings.load_profile("steady")
 STEPS = ("view", "permute", "cut", "pad", "select", "write", "halves", "batch", "modulate", "shift", "flip")
 
 
@@ -72,9 +74,20 @@ def verdict(config):
     return "exact" if not any(site.reason for site in sites) else "dense"
 
 
-@settings(settings.get_profile("steady"), suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(configs())
 def test_a_random_dit_is_understood_or_left_alone(config):
+    understood_or_left_alone(config)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(configs())
+def test_a_hundred_random_dits_are(config):
+    understood_or_left_alone(config)
+
+
+def understood_or_left_alone(config):
     found = verdict(config)
     event(found)
     assert not found.startswith("wrong"), config

@@ -19,7 +19,6 @@ from dynamicrad_compile.plans.table import ratios_for
 from dynamicrad_compile.quality import blocks, features, methods, metrics
 from dynamicrad_compile.quality.pictures import read_clip
 from dynamicrad_compile.quality.subject import load_subject
-from dynamicrad_compile.quality.subject_arguments import TINY
 
 GRID = (6, 4, 4)
 
@@ -319,7 +318,6 @@ def test_errors_are_clear(tmp_path):
     (tmp_path / "x.gif").write_text("no picture")
     with pytest.raises(DynamicRadError, match="not a picture"):
         read_clip(tmp_path / "x.gif")
-    assert TINY.count(":") == 1
 
 
 def test_command_scores_animations(tmp_path, capsys):
@@ -342,7 +340,7 @@ def test_benchmark_statistics():
     assert found["rho"] == pytest.approx(1.0)
     assert found["low"] == pytest.approx(1.0)
     drawn = np.random.default_rng(0).random(20)
-    assert quality_figures.spearman(x, drawn, resamples=200)["low"] < 0 < 1
+    assert quality_figures.spearman(x, drawn, resamples=200)["low"] < 0
 
     class At:
         def __init__(self, step):
