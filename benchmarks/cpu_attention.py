@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from dynamicrad_compile.bench.clock import processor
 from dynamicrad_compile.kernels.attention_reference import token_mask
 from dynamicrad_compile.kernels.blocks import cdiv
 from dynamicrad_compile.plans.attention import block_sparse_attention
@@ -129,13 +130,6 @@ def measure(tokens: int, heads: int, dim: int, dtype: torch.dtype, args: argpars
         )
         print(lines[-1], flush=True)
     return lines
-
-
-def processor() -> str:
-    """Name of the processor, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:

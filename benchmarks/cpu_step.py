@@ -23,7 +23,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.bench.clock import fastest, processor
 
 # Tokens after patchifying as (frames, height, width): 49 frames of 512x320, 49 of 672x480, 81 of 832x480.
 GRIDS = {"tiny": (3, 8, 10), "8k": (13, 20, 32), "16k": (13, 30, 42), "32k": (21, 30, 52)}
@@ -92,17 +92,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.quick:
         args.widths, args.tokens, args.repeats = [64], ["tiny"], 1
     return args
-
-
-def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest call of each; the calls take turns, so that drift meets all alike."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def attention_times(plan: drad.BlockPlan, heads: int, head_dim: int, repeats: int) -> dict[str, float]:
@@ -204,14 +193,9 @@ def measure(width: int, size: str, args: argparse.Namespace) -> Row:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on; nothing that tells whose machine it is."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "processor": processor,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": torch.backends.cpu.get_cpu_capability(),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.bench.clock import processor
 from dynamicrad_compile.plans import crossover
 
 ROOT = Path(__file__).parents[2]
@@ -117,14 +118,6 @@ def versions(about: dict[str, Any]) -> str:
     """One line: the software."""
     parts = [f"{name} {about[name]}" for name in ("torch", "triton", "dynamicrad") if about[name]]
     return ", ".join([*parts, f"commit {about['commit']}"] if about["commit"] else parts)
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

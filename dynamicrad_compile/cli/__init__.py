@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import DynamicRadError
+from .bench import add_bench
 from .doctor import add_doctor
 from .eval import add_eval
 from .explain import add_explain
@@ -41,6 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_doctor, add_explain, add_plot, add_route, add_record, add_tune, add_export, add_lora, add_eval):
+    for add in (
+        add_doctor,
+        add_explain,
+        add_plot,
+        add_bench,
+        add_route,
+        add_record,
+        add_tune,
+        add_export,
+        add_lora,
+        add_eval,
+    ):
         add(commands)
     return parser
