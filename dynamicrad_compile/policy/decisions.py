@@ -1,0 +1,61 @@
+"""Decisions for the video self-attentions of one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
+from ..reporting.reason import Reason
+from .control import control_of
+from .gain import few_tokens, no_gain
+from .planning import AS_ASKED, planned, without_meaning
+from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
+
+
+def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -> Decisions:
+    """Decisions for the video self-attentions of one graph, in order."""
+    notes: dict[str, None] = {}  # in order, each once
+    unmet: dict[str, None] = {}
+    regimes = regimes_of(conditions, wishes)
+    first: Settings | None = None if wishes.profile is None else Settings.of(wishes.options, wishes.profile)
+    decided: list[PlannedSite | Dense] = []
+    for number, site in enumerate(sites):
+        profile, why = profile_for(site, wishes)
+        if why:
+            notes[f"profile 'auto' is {profile.name!r}: {why}"] = None
+        settings = Settings.of(wishes.options, profile)
+        first = first or settings
+        decision = _stays_dense(site, number, settings) or planned(site, settings, wishes, regimes)
+        if isinstance(decision, PlannedSite):
+            ignored = without_meaning(wishes.options, settings.pattern)
+            if ignored:
+                notes[ignored] = None
+            if settings.pattern == "dynamicrad" and regimes.why:
+                (unmet if regimes.unmet else notes)[regimes.why] = None
+            dense, problem = no_gain(decision, settings)
+            if problem:
+                unmet[problem] = None
+            decision = dense or decision
+        decided.append(decision)
+    unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]
+    if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):
+        unmet[f"no attention of this graph uses the option plan. {unused[0]}"] = None
+    control, problems = control_of(sites, decided, conditions, first, wishes)
+    return Decisions(decided, control, tuple(notes), (*unmet, *problems))
+
+
+def _stays_dense(site: VideoSite, number: int, settings: Settings) -> Dense | None:
+    """Why a site gets no plan at all; number counts the video self-attentions of its graph."""
+    if settings.pattern == "dense":
+        return Dense(Reason("pattern_dense", "pattern is 'dense'", AS_ASKED), asked=True)
+    if settings.dense_layers and not is_one_layer(site):
+        text = "dense_layers can't be honoured: one compiled block serves all layers; compile the whole model"
+        advice = "compile the whole model with torch.compile(model), or set dense_layers=0"
+        return Dense(Reason("dense_layers_unmet", text, advice))
+    if number < settings.dense_layers:
+        text = f"one of the first {settings.dense_layers} layers (dense_layers)"
+        return Dense(Reason("dense_layers", text, AS_ASKED), asked=True)
+    limit = settings.min_tokens
+    if limit != "auto" and site.tokens < limit:
+        return few_tokens(site, limit)
+    return None

@@ -1,0 +1,65 @@
+"""Whether sparse attention pays: the number of tokens, and the speed-up to be expected on the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..errors import CrossoverError
+from ..options import MIN_TOKENS_AUTO
+from ..passes import Dense, PlannedSite, VideoSite
+from ..plans import crossover
+from ..plans.table import PlanSpec, PlanTable
+from ..profiles import Profile
+from ..reporting.reason import Reason
+from .settings import Settings
+
+
+def few_tokens(site: VideoSite, limit: int) -> Dense:
+    """Dense for want of tokens; limit: from how many on it pays."""
+    text = f"{site.tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
+    advice = "lower `min_tokens` to make it sparse all the same; it may be slower"
+    return Dense(Reason("few_tokens", text, advice))
+
+
+def no_gain(planned: PlannedSite, settings: Settings) -> tuple[Dense | None, str]:
+    """With min_tokens "auto": why sparse attention would not pay on this device, and why that can't be told."""
+    if settings.min_tokens != "auto":
+        return None, ""
+    site = planned.video
+    problem, gain, half = "", None, site.dtype != torch.float32
+    tokens, sparsity = site.tokens, expected_sparsity(settings.profile, planned.spec, planned.table)
+    arch = crossover.architecture(site.device)
+    try:
+        gain = crossover.expected_gain(arch, tokens, sparsity, site.shape[-1], half) if arch else None
+    except CrossoverError as error:
+        problem = f"min_tokens 'auto' is {MIN_TOKENS_AUTO}: {error}"
+    if gain is None and tokens < MIN_TOKENS_AUTO:
+        return few_tokens(site, MIN_TOKENS_AUTO), problem
+    if gain is not None and gain.ratio < crossover.MIN_GAIN:
+        text = f"{tokens} tokens, {sparsity:.0%} sparse: expected {gain}, too little to pay"
+        advice = "set `min_tokens=0` to make it sparse all the same; it would be slower by that table"
+        return Dense(Reason("no_gain", text, advice)), problem
+    return None, problem
+
+
+def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable) -> float:
+    """Share of dense attention that calls will skip: the mean over the regimes that the graph may be in.
+
+    Where blocks are chosen by fixed thresholds it is not known before; the profile's static plan stands for it, since
+    both modes of a profile are tuned to one sparsity.
+    """
+    plan, shares = table.plan, []
+    if spec is None:
+        return plan.sparsity
+    for number, regime in enumerate(spec.regimes):
+        if regime.criterion:
+            static = profile.regime(regime.name).static_ratio.sparsity
+            shares.append(static if regime.sparsity is None else regime.sparsity)
+            continue
+        own = slice(number, number + 1)
+        weights = plan.compensate if len(plan.compensate) == 1 else plan.compensate[own]
+        counts, indices = plan.kv_counts[own], plan.kv_indices[own]
+        shares.append(replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights).sparsity)
+    return sum(shares) / len(shares)

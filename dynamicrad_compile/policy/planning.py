@@ -1,0 +1,104 @@
+"""The plan of a site, from settings, regimes and options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import PlanError
+from ..options import Options
+from ..passes import Dense, PlannedSite, VideoSite
+from ..plans.own import OwnPlan
+from ..plans.table import PlanSpec, RegimeSpec, balance_of
+from ..profiles import Profile
+from ..profiles.parameters import Radial, StaticRatio
+from ..reporting.reason import NOTHING, Reason
+from .settings import SAFE_REGIME, Regimes, Settings, Wishes
+
+CANDIDATE_FACTOR = 2.5
+"""Candidates per kept block where a profile does not say how many candidates a selection is made from."""
+
+
+AS_ASKED = f"{NOTHING}: the options ask for it"
+
+
+def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regimes) -> PlannedSite | Dense:
+    """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
+    if settings.pattern == "own" and wishes.own is not None:
+        return _own(site, wishes.own)
+    if settings.pattern == "radial":
+        spec = _radial(settings, wishes.options)
+    else:
+        spec = _dynamicrad(settings, wishes.options, regimes.names)
+    return PlannedSite(site, spec.build(site.grid, *site.text), spec)
+
+
+def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
+    """The option plan, if it fits the site. Raises PlanError where a function fails or gives what does not fit."""
+    try:
+        table = own.table(site.grid, site.text, site.shape[1], site.device)
+    except PlanError as error:
+        if own.follows_grid:
+            raise
+        advice = "give a plan for this sequence, or a function (grid, text_before, text_after) that makes one"
+        return Dense(Reason("plan_misfit", str(error), advice))
+    if table is None:
+        return Dense(Reason("plan_none", "the option plan gives None for its grid", AS_ASKED), asked=True)
+    return PlannedSite(site, table)
+
+
+def _radial(settings: Settings, options: Options) -> PlanSpec:
+    sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
+    parameters = Radial(**{"sink_frames": sinks, **_given(options, "decay_factor", "sink_frames")})
+    return PlanSpec("radial", settings.block_size, (RegimeSpec("", parameters),))
+
+
+def _dynamicrad(settings: Settings, options: Options, names: tuple[str, ...]) -> PlanSpec:
+    make = _static if settings.mode == "static_ratio" else _dynamic
+    regimes = tuple(make(settings.profile, name, options) for name in names)
+    return PlanSpec("dynamicrad", settings.block_size, regimes)
+
+
+def _static(profile: Profile, name: str, options: Options) -> RegimeSpec:
+    return RegimeSpec(name, _override(profile.regime(name).static_ratio, options))
+
+
+def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
+    """A regime whose blocks are chosen when the graph runs, among the candidates of the profile."""
+    regime = profile.regime(name)
+    table = regime.dynamic_threshold
+    target = options.sparsity
+    if table is None and target is None:
+        target = regime.static_ratio.sparsity
+    if target == 0.0:  # nothing to choose
+        return _static(profile, name, options)
+    parameters = _override(table or regime.static_ratio, options)
+    if table is not None and target is None:
+        return RegimeSpec(name, parameters, table.criterion, table.near, table.far)
+    assert target is not None
+    wide = max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
+    parameters = parameters.changed(sparsity=wide if table is None else min(wide, table.sparsity))
+    balance = 0.0 if table is None else balance_of(table.criterion, table.near, table.far)
+    return RegimeSpec(name, parameters, "ratio", sparsity=target, balance=balance)
+
+
+def _override(table: StaticRatio, options: Options) -> StaticRatio:
+    return table.changed(**_given(options, "sparsity", "decay_factor", "sink_frames", "compensate"))
+
+
+def _given(options: Options, *names: str) -> dict[str, Any]:
+    """Those of the options that are not None."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def without_meaning(options: Options, pattern: str) -> str:
+    """Which options were given and mean nothing to the pattern; '' if none."""
+    if pattern == "dynamicrad":
+        return ""
+    names = ["router", "sparsity"]
+    names += ["compensate"] if pattern == "radial" else ["pattern", "decay_factor", "sink_frames"]
+    given = [name for name in names if getattr(options, name) is not None]
+    given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and pattern == "own") else []
+    given += ["regime"] if options.regime != "auto" and pattern == "own" else []
+    by = "the option plan" if pattern == "own" else f"pattern {pattern!r}"
+    return f"{by} has no meaning for {', '.join(given)}: not used" if given else ""
