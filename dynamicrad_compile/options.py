@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import OptionsError, nearest
+from .errors import OptionsError
 from .plans import own
+from .problems import problems
 from .profiles.parameters import BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
 
 MIN_TOKENS_AUTO = 2048
@@ -160,7 +161,7 @@ class Options(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise OptionsError(_explain(error)) from None
+            raise OptionsError("\n".join(problems(error, Options, "option"))) from None
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any] | None) -> Options:
@@ -170,19 +171,3 @@ class Options(BaseModel):
         if not isinstance(options, Mapping):
             raise OptionsError(f"options must be a dict of names and values, got {type(options).__name__}.")
         return cls(**{str(name): value for name, value in options.items()})
-
-
-def _explain(error: ValidationError) -> str:
-    """One line per problem: option, value, what is expected, nearest name."""
-    lines = []
-    for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else "options"
-        if problem["type"] == "extra_forbidden":
-            known = [field for field, info in Options.model_fields.items() if not info.exclude]
-            lines.append(f"unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-            continue
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        given = repr(problem["input"])
-        given = given if len(given) <= 200 else f"{given[:200]}..."
-        lines.append(f"option {name} = {given}: {message.removesuffix('.')}.")
-    return "\n".join(dict.fromkeys(lines))

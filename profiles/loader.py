@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-import types
-import typing
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dynamicrad_compile.errors import ProfileError, nearest
 from dynamicrad_compile.files import tomllib
+from dynamicrad_compile.problems import problems
 
 from .schema import Profile
 
@@ -77,8 +75,7 @@ def parse_profile(text: str, file: str) -> Profile:
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(dict(detail)) for detail in error.errors()]
-        raise ProfileError("\n  ".join([f"{file} is not a valid profile:", *problems])) from None
+        raise ProfileError("\n  ".join([f"{file} is not a valid profile:", *problems(error, Profile)])) from None
 
 
 @functools.cache
@@ -102,71 +99,3 @@ def _load_file(path: Path) -> Profile:
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path} can't be read as a UTF-8 text file: {error}.") from None
     return parse_profile(text, str(path))
-
-
-def _problem(detail: dict[str, Any]) -> str:
-    """One line for one error of pydantic: key, value, what is expected."""
-    location = tuple(detail["loc"])
-    key = ".".join(str(part) for part in location)
-    if detail["type"] == "extra_forbidden":
-        known = _keys(location[:-1])
-        return f"{key}: unknown key; known here are {known}.{nearest(str(location[-1]), known)}"
-    if detail["type"] == "missing":
-        return f"{key}: this key is missing.{_expected(location)}"
-    value = detail["input"]
-    shown = f"a table with {sorted(value)}" if isinstance(value, dict) else repr(value)
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "model_type":
-        message = "this is not a table"
-    return f"{key} = {shown}: {message}.{_expected(location)}"
-
-
-def _models(location: tuple[Any, ...]) -> list[Any]:
-    """The fields along a key path, None where the path leaves the schema."""
-    table: Any = Profile
-    fields = []
-    for part in location:
-        found = None
-        if isinstance(table, type) and issubclass(table, BaseModel):
-            by_key = {field.alias or name: field for name, field in table.model_fields.items()}
-            found = by_key.get(str(part))
-        fields.append(found)
-        table = None if found is None else _table(found.annotation)
-    return fields
-
-
-def _table(annotation: Any) -> Any:
-    """The table of a field that may be left out, else the annotation itself."""
-    tables = [item for item in typing.get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-    return tables[0] if tables else annotation
-
-
-def _keys(location: tuple[Any, ...]) -> list[str]:
-    """Keys of the table at a key path."""
-    table: Any = Profile
-    if location:
-        field = _models(location)[-1]
-        table = None if field is None else _table(field.annotation)
-    if not (isinstance(table, type) and issubclass(table, BaseModel)):
-        return []
-    return [field.alias or name for name, field in table.model_fields.items()]
-
-
-def _expected(location: tuple[Any, ...]) -> str:
-    """' Expected ...' with the type and range of the field at a key path, else an empty string."""
-    field = _models(location)[-1]
-    if field is None:
-        return ""
-    annotation, metadata = _table(field.annotation), list(field.metadata)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f" Expected a table with {_keys(location)}."
-    if typing.get_origin(annotation) is typing.Literal:
-        return f" Expected one of {list(typing.get_args(annotation))}."
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return ""
-    low = next((item.ge for item in metadata if hasattr(item, "ge")), None)
-    high = next((item.le for item in metadata if hasattr(item, "le")), None)
-    kind = {int: "an integer", float: "a number", str: "text"}.get(annotation, "a value")
-    if low is not None and high is not None:
-        return f" Expected {kind} in {low:g}..{high:g}."
-    return f" Expected {kind}." if low is None else f" Expected {kind} of at least {low:g}."

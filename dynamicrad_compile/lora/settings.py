@@ -19,9 +19,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..errors import LoraError, OptionsError, nearest
+from ..errors import LoraError, OptionsError
 from ..files import tomllib
 from ..options import Options
+from ..problems import problems
 
 SELF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NOT_IN_TRAINING = {
@@ -144,7 +145,7 @@ class Settings(_Table):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise LoraError("\n".join(_problem(dict(detail)) for detail in error.errors())) from None
+            raise LoraError("\n".join(problems(error, Settings))) from None
         if not self.loss.flow and not self.loss.distill:
             raise LoraError("loss.flow and loss.distill are both 0: give one of them a weight.")
         if self.regimes.source == "router" and not self.sparse.get("router"):
@@ -168,16 +169,6 @@ class Settings(_Table):
         return self.sparse.get("pattern") == "dense"
 
 
-TABLES: dict[str, type[BaseModel]] = {
-    "model": Model,
-    "data": Data,
-    "adapter": Adapter,
-    "regimes": Regimes,
-    "loss": Loss,
-    "train": Train,
-}
-
-
 def load_settings(path: str | os.PathLike[str]) -> Settings:
     """Read a TOML file; paths in it are relative to the working directory. Raises LoraError."""
     try:
@@ -194,17 +185,3 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         if getattr(settings, table) is None:
             raise LoraError(f"{path}: the table [{table}] is missing.")
     return settings
-
-
-def _problem(detail: dict[str, Any]) -> str:
-    """One line for one error of pydantic: key, value, what is expected, the nearest key."""
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        table = TABLES[location[0]] if len(location) > 1 else Settings
-        known = list(table.model_fields)
-        return f"{key}: unknown key; known here are {known}.{nearest(location[-1], known)}"
-    if detail["type"] == "missing":
-        return f"{key}: this key is missing."
-    shown = "" if isinstance(detail["input"], dict) else f" = {detail['input']!r}"
-    return f"{key}{shown}: {str(detail['msg']).removeprefix('Value error, ')}."

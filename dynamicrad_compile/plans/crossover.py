@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import CrossoverError
 from ..files import toml_value, tomllib, whole_file
+from ..problems import problems
 
 TABLE = Path(__file__).with_name("crossover.toml")
 MIN_GAIN = 1.05
@@ -100,10 +101,8 @@ def load(path: Path = TABLE) -> tuple[Table, ...]:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise CrossoverError(f"the crossover table {path} can't be read: {error}. Reinstall the package.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise CrossoverError(
-            f"the crossover table {path} is wrong at {where}: {first['msg']}. "
+            f"the crossover table {path} is wrong at {problems(error, _File)[0]} "
             "Make it again with benchmarks/crossover.py, or reinstall the package."
         ) from None
 

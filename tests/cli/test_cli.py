@@ -148,7 +148,7 @@ MISTAKES = {
     "set": (["explain", "--model", "ltx", "--set", "sparsity"], "KEY=VALUE"),
     "option": (["explain", "--model", "ltx", "--set", "sparcity=1"], "Did you mean 'sparsity'?"),
     "grid": (["explain", "--model", "wan-1.3b", *SMALL, "--set", "grid=5,16,17"], "does not fit the 1280"),
-    "page": (["explain", "--model", "wan-1.3b", *SMALL, "--html", "{tmp}/no/page.html"], "No such file"),
+    "page": (["explain", "--model", "wan-1.3b", *SMALL, "--html", "{tmp}/broken.json/page.html"], "File exists"),
     "pattern": (["plot", "--grid", "3", "4", "5", "--pattern", "radail"], "Did you mean 'radial'?"),
     "grid of two": (["plot", "--grid", "3", "4"], "expected 3 arguments"),
     "profile": (["plot", "--grid", "3", "4", "5", "--profile", "none"], "no profile is called"),
