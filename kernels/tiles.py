@@ -2,7 +2,7 @@
 
 A query tile is `block_m` queries, a key tile `block_n` keys; both divide the plan's blocks. No tile of the table spills
 when compiled ahead of time for its architecture with every mask, but for fp32 backwards above head_dim 64: 12 to 400
-bytes, because TF32x3 keeps each operand twice. `benchmarks/tile_model.py` shows what a choice implies.
+bytes, because TF32x3 keeps each operand twice. `benchmarks/kernel_model.py` shows what a choice implies.
 """
 
 from __future__ import annotations

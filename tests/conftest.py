@@ -12,6 +12,13 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 import pytest
 import torch
 
+from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
+
+# Compiled code spells out the arguments of an op, which PyTorch's caches on disk do not hash.
+torch.compiler.config.cache_key_tag = " ".join(
+    sorted(str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("dynamicrad::"))
+)
+
 
 @pytest.fixture(autouse=True)
 def _clean_state():

@@ -27,7 +27,7 @@ def rewrite(program: Any, options: Mapping[str, Any] | None = None) -> tuple[fx.
     Dynamic sizes stay dynamic: plans are then made when the program runs, for the sizes that it meets. Where an axis
     of the grid is in no shape of the program, attention stays dense, and the report says so.
 
-    The result is for inference: the sparse attention has no backward.
+    The result is for inference.
 
     Raises DynamicRadError if `program` is no exported program, and OptionsError, ProfileError, GridError or
     StrictError as the backend does.

@@ -90,8 +90,8 @@ def masked_attention(
     """softmax attention [B, H, Sq, D] over the blocks in `mask`, bool [B or 1, H or 1, Mq, Mk]; as the op computes it.
 
     With `compensate` each dropped block adds its mean key, log(count * compensate) on its logit, and its mean value.
-    A row without a block gives zeros if nothing compensates. With `covariance`, which no kernel has yet, dropped blocks
-    also have what `second_order` gives.
+    A row without a block gives zeros if nothing compensates. With `covariance` dropped blocks
+    also have what `kernels.moments_op` gives.
     """
     length, keys = q.shape[-2], k.shape[-2]
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)

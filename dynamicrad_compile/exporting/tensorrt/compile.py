@@ -3,11 +3,11 @@
     torch.compile(model, backend="dynamicrad", options={"inner": "tensorrt"})      compile_graph
     dynamicrad_compile.export(..., format="tensorrt")                              check, write
 
-tensorrt_graph      the op in the form that a plugin takes; needs no TensorRT
-tensorrt_kernel     the Triton kernel as PTX; needs no TensorRT
-tensorrt_plugin     the plugins
-tensorrt_converter  the converter of Torch-TensorRT
-tensorrt_files      the files of format="tensorrt"
+graph      the op in the form that a plugin takes; needs no TensorRT
+kernel     the Triton kernel as PTX; needs no TensorRT
+plugin     the plugins
+converter  the converter of Torch-TensorRT
+files      the files of format="tensorrt"
 """
 
 from __future__ import annotations

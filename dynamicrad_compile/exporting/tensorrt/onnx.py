@@ -1,6 +1,6 @@
 """ONNX models for TensorRT: with the attention as a plugin, or in standard operators.
 
-attention_node       dynamicrad::BlockSparseAttention..., which the plugins of `tensorrt_plugin` take
+attention_node       dynamicrad::BlockSparseAttention..., which the plugins of `plugin` take
 standard_attention   a softmax over all keys under the block mask: correct, and not faster than dense attention.
                      TensorRT does not read the Scan by which model.onnx of format "onnx" saves that work.
 """

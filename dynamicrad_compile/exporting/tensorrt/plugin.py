@@ -1,7 +1,7 @@
 """The attention as plugins of TensorRT that carry the Triton kernel as PTX. Importing this registers them.
 
 A plugin has a fixed number of input tensors, so there is one for each of (no mask, mask) x (no means, means). An
-engine that holds one runs without Python and without this package. `tensorrt_names` says the inputs are called.
+engine that holds one runs without Python and without this package. `names` says what the inputs are called.
 """
 
 from __future__ import annotations
