@@ -2,8 +2,8 @@
 
 TensorRT launches a plugin's kernel with the pointers of its inputs, then 32-bit integers, then the pointers of its
 outputs, and all of its tensors are contiguous. `_plugin_forward` has its arguments in that order, works out the
-strides, and is otherwise the kernel of `kernels.attention_triton_kernels`. Everything that TensorRT can't pass, above all the
-scale, is a constant of the build.
+strides, and is otherwise the kernel of `kernels.attention_triton_kernels`. Everything that TensorRT can't pass, above
+all the scale, is a constant of the build.
 
 Triton appends two scratch pointers to the parameters of every kernel. This one uses neither; TensorRT would not pass
 them, so they are cut out.
