@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import time
 import weakref
@@ -153,6 +155,20 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
+_NOTES = "aot_inductor.metadata"
+
+
+@functools.cache
+def _signatures() -> str:
+    """A digest of the signatures of our ops, for the keys of the compile caches of PyTorch.
+
+    Cached code calls the ops with the arguments that they had; a graph does not show those that have their defaults.
+    """
+    ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dynamicrad::")]
+    schemas = [str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name in ours]
+    return hashlib.sha256("\n".join(sorted(schemas)).encode()).hexdigest()[:16]
+
+
 def _inner_compiler(
     options: Options, mode: str | None, note: Callable[[str], None]
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
@@ -161,6 +177,7 @@ def _inner_compiler(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _signatures()}
         return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
     if mode is not None:
         raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")

@@ -196,3 +196,16 @@ def test_reports_of_two_compilations_of_one_model_are_apart():
     first, second = (drad.report(c).replaced[0].sparsity for c in (one, two))
     assert first == pytest.approx(0.3, abs=0.02)
     assert second == pytest.approx(0.7, abs=0.02)
+
+
+def test_compile_caches_see_the_signatures_of_our_ops(monkeypatch):
+    """Code that was cached for other signatures would call the ops wrongly; a user's own entry stays."""
+    seen = {}
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: seen.update(config_patches) or gm
+    )
+    options = {"inner_options": {"aot_inductor.metadata": {"mine": "x"}}}
+    torch.compile(lambda x: x + 1, backend="dynamicrad", options=options)(torch.zeros(2))
+    digest = seen["aot_inductor.metadata"].pop("dynamicrad")
+    assert len(digest) == 16
+    assert seen["aot_inductor.metadata"] == {"mine": "x"}

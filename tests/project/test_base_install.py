@@ -60,6 +60,7 @@ def fresh(wheel, tmp_path_factory):
 def call(fresh, cwd, *arguments):
     """Exit code, stdout and stderr of Python in the fresh environment."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(cwd / "inductor")
     done = subprocess.run(
         [str(fresh), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
