@@ -50,13 +50,10 @@ lint: env ## ruff, mypy, and which room imports which
 	$(PY) .ci/arrows.py
 
 test: env ## the tests of every change; those that need a GPU skip themselves without one
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-test-slow: env ## the tests that take long: code generation, exports, examples, wheels
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
-
-test-slow: env ## the tests that take minutes: a fresh installation, trainings, searches
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 $(ARGS)
+test-slow: env ## the tests that take long: code generation, exports, examples, fresh installations
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
 
 test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment of their own
 	@test -x $(TRT_PY) || $(PY) -m venv $(VENV)-tensorrt

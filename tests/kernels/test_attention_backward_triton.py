@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from support.attention_cases import CASES, Case, build
+from support.attention_cases import CASES, Case, build, case_of
 from support.backward_cases import INTERPRETED_CASES, build_backward, check_gradients
 
 from dynamicrad_compile.errors import PlanError
@@ -22,26 +17,9 @@ pytest.importorskip("triton")
 OP = torch.ops.dynamicrad.block_sparse_attention_backward
 
 
-pytestmark = pytest.mark.xdist_group("interpreter of backward")  # its cases run once, not once a worker
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """Results of all cases. Another process, because the interpreter is chosen when Triton is imported."""
-    path = tmp_path_factory.mktemp("interpreter") / "results.npz"
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.backward_cases", str(path)], cwd=tests, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return np.load(path, allow_pickle=False)
-
-
 @pytest.mark.parametrize("case", INTERPRETED_CASES, ids=str)
-def test_interpreter_matches_reference(case: Case, interpreted):
-    grads = tuple(torch.from_numpy(interpreted[f"{case.name}.{name}"]) for name in ("dq", "dk", "dv"))
-    check_gradients(grads, build_backward(case))
+def test_interpreter_matches_reference(case: Case, interpreter):
+    check_gradients(interpreter("backward_cases", case.name), build_backward(case))
 
 
 def on_cuda(args: tuple) -> list:
@@ -72,7 +50,7 @@ def test_cuda_matches_reference_and_itself(case: Case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["permuted", "mean_mask_padding", "fp16"])
 def test_cuda_compiles_with_the_kernels_in_the_graph(name: str):
-    forward = on_cuda(build(next(case for case in CASES if case.name == name)))
+    forward = on_cuda(build(case_of(name)))
     forward[:3] = [x.detach().requires_grad_() for x in forward[:3]]
     torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, forward)
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from support.attention_cases import CASES, VARIANTS, Case, build, check, check_int8
+from support.attention_cases import CASES, VARIANTS, Case, build, case_of, check, check_int8
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile, read_table, table
@@ -20,35 +16,18 @@ from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, 
 pytest.importorskip("triton")
 
 
-pytestmark = pytest.mark.xdist_group("interpreter of attention")  # its cases run once, not once a worker
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """Results of all cases. Another process, because the interpreter is chosen when Triton is imported."""
-    path = tmp_path_factory.mktemp("interpreter") / "results.npz"
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.attention_cases", str(path)], cwd=tests, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return np.load(path, allow_pickle=False)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreter_matches_reference(case: Case, interpreted):
-    out = torch.from_numpy(interpreted[f"{case.name}.out"])
-    lse = torch.from_numpy(interpreted[f"{case.name}.lse"])
+def test_interpreter_matches_reference(case: Case, interpreter):
+    out, lse = interpreter("attention_cases", case.name)
     check(out, lse, build(case), case.dtype)
 
 
 @pytest.mark.parametrize(
     ("variant", "name"), [(variant, name) for variant, names in VARIANTS.items() for name in names]
 )
-def test_interpreter_matches_reference_however_launched(variant: str, name: str, interpreted):
-    case = next(case for case in CASES if case.name == name)
-    out, lse = (torch.from_numpy(interpreted[f"{name}.{variant}.{part}"]) for part in ("out", "lse"))
+def test_interpreter_matches_reference_however_launched(variant: str, name: str, interpreter):
+    case = case_of(name)
+    out, lse = interpreter("attention_cases", name, variant)
     if variant == "int8":
         check_int8(out, lse, build(case), case.dtype)
     else:
@@ -103,7 +82,7 @@ def test_cuda_matches_reference_however_launched(case: Case, variant: str):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16", "mean_ragged", "mean_mask_padding"])
 def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
-    args = build(next(case for case in CASES if case.name == name))
+    args = build(case_of(name))
     on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
     torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, on_cuda)
     compiled = torch.compile(lambda *x: torch.ops.dynamicrad.block_sparse_attention(*x), fullgraph=True)

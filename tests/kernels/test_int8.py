@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.attention_cases import CASES, build, check_int8
+from support.attention_cases import CASES, build, case_of, check_int8
 from support.graphs import compile_sparse, first_output, make, relative_error
 
 import dynamicrad_compile as drad
@@ -26,7 +26,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cpu(name: str):
-    case = next(case for case in CASES if case.name == name)
+    case = case_of(name)
     args = build(case)
     out, lse = torch.ops.dynamicrad.block_sparse_attention(*args, qk_int8=True)
     check_int8(out, lse, args, case.dtype)

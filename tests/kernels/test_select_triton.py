@@ -5,12 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from support.select_cases import CASES, CRITERIA, INTERPRETED_CASES, Case, build, check
@@ -30,26 +24,9 @@ OP = torch.ops.dynamicrad.select_blocks
 OP_STATE = torch.ops.dynamicrad.select_blocks_
 
 
-pytestmark = pytest.mark.xdist_group("interpreter of select")  # its cases run once, not once a worker
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """Results of the cases. Another process, because the interpreter is chosen when Triton is imported."""
-    path = tmp_path_factory.mktemp("interpreter") / "results.npz"
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.select_cases", str(path)], cwd=tests, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return np.load(path, allow_pickle=False)
-
-
 @pytest.mark.parametrize(("case", "criterion"), INTERPRETED_CASES, ids=str)
-def test_interpreter_matches_reference(case: Case, criterion: str, interpreted):
-    out = (torch.from_numpy(interpreted[f"{case}.{criterion}.{name}"]) for name in ("counts", "indices"))
-    close = check(*out, build(case, criterion))
+def test_interpreter_matches_reference(case: Case, criterion: str, interpreter):
+    close = check(*interpreter("select_cases", case.name, criterion), build(case, criterion))
     if case.dtype == torch.float32:
         assert close <= 0.02
 

@@ -12,6 +12,7 @@ import dynamicrad_compile as drad
 from dynamicrad_compile.runtime import state
 from dynamicrad_compile.runtime.router import Router
 
+REGIMES = ("low", "mid", "high")
 LOW, MID, HIGH = range(3)
 STEPS = (900.0, 700.0, 500.0, 300.0)
 
@@ -55,6 +56,8 @@ def graphs(compiled):
 
 
 def fixed(model, kwargs, regime, prompt, **options):
+    """The output in one regime, from graphs that nothing but our passes touches."""
+    options = {"inner": "eager", **options}
     return run(sparse(model, regime=regime, **options), kwargs, encoder_hidden_states=prompt)
 
 
@@ -72,10 +75,11 @@ def test_each_row_of_a_batch_gets_the_regime_of_its_own_prompt(wan, router, prom
     batch = {name: kwargs[name].repeat_interleave(3, 0) for name in ("hidden_states", "timestep")}
     compiled = sparse(model, router=router, **options)
     out = run(compiled, kwargs, **batch, encoder_hidden_states=prompts)
-    for row, regime in enumerate(("low", "mid", "high")):
-        alone = fixed(model, kwargs, regime, prompts[row : row + 1], **options)
-        assert relative_error(out[row : row + 1], alone) < 1e-5
-    high = fixed(model, kwargs, "high", prompts[:1], **options)
+    alone = [sparse(model, regime=regime, **{"inner": "eager", **options}) for regime in REGIMES]
+    for row, one in enumerate(alone):
+        expected = run(one, kwargs, encoder_hidden_states=prompts[row : row + 1])
+        assert relative_error(out[row : row + 1], expected) < 1e-5
+    high = run(alone[HIGH], kwargs, encoder_hidden_states=prompts[:1])
     assert options.get("mode") or relative_error(out[:1], high) > 1e-4  # few blocks: the same may be chosen
 
 
@@ -106,7 +110,7 @@ def test_regimes_with_criteria_of_their_own(wan, router, prompts, tmp_path, inne
     batch = {name: kwargs[name].repeat_interleave(3, 0) for name in ("hidden_states", "timestep")}
     compiled = sparse(model, router=router, refresh_steps=2, **options)
     out = run(compiled, kwargs, **batch, encoder_hidden_states=prompts)
-    for row, regime in enumerate(("low", "mid", "high")):
+    for row, regime in enumerate(REGIMES):
         alone = fixed(model, kwargs, regime, prompts[row : row + 1], profile=str(profile))
         assert relative_error(out[row : row + 1], alone) < 1e-5
     assert "the regimes choose by different criteria" in str(drad.report(compiled))
@@ -116,37 +120,31 @@ def test_regimes_with_criteria_of_their_own(wan, router, prompts, tmp_path, inne
 def test_a_new_prompt_changes_the_regime_without_compiling(wan, router, prompts, inner):
     model, kwargs = wan
     compiled = sparse(model, router=router, inner=inner)
-    expected = {r: fixed(model, kwargs, name, prompts[r : r + 1]) for r, name in enumerate(("low", "mid", "high"))}
-    order = (HIGH, LOW, MID, LOW)
-    for regime in order:
+    last = dict(timestep=at(kwargs, STEPS[-1]))
+    expected = [fixed(model, {**kwargs, **last}, name, prompts[r : r + 1]) for r, name in enumerate(REGIMES)]
+    for regime in (HIGH, LOW, MID, LOW):
         for timestep in STEPS:  # the next generation starts where timesteps jump back
             out = run(compiled, kwargs, timestep=at(kwargs, timestep), encoder_hidden_states=prompts[regime][None])
-        again = run(
-            sparse(model, regime=("low", "mid", "high")[regime]),
-            kwargs,
-            timestep=at(kwargs, timestep),
-            encoder_hidden_states=prompts[regime][None],
-        )
-        assert relative_error(out, again) < 1e-5
+        assert relative_error(out, expected[regime]) < 1e-5
     assert graphs(compiled) == 1
-    assert len({round(float(e.norm()), 4) for e in expected.values()}) == 3
+    assert len({round(float(e.norm()), 4) for e in expected}) == 3
 
 
 def test_the_negative_prompt_gets_the_regime_of_the_prompt(wan, router, prompts):
     model, kwargs = wan
     compiled = sparse(model, router=router)
+    high = sparse(model, regime="high", inner="eager")
     for timestep in STEPS:
         run(compiled, kwargs, timestep=at(kwargs, timestep), encoder_hidden_states=prompts[HIGH][None])
         negative = dict(timestep=at(kwargs, timestep), encoder_hidden_states=prompts[LOW][None])
-        out = run(compiled, kwargs, **negative)
-        assert relative_error(out, run(sparse(model, regime="high"), kwargs, **negative)) < 1e-5
+        assert relative_error(run(compiled, kwargs, **negative), run(high, kwargs, **negative)) < 1e-5
     assert graphs(compiled) == 1
 
 
 def test_sparsity_reported_is_the_sparsity_executed(wan, router, prompts):
     model, kwargs = wan
     compiled = sparse(model, router=router)
-    planned = [drad.make_plan("dynamicrad", (5, 6, 8), 16, regime=r).sparsity for r in ("low", "mid", "high")]
+    planned = [drad.make_plan("dynamicrad", (5, 6, 8), 16, regime=r).sparsity for r in REGIMES]
     for timestep in (900.0, 800.0):
         run(compiled, kwargs, timestep=at(kwargs, timestep), encoder_hidden_states=prompts[LOW][None])
     assert drad.report(compiled).replaced[0].sparsity == pytest.approx(planned[LOW])
@@ -200,10 +198,10 @@ def test_chosen_blocks_are_kept_between_refreshes(wan, inner):
 def test_dynamic_mode_meets_the_sparsity_that_is_asked_for(wan):
     model, kwargs = wan
     for sparsity in (0.3, 0.7):
-        compiled = sparse(model, mode="dynamic_threshold", sparsity=sparsity)
+        compiled = sparse(model, mode="dynamic_threshold", sparsity=sparsity, inner="eager")
         run(compiled, kwargs)
         assert drad.report(compiled).replaced[0].sparsity == pytest.approx(sparsity, abs=0.05)
-    compiled = sparse(model, mode="dynamic_threshold", sparsity=0.0)
+    compiled = sparse(model, mode="dynamic_threshold", sparsity=0.0, inner="eager")
     assert relative_error(run(compiled, kwargs), run(model, kwargs)) < 1e-5
 
 
@@ -211,7 +209,7 @@ def test_dynamic_mode_meets_the_sparsity_that_is_asked_for(wan):
 def test_symbolic_sizes(wan, router, prompts, options):
     model, kwargs = wan
     compiled = sparse(model, router=router, **options)
-    for step, frames in enumerate((5, 6, 7)):
+    for step, frames in enumerate((5, 7)):
         latents = torch.randn(1, 4, frames, 12, 16)
         torch._dynamo.mark_dynamic(latents, 2)
         changes = dict(
@@ -220,7 +218,7 @@ def test_symbolic_sizes(wan, router, prompts, options):
         if options.get("dense_steps") and step == 0:
             alone = model
         else:
-            alone = sparse(model, regime="high", **{k: v for k, v in options.items() if k == "mode"})
+            alone = sparse(model, regime="high", inner="eager", **{k: v for k, v in options.items() if k == "mode"})
         assert relative_error(run(compiled, kwargs, **changes), run(alone, kwargs, **changes)) < 1e-5
     assert graphs(compiled) == 1
 
@@ -283,13 +281,13 @@ def test_state_crosses_graph_breaks(wan, router, prompts):
     model, kwargs = broken(wan)
     options = dict(block_size=16, inner="aot_eager", min_tokens=0, grid=(5, 6, 8))
     compiled = drad.compile(model, router=router, dense_steps=1, **options)
+    alone = {r: drad.compile(model, regime=REGIMES[r], **{**options, "inner": "eager"}) for r in (HIGH, LOW)}
     for generation, regime in ((0, HIGH), (1, LOW)):
         for step, timestep in enumerate(STEPS):
             for prompt in (prompts[regime][None], prompts[MID][None]):  # the negative prompt second
                 changes = dict(timestep=at(kwargs, timestep), encoder_hidden_states=prompt)
-                name = ("low", "mid", "high")[regime]
-                alone = model if step == 0 else drad.compile(model, regime=name, **options)
-                error = relative_error(run(compiled, kwargs, **changes), run(alone, kwargs, **changes))
+                reference = model if step == 0 else alone[regime]
+                error = relative_error(run(compiled, kwargs, **changes), run(reference, kwargs, **changes))
                 assert error < 1e-5, (generation, step, error)
             if step == 1:
                 break

@@ -1,12 +1,10 @@
 """Cases of block-sparse attention shared by the CPU and Triton tests: odd lengths, layouts, masks, plans.
 
-Run as a script with TRITON_INTERPRET=1 it computes every case marked for the interpreter with the Triton kernel
-and writes the results to the .npz file named on the command line.
+`interpret` computes a case with the Triton kernel, in a process that imported Triton with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,6 +88,11 @@ CASES = [
     Case("mean_bf16", compensate=(1.0,), dtype=BF16, q_len=101, kv_len=101, mask="padding"),
     Case("mean_keeps_nothing", compensate=(1.0,), keep=0.0, q_len=101, kv_len=115),
 ]
+
+
+def case_of(name: str) -> Case:
+    """The case of that name."""
+    return next(case for case in CASES if case.name == name)
 
 
 # How the kernel may be launched, and the cases that are run so.
@@ -202,9 +205,8 @@ def check_int8(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.d
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def main() -> None:
-    import numpy as np
-
+def interpret(name: str, variant: str = "") -> tuple[torch.Tensor, ...]:
+    """out, in fp32, and lse of a case, launched as by default or as one of VARIANTS says."""
     from dynamicrad_compile.kernels._launch import INTERPRETED
     from dynamicrad_compile.kernels.attention_arguments import Attention, Means
     from dynamicrad_compile.kernels.attention_triton import launch_forward
@@ -214,33 +216,23 @@ def main() -> None:
     from dynamicrad_compile.kernels.tiles import choose_tile
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
-    results = {}
-    for case in CASES:
-        a = Attention(*build(case))
-        means = None
-        if a.compensate is not None:
-            valid = valid_counts(case.kv_len, case.block_kv, a.kv_mask, a.k.device)
-            mean_k, mean_v = (launch_pooling(x, valid, case.block_kv, a.kv_mask) for x in (a.k, a.v))
-            bits = kept_bits(a.kv_counts, a.kv_indices, mean_k.shape[2])
-            means = Means(mean_k, mean_v, valid, a.compensate, bits)
+    case = case_of(name)
+    a, means = Attention(*build(case)), None
+    if a.compensate is not None:
+        valid = valid_counts(case.kv_len, case.block_kv, a.kv_mask, a.k.device)
+        mean_k, mean_v = (launch_pooling(x, valid, case.block_kv, a.kv_mask) for x in (a.k, a.v))
+        means = Means(mean_k, mean_v, valid, a.compensate, kept_bits(a.kv_counts, a.kv_indices, mean_k.shape[2]))
+    if not variant:
         out, lse = launch_forward(a, means)
-        assert out.is_contiguous()
-        assert out.dtype == case.dtype
-        results[f"{case.name}.out"], results[f"{case.name}.lse"] = out.float().numpy(), lse.numpy()
-        for variant in VARIANTS:
-            if case.name in VARIANTS[variant]:
-                tile = choose_tile((9, 0), case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
-                read = torch.zeros_like(a.kv_counts) if variant == "dropped" else a.kv_counts
-                out, lse = launch_forward(
-                    a._replace(kv_counts=read, qk_int8=variant == "int8"),
-                    means,
-                    tile=replace(tile, tma=variant == "tma", block_n=16),
-                    splits=3 if variant == "splits" else 1,
-                )
-                results[f"{case.name}.{variant}.out"] = out.float().numpy()
-                results[f"{case.name}.{variant}.lse"] = lse.numpy()
-    np.savez(sys.argv[1], **results)
-
-
-if __name__ == "__main__":
-    main()
+    else:
+        tile = choose_tile((9, 0), case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
+        read = torch.zeros_like(a.kv_counts) if variant == "dropped" else a.kv_counts
+        out, lse = launch_forward(
+            a._replace(kv_counts=read, qk_int8=variant == "int8"),
+            means,
+            tile=replace(tile, tma=variant == "tma", block_n=16),
+            splits=3 if variant == "splits" else 1,
+        )
+    assert out.is_contiguous()
+    assert out.dtype == case.dtype
+    return out.float(), lse

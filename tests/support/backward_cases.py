@@ -1,16 +1,13 @@
 """Cases of the backward of block-sparse attention, for the CPU and Triton tests; plans and layouts as forward.
 
-Run as a script with TRITON_INTERPRET=1 it computes every case with the Triton kernels and writes the results to the
-.npz file named on the command line.
+`interpret` computes a case with the Triton kernels, in a process that imported Triton with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
-from support.attention_cases import BF16, CASES, HALF, Case, build, reference
+from support.attention_cases import BF16, CASES, HALF, Case, build, case_of, reference
 
 # The interpreter is slow: one case of each kind.
 _INTERPRETED = """
@@ -58,25 +55,16 @@ def check_gradients(got: tuple[torch.Tensor, ...], args: tuple) -> None:
             assert (grad.transpose(1, 2)[hidden] == 0).all()
 
 
-def main() -> None:
-    import numpy as np
-
+def interpret(name: str) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv of a case, in fp32."""
     from dynamicrad_compile.kernels._launch import INTERPRETED
     from dynamicrad_compile.kernels.attention_backward_op import split
     from dynamicrad_compile.kernels.attention_backward_triton import launch_backward
     from dynamicrad_compile.kernels.means import means_of
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
-    results = {}
-    for case in INTERPRETED_CASES:
-        a, forward = split(build_backward(case))
-        means = None if a.compensate is None else means_of(a)
-        for name, grad in zip(("dq", "dk", "dv"), launch_backward(a, forward, means), strict=True):
-            assert grad.is_contiguous()
-            assert grad.dtype == case.dtype
-            results[f"{case.name}.{name}"] = grad.float().numpy()
-    np.savez(sys.argv[1], **results)
-
-
-if __name__ == "__main__":
-    main()
+    case = case_of(name)
+    a, forward = split(build_backward(case))
+    grads = launch_backward(a, forward, None if a.compensate is None else means_of(a))
+    assert all(grad.is_contiguous() and grad.dtype == case.dtype for grad in grads)
+    return tuple(grad.float() for grad in grads)

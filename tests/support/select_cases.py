@@ -1,13 +1,11 @@
 """Cases of `select_blocks` shared by the CPU and Triton tests: odd lengths, layouts, masks, shared and own plans.
 
-Run as a script with TRITON_INTERPRET=1 it computes every case with the Triton kernels and writes the results to the
-.npz file named on the command line.
+`interpret` computes a case with the Triton kernels, in a process that imported Triton with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,9 +187,8 @@ def _near_the_cut(row: Any, got: set[int], pair: list[float], criterion: str, ep
     return criterion != "ratio" or len(got) == len(choose(row, (pair[0], pair[1]), "ratio"))
 
 
-def main() -> None:
-    import numpy as np
-
+def interpret(name: str, criterion: str) -> tuple[torch.Tensor, ...]:
+    """Counts and indices of a case."""
     from dynamicrad_compile.kernels._launch import INTERPRETED
     from dynamicrad_compile.kernels.blocks import valid_counts
     from dynamicrad_compile.kernels.pool_triton import launch_pooling
@@ -199,22 +196,15 @@ def main() -> None:
     from dynamicrad_compile.kernels.select_triton import launch_select
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
-    results = {}
-    for case, criterion in INTERPRETED_CASES:
-        s = Selection(*build(case, criterion))
-        n_q = valid_counts(case.q_len, case.block_q, None, s.q.device)
-        n_k = valid_counts(case.kv_len, case.block_kv, s.kv_mask, s.q.device)
-        means = launch_pooling(s.q, n_q, case.block_q), launch_pooling(s.k, n_k, case.block_kv, s.kv_mask)
-        shape = (*s.q.shape[:2], *s.kv_indices.shape[2:])
-        out = torch.full(shape[:3], 77, dtype=torch.int32), torch.full(shape, 77, dtype=torch.int32)
-        arguments = (s, *means, n_k, *out)
-        launch_select(*arguments, torch.tensor([False]))
-        assert all(bool((x == 77).all()) for x in out), "written although refresh is False"
-        launch_select(*arguments)
-        name = f"{case.name}.{criterion}"
-        results[f"{name}.counts"], results[f"{name}.indices"] = (x.numpy().copy() for x in out)
-    np.savez(sys.argv[1], **results)
-
-
-if __name__ == "__main__":
-    main()
+    case = next(case for case in CASES if case.name == name)
+    s = Selection(*build(case, criterion))
+    n_q = valid_counts(case.q_len, case.block_q, None, s.q.device)
+    n_k = valid_counts(case.kv_len, case.block_kv, s.kv_mask, s.q.device)
+    means = launch_pooling(s.q, n_q, case.block_q), launch_pooling(s.k, n_k, case.block_kv, s.kv_mask)
+    shape = (*s.q.shape[:2], *s.kv_indices.shape[2:])
+    out = torch.full(shape[:3], 77, dtype=torch.int32), torch.full(shape, 77, dtype=torch.int32)
+    arguments = (s, *means, n_k, *out)
+    launch_select(*arguments, torch.tensor([False]))
+    assert all(bool((x == 77).all()) for x in out), "written although refresh is False"
+    launch_select(*arguments)
+    return out
