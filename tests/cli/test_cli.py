@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.marks import fast
 
 from dynamicrad_compile import cli
 from dynamicrad_compile.cli import doctor
@@ -52,7 +53,7 @@ def test_doctor_says_what_to_do(capsys, monkeypatch):
     assert "1 problem." in out
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", fast(PRESETS, {"wan-14b-i2v", "cogvideox-5b", "ltx", "sana-video"}))
 def test_explain_preset(capsys, name):
     code, out, err = run(capsys, "explain", "--model", name, *SMALL, "--set", "min_tokens=0", "--json")
     assert code == 0, err

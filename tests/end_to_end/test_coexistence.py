@@ -11,9 +11,10 @@ import importlib.util
 import pytest
 import torch
 from support.graphs import call, drad, make, masked_dense, relative_error
+from support.marks import slow
 from support.replaced import VIDEO, check, check_call, compiled
 
-MODELS = ["wan_t2v", "hunyuan_video"]
+MODELS = ["wan_t2v", slow("hunyuan_video")]
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.graphs import call, capture, compile_sparse, drad, make, masked_dense, relative_error, sites_of
-from support.marks import slow
+from support.marks import fast, slow
 from zoo.models import ZOO
 
 NOT_YET = {"hunyuan_video15", "mochi", "mochi_b2"}  # lengths that depend on data, per-block graphs
@@ -33,14 +33,14 @@ def test_sites_grid_and_text(name):
     check_sites(name, sites_of(capture(model, **kwargs)), expected)
 
 
-@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("name", fast(VIDEO, NUMERICS))
 def test_sites_on_another_grid(name):
     sizes = dict(f=6, h=6, w=6) if name in NUMERICS else dict(f=3, h=5, w=7, batch=2)
     model, kwargs, expected = make(name, **sizes)
     check_sites(name, sites_of(capture(model, **kwargs)), expected)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_YET))
+@pytest.mark.parametrize("name", fast(sorted(NOT_YET), {"hunyuan_video15", "mochi"}))
 def test_what_is_not_understood_stays_dense_with_a_reason(name):
     model, kwargs, _ = make(name)
     report = drad.explain(model, options={"min_tokens": 0}, **kwargs)

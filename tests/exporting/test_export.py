@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.graphs import call, drad, relative_error
-from support.marks import slow
+from support.marks import fast
 
 from dynamicrad_compile.exporting import api
 from dynamicrad_compile.exporting.onnx import model as onnx_model
@@ -20,29 +21,17 @@ pytest.importorskip("onnxruntime")
 
 from export_table import COMMON, Row, cases, make, options_of, run_case, with_prompts
 
+ROWS = cases(["torch", "onnx", "aoti"], ["wan", "hunyuan", "cogvideox", "ltx"])
+QUICK = [Row("torch", "wan", "router", "open"), Row("onnx", "wan", "dynamic", "open")]
 
-def exact(row):
+
+@pytest.mark.parametrize("row", fast(ROWS, QUICK), ids=lambda row: f"{row.format}-{row.model}-{row.mode}-{row.batch}")
+def test_every_case_of_the_table(row):
+    """With an open batch, different prompts take different regimes, and 1, 2 and 3 rows are equal to eager code."""
     run_case(row)
     assert row.error < 1e-4, row
     assert row.moved > 1e-3, row  # the plan is at work
     assert not row.replaced.startswith("0")
-
-
-@pytest.mark.parametrize("model", ["wan", slow("hunyuan"), slow("cogvideox"), slow("ltx")])
-def test_onnx_with_router_selection_and_open_batch(model):
-    """Different prompts of one batch take different regimes, and batches of 1, 2 and 3 are equal to eager code."""
-    exact(Row("onnx", model, "dynamic", "open"))
-
-
-@pytest.mark.parametrize(("format", "mode", "batch"), [("torch", "router", "open"), slow("aoti", "dynamic", "open")])
-def test_programs(format, mode, batch):
-    exact(Row(format, "wan", mode, batch))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("row", cases(["torch", "onnx", "aoti"], ["wan", "hunyuan", "cogvideox", "ltx"]), ids=str)
-def test_every_case_of_the_table(row):
-    exact(row)
 
 
 @pytest.mark.slow
@@ -212,14 +201,12 @@ def test_dynamic_grid_is_refused_by_onnx(tmp_path):
 
 
 def test_export_stays_the_function_whatever_is_imported():
-    code = """
-import dynamicrad_compile as drad, inspect
-import dynamicrad_compile.exporting.job as job
-from dynamicrad_compile.exporting import export
-assert list(inspect.signature(drad.export).parameters)[:5] == ["model", "args", "kwargs", "path", "format"]
-assert drad.export is export and job.Job
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    import dynamicrad_compile.exporting.job
+    from dynamicrad_compile.exporting import export
+
+    assert dynamicrad_compile.exporting.job.Job
+    assert drad.export is export
+    assert list(inspect.signature(drad.export).parameters)[:5] == ["model", "args", "kwargs", "path", "format"]
 
 
 def test_prompts_take_different_regimes():

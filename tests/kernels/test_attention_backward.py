@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.attention_cases import CASES, Case, build, build_plan
 from support.backward_cases import build_backward, check_gradients, expected_gradients
+from support.marks import slow
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -244,7 +245,7 @@ def step(model: torch.nn.Module, compiled, x: torch.Tensor) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, Checkpointed], ids=["plain", "checkpoint"])
-@pytest.mark.parametrize(("backend", "compensate"), [("eager", None), ("aot_eager", 0.8), ("inductor", None)])
+@pytest.mark.parametrize(("backend", "compensate"), [("eager", None), ("aot_eager", 0.8), slow("inductor", None)])
 def test_compiles_in_training_mode(backend: str, compensate: float | None, wrap):
     torch.manual_seed(0)
     model, x = Block(random_plan(101), compensate), torch.randn(2, 101, 48)

@@ -219,7 +219,7 @@ def test_training_through_it_matches_eager():
 def test_symbolic_sizes(wan):
     """One graph for several lengths, each as if compiled for it alone."""
     model, kwargs = wan
-    inputs = [{**kwargs, "hidden_states": torch.randn(1, 4, frames, 12, 16)} for frames in (5, 6, 7)]
+    inputs = [{**kwargs, "hidden_states": torch.randn(1, 4, frames, 12, 16)} for frames in (5, 7)]
     alone = [compiled((model, given), covariance=True, inner="eager")[0] for given in inputs]
     options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True, "inner": "aot_eager"}
     run = torch.compile(model, backend="dynamicrad", options=options)

@@ -89,14 +89,24 @@ print(json.dumps(compiled(torch.zeros(2)).tolist()))
 
 
 def test_no_top_level_kernels_package():
-    """With the repository on sys.path, as `python -c` puts it, diffusers must not take our folder for `kernels`."""
+    """With the repository on sys.path, as `python -c` puts it, our folder is not the package `kernels`."""
     code = """
 import importlib.util, json
 spec = importlib.util.find_spec("kernels")
-from diffusers import WanPipeline  # probes for that package
 print(json.dumps("" if spec is None else spec.origin or ""))
 """
     assert not python(code, ROOT).startswith(str(ROOT / "kernels"))
+
+
+@pytest.mark.slow
+def test_diffusers_does_not_take_our_folder_for_kernels():
+    """diffusers and transformers probe for that package when a pipeline is imported."""
+    code = """
+import json
+from diffusers import WanPipeline
+print(json.dumps(WanPipeline.__name__))
+"""
+    assert python(code, ROOT) == "WanPipeline"
 
 
 def test_entry_points():

@@ -10,5 +10,10 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def fast(cases, quick):
+    """`cases` for parametrize: those in `quick` run always, the others with -m slow only."""
+    return [case if case in quick else slow(case) for case in cases]
+
+
 INNER = ["eager", slow("inductor")]
 """Inner compilers: code generation takes seconds a graph."""
