@@ -251,7 +251,7 @@ def test_trained_with_symbolic_sizes():
 @pytest.mark.slow
 def test_ulysses_in_two_processes(tmp_path):
     """The tokens of the other process are in no graph: dense, with the reason, and the same output as alone."""
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "support.ulysses_worker"]
     workers = [
