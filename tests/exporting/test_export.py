@@ -14,15 +14,14 @@ import pytest
 import torch
 from support.graphs import call, drad, relative_error
 from support.marks import fast
+from zoo.exports import COMMON, FORMATS, MODELS, Row, cases, make, options_of, run_case, with_prompts
 
 from dynamicrad_compile.exporting import api
 from dynamicrad_compile.exporting.onnx import model as onnx_model
 
 pytest.importorskip("onnxruntime")
 
-from export_table import COMMON, Row, cases, make, options_of, run_case, with_prompts
-
-ROWS = cases(["torch", "onnx", "aoti"], ["wan", "hunyuan", "cogvideox", "ltx"])
+ROWS = cases(list(FORMATS), list(MODELS))
 QUICK = [Row("torch", "wan", "router", "open"), Row("onnx", "wan", "dynamic", "open")]
 
 

@@ -1,6 +1,6 @@
-"""Tiny models of the diffusers 0.42.1 classes that zoo.py lacks: ZOO_MORE, a dict name -> function like zoo.ZOO.
+"""Tiny models of the diffusers 0.42.1 classes that models.py lacks: ZOO_MORE, a dict name -> function like ZOO.
 
-Each function gives (model, kwargs, expected); the keys of `expected` are described in zoo.py.
+Each function gives (model, kwargs, expected); the keys of `expected` are described in models.py.
 """
 
 from __future__ import annotations
