@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from support.attention_cases import CASES, Case, build, check, reference
+from support.attention_cases import CASES, Case, build, check, check_result, reference
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,11 +35,7 @@ def qkv(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case: Case):
     args = build(case)
-    out, lse = OP(*args)
-    assert out.is_contiguous()
-    assert out.dtype == case.dtype
-    assert lse.dtype == torch.float32
-    check(out, lse, args, case.dtype)
+    check_result(OP(*args), args, case)
 
 
 @pytest.mark.parametrize(
@@ -327,21 +320,6 @@ def test_wrapper_names_both_lengths():
         block_sparse_attention(q, k, v, random_plan(64, 96))
     with pytest.raises(PlanError, match=r"expected kv_length int \[B\]"):
         block_sparse_attention(q, k, v, random_plan(64, 64), kv_length=torch.tensor([1.5]))
-
-
-def test_cpu_works_without_triton():
-    script = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, dynamicrad_compile as drad\n"
-        "q = torch.randn(1, 2, 64, 16)\n"
-        "mask = torch.ones(2, 2, dtype=torch.bool)\n"
-        "plan = drad.BlockPlan.from_mask(mask, block_q=32, block_kv=32, q_len=64, kv_len=64)\n"
-        "out = drad.block_sparse_attention(q, q, q, plan)\n"
-        "torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))\n"
-        "assert not torch.cuda.is_initialized()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_reference_agrees_with_sdpa_under_its_own_mask():

@@ -185,6 +185,15 @@ def check(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype,
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def check_result(result: tuple[torch.Tensor, torch.Tensor], args: tuple, case: Case, means_alone: bool = False) -> None:
+    """Layout and dtypes of an op's (out, lse), and `check`."""
+    out, lse = result
+    assert out.is_contiguous()
+    assert out.dtype == case.dtype
+    assert lse.dtype == torch.float32
+    check(out, lse, args, case.dtype, means_alone)
+
+
 def check_int8(out: torch.Tensor, lse: torch.Tensor, args: tuple, dtype: torch.dtype) -> None:
     """Near the fp64 reference; in fp32, without mean keys, equal to it for queries and keys rounded to int8."""
     from dynamicrad_compile.kernels import quantise

@@ -1,4 +1,4 @@
-"""Tiny models that zoo.py lacks in which video shares its sequence with text, history or audio."""
+"""Tiny models that models.py lacks in which video shares its sequence with text, history or audio."""
 
 from __future__ import annotations
 

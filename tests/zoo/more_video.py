@@ -1,4 +1,4 @@
-"""Tiny models that zoo.py lacks: Cosmos, Sana-WM, Kandinsky; one in two of them is no plain self-attention."""
+"""Tiny models that models.py lacks: Cosmos, Sana-WM, Kandinsky; one in two of them is no plain self-attention."""
 
 from __future__ import annotations
 

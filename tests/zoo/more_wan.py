@@ -1,4 +1,4 @@
-"""Tiny models of the Wan family that zoo.py lacks: variants, histories, caches and fused projections."""
+"""Tiny models of the Wan family that models.py lacks: variants, histories, caches and fused projections."""
 
 from __future__ import annotations
 

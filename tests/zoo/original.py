@@ -1,6 +1,6 @@
 """Tiny transformers as the original repositories write them, from knowledge of the architectures.
 
-ZOO_ORIGINAL: dict name -> function giving (model, kwargs, expected), as in zoo.py. What they have that diffusers has
+ZOO_ORIGINAL: dict name -> function giving (model, kwargs, expected), as in models.py. What they have that diffusers has
 not: RoPE with complex numbers in a loop over grid sizes, padding to a fixed length, einops, attention helpers on
 [B, S, H * D], frames folded into the batch and out again, attention modules of vision transformers.
 """
