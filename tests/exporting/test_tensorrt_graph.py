@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.graphs import call, make, relative_error
+from support.graphs import call, relative_error
+from zoo.exports import make
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.exporting.tensorrt.build import main, parse_shapes
@@ -100,7 +101,7 @@ def test_what_a_plugin_can_not_take():
 
 def test_standard_model_in_onnxruntime(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, kwargs, _ = make("wan_t2v")
+    model, kwargs = make("wan", 1)
     options = {**OPTIONS, "compensate": 0.5}
     found = drad.export(model.eval(), (), kwargs, tmp_path, "tensorrt", options, via="trtexec")
     assert found.card["commands"][0] == "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped"
@@ -113,11 +114,11 @@ def test_standard_model_in_onnxruntime(tmp_path):
 
 def test_plugin_model(tmp_path):
     onnx = pytest.importorskip("onnx")
-    model, kwargs, _ = make("wan_t2v")
+    model, kwargs = make("wan", 1)
     options = {**OPTIONS, "compensate": 0.5}
     found = drad.export(model.eval(), (), kwargs, tmp_path, "tensorrt", options, dynamic_batch=True, via="plugin")
     nodes = [n for n in onnx.load(found.path, load_external_data=False).graph.node if n.domain == "dynamicrad"]
-    assert [node.op_type for node in nodes] == ["BlockSparseAttentionMeans"] * 2
+    assert [node.op_type for node in nodes] == ["BlockSparseAttentionMeans"]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}
     assert attributes.pop("scale") == [pytest.approx(24**-0.5)]
     assert attributes == {"block_q": [16], "block_kv": [16], "aot": 1,
@@ -125,13 +126,13 @@ def test_plugin_model(tmp_path):
     assert len(nodes[0].input) == 10
     assert len(nodes[0].output) == 2
     command = found.card["commands"][0]
-    assert "exporting.tensorrt.build model.onnx model.engine --min=hidden_states:1x4x5x12x16,timestep:1" in command
-    assert parse_shapes(re.search(r"--max=(\S+)", command)[1])["hidden_states"] == (8, 4, 5, 12, 16)
+    assert "exporting.tensorrt.build model.onnx model.engine --min=hidden_states:1x4x5x12x18,timestep:1" in command
+    assert parse_shapes(re.search(r"--max=(\S+)", command)[1])["hidden_states"] == (8, 4, 5, 12, 18)
 
 
 def test_mode_that_onnx_has_not(tmp_path):
     pytest.importorskip("onnx")
-    model, kwargs, _ = make("wan_t2v")
+    model, kwargs = make("wan", 1)
     options = {**OPTIONS, "mode": "dynamic_threshold"}
     with pytest.raises(drad.ExportError, match=r"select_blocks.*Use mode='static_ratio'.*or via='torch'"):
         drad.export(model, (), kwargs, tmp_path / "out", "tensorrt", options, via="plugin")

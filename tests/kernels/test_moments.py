@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.attention_cases import BF16, CASES, HALF, Case, build
-from support.graphs import OPTIONS, drad, first_output, make, relative_error
+from support.graphs import OPTIONS, drad, first_output, relative_error
 from support.marks import INNER
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from zoo.exports import make
 
 from dynamicrad_compile.kernels import moments_op as second_order
 from dynamicrad_compile.kernels.attention_reference import kept_blocks
@@ -167,7 +168,8 @@ def test_what_covariances_cost_is_what_is_counted():
 
 @pytest.fixture(scope="module")
 def wan():
-    return make("wan_t2v")[:2]
+    """A model of one layer."""
+    return make("wan", 1)
 
 
 def compiled(wan, **options):
@@ -203,8 +205,8 @@ def test_a_plan_that_compensates_nothing_says_that_covariance_does_nothing(wan):
     assert "option covariance does nothing here" in str(found)
 
 
-def test_training_through_it_matches_eager():
-    model, kwargs, _ = make("wan_t2v")
+def test_training_through_it_matches_eager(wan):
+    model, kwargs = wan
     grads = []
     for inner in ("eager", "aot_eager"):
         options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True, "inner": inner}
@@ -219,7 +221,7 @@ def test_training_through_it_matches_eager():
 def test_symbolic_sizes(wan):
     """One graph for several lengths, each as if compiled for it alone."""
     model, kwargs = wan
-    inputs = [{**kwargs, "hidden_states": torch.randn(1, 4, frames, 12, 16)} for frames in (5, 7)]
+    inputs = [{**kwargs, "hidden_states": torch.randn(1, 4, frames, 12, 18)} for frames in (5, 7)]
     alone = [compiled((model, given), covariance=True, inner="eager")[0] for given in inputs]
     options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True, "inner": "aot_eager"}
     run = torch.compile(model, backend="dynamicrad", options=options)
