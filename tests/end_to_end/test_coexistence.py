@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 from support.graphs import call, drad, make, masked_dense, relative_error
-from support.marks import slow
+from support.marks import fast, slow
 from support.replaced import VIDEO, check, check_call, compiled
 
 MODELS = ["wan_t2v", slow("hunyuan_video")]
@@ -68,13 +68,14 @@ def test_autocast_on_and_off_compile_apart():
     assert torch.equal(call(fast, kwargs), before)
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash", "flex"])
+@pytest.mark.parametrize("backend", fast(["native", "_native_math", "_native_flash", "flex"], {"native", "flex"}))
 def test_attention_backends(backend):
     model, kwargs, expected = make("wan_t2v")
     model.set_attention_backend(backend)
     check(model, kwargs, expected, sparsities=(0.0,))
 
 
+@pytest.mark.slow
 def test_attention_backend_switched_after_compiling():
     model, kwargs, _ = make("wan_t2v")
     reference, _, _ = make("wan_t2v")
@@ -86,6 +87,7 @@ def test_attention_backend_switched_after_compiling():
     assert all(site.replaced for site in drad.report(fast).sites if site.role == VIDEO)
 
 
+@pytest.mark.slow
 def test_flex_with_a_mask_stays_dense():
     """diffusers makes a BlockMask of the prompt's mask; the advice names the backend that works."""
     model, kwargs, expected = make("hunyuan_video")

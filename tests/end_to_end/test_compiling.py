@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.conditioned import NoTime
 from support.graphs import OPTIONS, call, drad, make, masked_dense, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
@@ -51,7 +52,20 @@ def test_bad_options_are_refused_at_once():
         drad.compile(torch.nn.Linear(3, 3), spasity=0.5)
 
 
+class OutOfReach(NoTime):
+    """Its attention runs where Dynamo may not look."""
+
+    attend = torch._dynamo.disable(NoTime.attend)
+
+
 def test_explain_counts_attention_outside_the_graphs():
+    inputs = torch.randn(1, 3, 4, 6, 10), torch.randn(1, 7, 8)
+    assert "2 attention calls ran outside every graph" in drad.explain(OutOfReach(), *inputs).summary()
+    assert "outside every graph" not in drad.explain(NoTime(), *inputs).summary()
+
+
+@pytest.mark.slow
+def test_explain_counts_attention_where_dynamo_gave_up():
     model, kwargs, _ = make("mochi")
     report = drad.explain(model, **kwargs)
     assert "2 attention calls ran outside every graph" in report.summary()

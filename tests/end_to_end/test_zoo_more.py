@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.conditioned import check_conditions
 from support.graphs import capture, sites_of
 from support.marks import fast
 from zoo.more import ZOO_MORE
@@ -27,7 +28,16 @@ DENSE = {
 CASES = {**ZOO_MORE, **ZOO_ORIGINAL}
 # Graphs that take seconds to capture, and whose kind of sequence a smaller model here or in the other zoo has too.
 LARGE = {
+    "anyflow_far_train",
+    "chronoedit",
+    "consisid",
     "hunyuan_framepack",
+    "hunyuan_framepack_b2",
+    "kandinsky5_nabla",
+    "kandinsky6_sr",
+    "motif_video_decoder",
+    "opensora_stdit",
+    "sana_wm",
     "wan_animate2_extract",
     "wan_animate2_cached",
     "kandinsky6",
@@ -42,7 +52,8 @@ LARGE = {
 def test_exact_or_dense_with_a_reason(name):
     model, kwargs, expected = CASES[name]()
     with torch._dynamo.config.patch(CAPTURE):
-        sites = sites_of(capture(model, **kwargs))
+        captured = capture(model, **kwargs)
+    sites = sites_of(captured)
     planned = [site for site in sites if site.role == "video_self_attention" and not site.reason]
     for site in planned:
         assert site.grid == expected["grid"]
@@ -50,3 +61,4 @@ def test_exact_or_dense_with_a_reason(name):
             assert tuple(site.text) == (expected["n_text_before"], expected["n_text_after"])
     assert len(planned) == (0 if name in DENSE else expected["n_video_self_attn_nodes"])
     assert all(site.reason for site in sites if site not in planned)
+    check_conditions(name, captured)

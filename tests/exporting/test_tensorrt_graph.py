@@ -112,6 +112,7 @@ def test_standard_model_in_onnxruntime(tmp_path):
     assert relative_error(torch.from_numpy(out), call(compiled, kwargs)) < 1e-5
 
 
+@pytest.mark.slow
 def test_plugin_model(tmp_path):
     onnx = pytest.importorskip("onnx")
     model, kwargs = make("wan", 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.attention_cases import CASES, Case, build, check, check_result, reference
+from support.marks import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,7 +209,7 @@ class Block(torch.nn.Module):
         return x + block_sparse_attention(q, k, v, self.plan).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_compiles_into_one_graph(backend: str):
     torch.manual_seed(0)
     model, x = Block(random_plan(101, 101)), torch.randn(2, 101, 48)

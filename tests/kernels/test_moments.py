@@ -245,6 +245,7 @@ def test_it_traces_for_cuda_where_there_is_none():
                 assert (out.dtype, out.shape, lse.dtype) == (dtype, q.shape, torch.float32)
 
 
+@pytest.mark.slow
 def test_export_with_covariances(wan, tmp_path):
     """A torch program, run in a fresh process, gives what the compiled model gives."""
     options = {**OPTIONS, "sparsity": 0.7, "compensate": 1.0, "covariance": True}

@@ -27,6 +27,7 @@ def lora(seed, rank=4):
     return state
 
 
+@pytest.mark.slow
 def test_lora_swapped_scaled_and_fused():
     model, kwargs, expected = make("wan_t2v")
     plain = call(model, kwargs)

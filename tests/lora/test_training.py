@@ -172,6 +172,7 @@ def test_round_trip(trained):
     assert all(key.startswith("transformer.") for key in WanPipeline.lora_state_dict(folder / "adapter"))
 
 
+@pytest.mark.slow
 def test_swapped_in_a_compiled_model_without_compiling(trained, tmp_path):
     """Another adapter of equal rank, trained here, goes into the compiled model; and the first one back."""
     _, folder = trained

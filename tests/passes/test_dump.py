@@ -95,6 +95,7 @@ def test_by_name_and_rewrite_and_several_graphs(tmp_path):
     assert sorted(map(Path, found)) == sorted(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_do_not_overwrite_each_other(tmp_path):
     code = "import sys; from pathlib import Path; from dynamicrad_compile.passes.dump import Dump\n"
     code += "for _ in range(20): print(Dump(Path(sys.argv[1])).folder)"

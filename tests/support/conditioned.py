@@ -1,10 +1,20 @@
-"""Tiny models with a timestep and a prompt among their inputs, or without."""
+"""Timestep, prompt and mask among a graph's inputs: tiny models with and without them, what the zoo's models have."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from zoo.conditions import CONDITIONS
+
+
+def check_conditions(name, captured):
+    """The one graph of the zoo's model `name` knows its timestep, prompt and mask."""
+    if name in CONDITIONS:
+        ((context, _),) = captured
+        found = (context.conditions.timestep, context.conditions.prompt, context.conditions.mask)
+        names = [node and node.name.replace("l_kwargs_", "l_")[2:-1] for node in found]
+        assert names == list(CONDITIONS[name])
 
 
 class Model(nn.Module):

@@ -41,4 +41,5 @@ def check_replaced(report, expected):
     assert len(report.graphs) == 1
     video = [site for site in report.sites if site.role == VIDEO]
     assert len(video) == expected["n_video_self_attn_nodes"]
-    assert all(site.replaced and site.grid == expected["grid"] for site in video)
+    text = (expected["n_text_before"], expected["n_text_after"])
+    assert all(site.replaced and site.grid == expected["grid"] and tuple(site.text_tokens) == text for site in video)
