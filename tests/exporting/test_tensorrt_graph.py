@@ -25,6 +25,7 @@ from dynamicrad_compile.exporting.tensorrt.graph import (
     refusal,
 )
 from dynamicrad_compile.exporting.tensorrt.onnx import standard_attention
+from dynamicrad_compile.kernels.attention_arguments import Attention
 from dynamicrad_compile.kernels.attention_reference import kept_blocks
 from dynamicrad_compile.runtime.account import record
 
@@ -86,17 +87,28 @@ def test_equals_the_op(attention, plans, plan_heads, weights, masked):
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked):
     q, k, v, counts, indices, mask = operands()
-    rest = plugin_inputs(q, k, v, counts, indices, BLOCK, mask if masked else None, torch.ones(1))
+    given = (q, k, v, counts, indices, 0.2, BLOCK, BLOCK, mask if masked else None, torch.ones(1))
+    rest = plugin_inputs(Attention(*given))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(PLUGIN_ATTENTION, (*rest, 0.2, BLOCK, BLOCK), test_utils=tests)
 
 
 def test_what_a_plugin_can_not_take():
-    q = torch.empty(1, 2, 64, 32, device="meta")
-    assert refusal(q, q, 64, 64) == ""
-    assert "blocks of 24 tokens" in refusal(q, q, 24, 64)
-    assert "float64" in refusal(q.double(), q.double(), 64, 64)
-    assert "head_dim 320" in refusal(torch.empty(1, 2, 64, 320, device="meta"), q, 64, 64)
+    q, plan = torch.empty(1, 2, 64, 32, device="meta"), torch.empty(0)
+    a = Attention(q, q, q, plan, plan, None, 64, 64)
+    assert refusal(a) == ""
+    assert "query blocks of 24 tokens" in refusal(a._replace(block_q=24))
+    assert "float64" in refusal(a._replace(q=q.double()))
+    assert "head_dim 320" in refusal(a._replace(q=torch.empty(1, 2, 64, 320, device="meta")))
+    assert "int8" in refusal(a._replace(qk_int8=True))
+
+
+def test_int8_products_stay_the_op():
+    given = (*operands()[:5], None, BLOCK, BLOCK, None, None, True)
+    out, lse = attention_for_plugin(*given)
+    expected, expected_lse = ATTENTION(*given)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
 
 
 def test_standard_model_in_onnxruntime(tmp_path):

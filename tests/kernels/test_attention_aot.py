@@ -29,7 +29,7 @@ KINDS = (  # dtype, head_dim, masked, means
     ("fp32", 128, True, False),
     ("fp32", 128, True, True),
 )
-# sm_89 has the entries of sm_86, as has sm_120; sm_100 is compiled for its own.
+# sm_89 has the entries of sm_86, as has sm_120 but for one of its own; sm_100 is compiled for its own.
 CASES = [(90, *kind) for kind in KINDS]
 CASES += [(arch, *kind) for arch in (80, 89, 100, 120) for kind in KINDS[:3]]
 MORE = [(arch, *kind) for arch in (80, 120) for kind in KINDS[3:]]

@@ -11,65 +11,44 @@ Mask and weight are inputs of every node: all True and 0 where the op has none, 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.onnx import ops as onnx_ops
 
 from ...errors import ExportError
+from ...kernels.attention_arguments import Attention
+from ...kernels.select_arguments import Selection
 
 VERSION = 1
 
 
-def attention_node(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    compensate: Tensor | None = None,
-) -> tuple[Tensor, None]:
-    """A node for `block_sparse_attention`; its lse is left out."""
-    if compensate is None:
-        compensate = torch.zeros(1, dtype=torch.float32, device=q.device)
+def attention_node(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """A node for `block_sparse_attention`, of the op's arguments; its lse is left out."""
+    a = Attention(*args, **kwargs)
+    compensate = torch.zeros(1, dtype=torch.float32, device=a.q.device) if a.compensate is None else a.compensate
     out = onnx_ops.symbolic(
         "dynamicrad::BlockSparseAttention",
-        (q, k, v, kv_counts, kv_indices, _mask(k, kv_mask), compensate),
-        {"scale": _scale(q, scale), "block_q": block_q, "block_kv": block_kv},
-        dtype=q.dtype,
-        shape=q.shape,
+        (a.q, a.k, a.v, a.kv_counts, a.kv_indices, _mask(a), compensate),
+        _attributes(a),
+        dtype=a.q.dtype,
+        shape=a.q.shape,
         version=VERSION,
     )
     return out, None
 
 
-def selection_node(
-    q: Tensor,
-    k: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    kv_forced: Tensor,
-    kv_near: Tensor,
-    thresholds: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    criterion: str,
-    kv_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A node for `select_blocks`."""
-    attributes = {"scale": _scale(q, scale), "block_q": block_q, "block_kv": block_kv}
-    name = "SelectBlocksByThreshold"
-    if criterion != "threshold":
-        name, attributes["by_mass"] = "SelectBlocksByOrder", int(criterion == "mass")
-    shape = (*q.shape[:2], *kv_indices.shape[2:])
+def selection_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """A node for `select_blocks`, of the op's arguments."""
+    a = Selection(*args, **kwargs)
+    name, attributes = "SelectBlocksByThreshold", _attributes(a)
+    if a.criterion != "threshold":
+        name, attributes["by_mass"] = "SelectBlocksByOrder", int(a.criterion == "mass")
+    shape = (*a.q.shape[:2], *a.kv_indices.shape[2:])
     counts, indices = onnx_ops.symbolic_multi_out(
         f"dynamicrad::{name}",
-        (q, k, kv_counts, kv_indices, kv_forced, kv_near, thresholds, _mask(k, kv_mask)),
+        (a.q, a.k, a.kv_counts, a.kv_indices, a.kv_forced, a.kv_near, a.thresholds, _mask(a)),
         attributes,
         dtypes=(torch.int32, torch.int32),
         shapes=(shape[:3], shape),
@@ -78,12 +57,12 @@ def selection_node(
     return counts, indices
 
 
-def _mask(k: Tensor, kv_mask: Tensor | None) -> Tensor:
-    return torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if kv_mask is None else kv_mask
+def _mask(a: Attention | Selection) -> Tensor:
+    return torch.ones(1, a.k.shape[2], dtype=torch.bool, device=a.k.device) if a.kv_mask is None else a.kv_mask
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return float(q.shape[-1]) ** -0.5 if scale is None else scale
+def _attributes(a: Attention | Selection) -> dict[str, float | int]:
+    return {"scale": a.factor, "block_q": a.block_q, "block_kv": a.block_kv}
 
 
 NODES = {

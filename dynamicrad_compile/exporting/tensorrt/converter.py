@@ -17,6 +17,7 @@ from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 from torch_tensorrt.dynamo.lowering._decomposition_groups import TORCH_TRT_DECOMPOSITIONS
 
+from ...kernels.attention_arguments import Attention
 from .graph import ATTENTION, PLUGIN_ATTENTION, attention_for_plugin, refusal
 from .names import INPUTS, MASK_INPUTS, MEANS_INPUTS, NAMESPACE, plugin_name
 from .plugin import ATTRIBUTES
@@ -42,19 +43,16 @@ def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def needs_nothing_else(node: torch.fx.Node, settings: Any = None) -> bool:
     """Whether the op as it is needs nothing computed beside the kernel, so that a plugin alone can take it."""
-    optional = dict(enumerate(node.args))
-    if optional.get(8) is not None or optional.get(9) is not None:  # mask, compensate
-        return False
-    q, k, block_q, block_kv = (node.args[i] for i in (0, 1, 6, 7))
-    return not refusal(q.meta["val"], k.meta["val"], block_q, block_kv)
+    a = Attention(*node.args, **node.kwargs)
+    values = a._replace(q=a.q.meta["val"], k=a.k.meta["val"])
+    return a.kv_mask is None and a.compensate is None and not refusal(values)
 
 
 @dynamo_tensorrt_converter(ATTENTION, supports_dynamic_shapes=True, capability_validator=needs_nothing_else)
 def convert_plain(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sequence[Any]:
     """The same for the op itself."""
-    q, k, v, counts, indices, scale, block_q, block_kv = args[:8]
-    scale = float(q.shape[3]) ** -0.5 if scale is None else scale
-    return convert(ctx, target, (q, k, v, counts, indices, *(None,) * 6, scale, block_q, block_kv), kwargs, name)
+    a = Attention(*args, **kwargs)
+    return convert(ctx, target, (*a[:5], *(None,) * 6, a.factor, a.block_q, a.block_kv), {}, name)
 
 
 TORCH_TRT_DECOMPOSITIONS[ATTENTION] = attention_for_plugin

@@ -74,51 +74,25 @@ _FILLED = {torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
 """Torch-TensorRT has no empty tensors of open sizes; a rotary embedding that is written in place begins with one."""
 
 
-def attention_for_plugin(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    compensate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention_for_plugin(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """block_sparse_attention through `plugin_attention` if that can take it; arguments and results of the op."""
-    if refusal(q, k, block_q, block_kv):
-        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, kv_mask, compensate)
-        return out, lse
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tensors = plugin_inputs(q, k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
-    out, lse = PLUGIN_ATTENTION(*tensors, scale, block_q, block_kv)
+    a = Attention(*args, **kwargs)
+    if refusal(a):
+        out, lse = ATTENTION(*a)
+    else:
+        out, lse = PLUGIN_ATTENTION(*plugin_inputs(a), a.factor, a.block_q, a.block_kv)
     return out, lse
 
 
-def plugin_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    block_kv: int,
-    kv_mask: Tensor | None,
-    compensate: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def plugin_inputs(a: Attention) -> tuple[Tensor | None, ...]:
     """The eleven tensors of `plugin_attention`."""
-    mask = None if kv_mask is None else kv_mask.to(torch.int32)
+    mask = None if a.kv_mask is None else a.kv_mask.to(torch.int32)
     means: tuple[Tensor | None, ...] = (None,) * 5
-    if compensate is not None:
-        n_valid = valid_counts(k.shape[2], block_kv, kv_mask, k.device)
-        means = (
-            block_means(k, block_kv, n_valid, kv_mask),
-            block_means(v, block_kv, n_valid, kv_mask),
-            n_valid,
-            compensate,
-            kept_bits(kv_counts, kv_indices, cdiv(k.shape[2], block_kv)),
-        )
-    return q, k, v, kv_counts, kv_indices, mask, *means
+    if a.compensate is not None:
+        n_valid = valid_counts(a.k.shape[2], a.block_kv, a.kv_mask, a.k.device)
+        keys, values = (block_means(x, a.block_kv, n_valid, a.kv_mask) for x in (a.k, a.v))
+        means = (keys, values, n_valid, a.compensate, kept_bits(a.kv_counts, a.kv_indices, a.num_kv_blocks))
+    return a.q, a.k, a.v, a.kv_counts, a.kv_indices, mask, *means
 
 
 def block_means(x: Tensor, block: int, n_valid: Tensor, kv_mask: Tensor | None) -> Tensor:
@@ -160,18 +134,20 @@ def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
     return packed.squeeze(-1)
 
 
-def refusal(q: Tensor, k: Tensor, block_q: int, block_kv: int) -> str:
+def refusal(a: Attention) -> str:
     """Why a plugin can't take an attention; empty if it can."""
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype} is none of float16, bfloat16 and float32"
-    for name, block in (("query", block_q), ("key", block_kv)):
+    if a.qk_int8:
+        return "the plugin has no int8 products"
+    if a.q.dtype not in DTYPES:
+        return f"dtype {a.q.dtype} is none of float16, bfloat16 and float32"
+    for name, block in (("query", a.block_q), ("key", a.block_kv)):
         if block % 16 or not 16 <= block <= 256:
             return f"{name} blocks of {block} tokens: the kernel takes multiples of 16 up to 256"
-    for name, size in (("heads", q.shape[1]), ("key heads", k.shape[1]), ("head_dim", q.shape[3])):
+    for name, size in (("heads", a.q.shape[1]), ("key heads", a.k.shape[1]), ("head_dim", a.q.shape[3])):
         if not isinstance(size, int):
             return f"the number of {name} is not fixed: {size}"
-    if q.shape[3] > MAX_HEAD_DIM:
-        return f"head_dim {q.shape[3]} is above {MAX_HEAD_DIM}"
+    if a.q.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim {a.q.shape[3]} is above {MAX_HEAD_DIM}"
     return ""
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.onnx import ops as onnx_ops
 
 from ...errors import ExportError
-from ...kernels.blocks import cdiv, valid_counts
+from ...kernels.attention_arguments import Attention
+from ...kernels.blocks import valid_counts
 from ..job import Job
 from ..onnx.model import _quiet as quiet
 from .graph import block_means, kept_flags, lower, plugin_inputs
@@ -26,73 +27,48 @@ from .names import NAMESPACE, plugin_name
 HIDDEN = -1.0e30
 
 
-def attention_node(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    compensate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """block_sparse_attention as a node for a plugin, with mean keys and values computed in front of it."""
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    tensors = plugin_inputs(q, k, v, kv_counts, kv_indices, block_kv, kv_mask, compensate)
+    a = Attention(*args, **kwargs)
     out, lse = onnx_ops.symbolic_multi_out(
-        f"{NAMESPACE}::{plugin_name(kv_mask is not None, compensate is not None)}",
-        [tensor for tensor in tensors if tensor is not None],
+        f"{NAMESPACE}::{plugin_name(a.kv_mask is not None, a.compensate is not None)}",
+        [tensor for tensor in plugin_inputs(a) if tensor is not None],
         {
-            "scale": [float(scale)],
-            "block_q": [block_q],
-            "block_kv": [block_kv],
+            "scale": [float(a.factor)],
+            "block_q": [a.block_q],
+            "block_kv": [a.block_kv],
             "plugin_namespace": NAMESPACE,  # how TensorRT's parser finds the plugin, and that it is compiled ahead
             "plugin_version": "1",
             "aot": 1,
         },
-        dtypes=(q.dtype, torch.float32),
-        shapes=(q.shape, q.shape[:3]),
+        dtypes=(a.q.dtype, torch.float32),
+        shapes=(a.q.shape, a.q.shape[:3]),
         version=1,
     )
     return out, lse
 
 
-def standard_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_counts: Tensor,
-    kv_indices: Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: Tensor | None = None,
-    compensate: Tensor | None = None,
-) -> tuple[Tensor, None]:
+def standard_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """block_sparse_attention in operations that every runtime has; memory is that of all scores."""
-    _, heads, q_len, dim = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[2]
-    m_q, m_k = kv_counts.shape[2], cdiv(kv_len, block_kv)
-    scale = float(dim) ** -0.5 if scale is None else scale
-    plans, plan_heads = kv_counts.shape[:2]
+    a = Attention(*args, **kwargs)
+    (_, heads, q_len, _), (_, kv_heads, kv_len, _) = a.q.shape, a.k.shape
+    plans, plan_heads, m_q = a.kv_counts.shape
 
     def per_query(flags: Tensor) -> Tensor:  # [P, H', Mq, N] -> [P, H', Sq, N]
-        wide = flags.unsqueeze(3).expand(-1, -1, -1, block_q, -1)
-        return wide.reshape(plans, plan_heads, m_q * block_q, -1).narrow(2, 0, q_len)
+        wide = flags.unsqueeze(3).expand(-1, -1, -1, a.block_q, -1)
+        return wide.reshape(plans, plan_heads, m_q * a.block_q, -1).narrow(2, 0, q_len)
 
-    kept = kept_flags(kv_counts, kv_indices, m_k) > 0
-    seen = per_query(kept.unsqueeze(-1).expand(-1, -1, -1, -1, block_kv).flatten(3)).narrow(-1, 0, kv_len)
-    if kv_mask is not None:
-        seen = seen & kv_mask.unsqueeze(1).unsqueeze(1)
-    queries, keys, values = q.float() * scale, k.float(), v.float()
+    kept = kept_flags(a.kv_counts, a.kv_indices, a.num_kv_blocks) > 0
+    seen = per_query(kept.unsqueeze(-1).expand(-1, -1, -1, -1, a.block_kv).flatten(3)).narrow(-1, 0, kv_len)
+    if a.kv_mask is not None:
+        seen = seen & a.kv_mask.unsqueeze(1).unsqueeze(1)
+    queries, keys, values = a.q.float() * a.factor, a.k.float(), a.v.float()
     bias = torch.where(seen, 0.0, HIDDEN)
-    if compensate is not None:
-        n_valid = valid_counts(kv_len, block_kv, kv_mask, k.device)
-        keys = torch.cat((keys, block_means(k, block_kv, n_valid, kv_mask).float()), 2)
-        values = torch.cat((values, block_means(v, block_kv, n_valid, kv_mask).float()), 2)
-        share = n_valid.float() * compensate.unsqueeze(-1)  # [B or 1, Mk]
+    if a.compensate is not None:
+        n_valid = valid_counts(kv_len, a.block_kv, a.kv_mask, a.k.device)
+        keys = torch.cat((keys, block_means(a.k, a.block_kv, n_valid, a.kv_mask).float()), 2)
+        values = torch.cat((values, block_means(a.v, a.block_kv, n_valid, a.kv_mask).float()), 2)
+        share = n_valid.float() * a.compensate.unsqueeze(-1)  # [B or 1, Mk]
         weight = torch.where(share > 0, share, 1.0).log()
         shown = per_query(~kept) & (share > 0).unsqueeze(1).unsqueeze(1)
         extra = torch.where(shown, weight.unsqueeze(1).unsqueeze(1), HIDDEN)
@@ -102,7 +78,7 @@ def standard_attention(
         keys, values = (x.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (keys, values))
     scores = queries @ keys.transpose(-1, -2) + bias
     weights = torch.softmax(scores, -1) * (bias > HIDDEN / 2)  # a query without a key gets 0
-    return (weights @ values).to(q.dtype), None
+    return (weights @ values).to(a.q.dtype), None
 
 
 def write_onnx(job: Job, attention: Callable[..., Any], opset: int) -> str:
