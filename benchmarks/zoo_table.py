@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import inspect
 import logging
 import time
@@ -120,7 +121,8 @@ def save(rows: list[Row], inner: str) -> None:
     """Write the table to benchmarks/results/zoo.md."""
     RESULTS.mkdir(exist_ok=True)
     explained = (__doc__ or "").split("Columns\n")[1]
-    page = f"# The zoo\n\ntorch {torch.__version__}, inner compiler {inner}.\n\n```\n{explained}```\n\n{table(rows)}\n"
+    head = f"torch {torch.__version__}, inner compiler {inner}, {datetime.date.today()}."
+    page = f"# The zoo\n\n{head}\n\n```\n{explained}```\n\n{table(rows)}\n"
     (RESULTS / "zoo.md").write_text(page, encoding="utf-8")
 
 

@@ -54,6 +54,7 @@ def test_exact_or_dense_with_a_reason(name):
     with torch._dynamo.config.patch(CAPTURE):
         captured = capture(model, **kwargs)
     sites = sites_of(captured)
+    assert sites
     planned = [site for site in sites if site.role == "video_self_attention" and not site.reason]
     for site in planned:
         assert site.grid == expected["grid"]

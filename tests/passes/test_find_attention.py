@@ -47,6 +47,7 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_are_no_attention(name):
     captured = capture(TinyDiT(NEAR_MISSES[name]), LATENTS, build_plan=plan_everything)
+    assert captured
     assert not sites_of(captured)
     assert not any("dynamicrad" in target for _, gm in captured for target in targets(gm))
 

@@ -1,10 +1,18 @@
-"""Parts of the models in zoo_original.py: RoPE, attention modules, patches."""
+"""Parts of the models in original_cross.py and original_joint.py: RoPE, attention modules, patches."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from zoo.models import _r
+
+DIM, HEADS = 48, 2
+
+
+def latents(batch, f, h, w, channels=4):
+    return _r(batch, channels, f, 2 * h, 2 * w)
 
 
 def seeded(cls, **kwargs):
