@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from .select_arguments import Selection
 
 
 @dataclass
@@ -41,40 +44,28 @@ def _block(x: torch.Tensor, i: int, block: int, usable: torch.Tensor) -> tuple[t
     return (tokens.mean(0) if len(tokens) else x.new_zeros(x.shape[1], dtype=torch.float64)), len(tokens)
 
 
-def candidate_rows(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    kv_counts: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_forced: torch.Tensor,
-    kv_near: torch.Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    kv_mask: torch.Tensor | None = None,
-) -> Iterator[Row]:
+def candidate_rows(s: Selection) -> Iterator[Row]:
     """The rows of all samples and heads, with their scores."""
-    batch, heads, q_len, dim = q.shape
-    kv_len, rep = k.shape[2], heads // k.shape[1]
-    scale = dim**-0.5 if scale is None else scale
-    n_kv = -(-kv_len // block_kv)
+    batch, heads, q_len, _ = s.q.shape
+    kv_len, rep = s.k.shape[2], heads // s.k.shape[1]
+    plans, plan_heads, rows = s.kv_counts.shape
+    n_kv = -(-kv_len // s.block_kv)
     for b in range(batch):
         every = torch.ones(q_len, dtype=torch.bool)
-        usable = torch.ones(kv_len, dtype=torch.bool) if kv_mask is None else kv_mask[b % kv_mask.shape[0]]
+        usable = torch.ones(kv_len, dtype=torch.bool) if s.kv_mask is None else s.kv_mask[b % s.kv_mask.shape[0]]
         for h in range(heads):
-            keys = [_block(k[b, h // rep], j, block_kv, usable) for j in range(n_kv)]
-            for i in range(kv_counts.shape[2]):
-                at = (b % kv_counts.shape[0], h % kv_counts.shape[1], i)
-                count = int(kv_counts[at])
+            keys = [_block(s.k[b, h // rep], j, s.block_kv, usable) for j in range(n_kv)]
+            for i in range(rows):
+                at = (b % plans, h % plan_heads, i)
+                count = int(s.kv_counts[at])
                 if count >= n_kv:
                     yield Row((b, h, i), [], 0, 0, [], True)
                     continue
-                query, _ = _block(q[b, h], i, block_q, every)
-                ids = kv_indices[at][:count].tolist()
-                scores = [
-                    scale * float(query @ mean) + math.log(n) if n else -math.inf for mean, n in (keys[j] for j in ids)
-                ]
-                yield Row((b, h, i), ids, int(kv_forced[at]), int(kv_near[at]), scores, False)
+                query, _ = _block(s.q[b, h], i, s.block_q, every)
+                ids = s.kv_indices[at][:count].tolist()
+                seen = [keys[j] for j in ids]
+                scores = [s.factor * float(query @ mean) + math.log(n) if n else -math.inf for mean, n in seen]
+                yield Row((b, h, i), ids, int(s.kv_forced[at]), int(s.kv_near[at]), scores, False)
 
 
 def log_or_hidden(x: float) -> float:
@@ -111,31 +102,17 @@ def choose(row: Row, thresholds: tuple[float, float], criterion: str) -> list[in
     return sorted(kept)
 
 
-def select_blocks_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    kv_counts: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_forced: torch.Tensor,
-    kv_near: torch.Tensor,
-    thresholds: torch.Tensor,
-    scale: float | None,
-    block_q: int,
-    block_kv: int,
-    criterion: str,
-    kv_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def select_blocks_reference(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(counts int32 [B, H, Mq], indices int32 [B, H, Mq, W]) of the op's arguments."""
-    rows = kv_counts.shape[2]
-    counts = torch.zeros(*q.shape[:2], rows, dtype=torch.int32)
-    indices = torch.zeros(*counts.shape, kv_indices.shape[3], dtype=torch.int32)
-    arguments = (q, k, kv_counts, kv_indices, kv_forced, kv_near, scale, block_q, block_kv, kv_mask)
-    for row in candidate_rows(*arguments):
+    s = Selection(*args, **kwargs)
+    counts = torch.zeros(*s.q.shape[:2], s.kv_counts.shape[2], dtype=torch.int32)
+    indices = torch.zeros(*counts.shape, s.kv_indices.shape[3], dtype=torch.int32)
+    for row in candidate_rows(s):
         if row.dense:
-            counts[row.where] = -(-k.shape[2] // block_kv)
+            counts[row.where] = -(-s.k.shape[2] // s.block_kv)
             continue
-        near, far = thresholds[row.where[0] % thresholds.shape[0]].tolist()
-        kept = [row.ids[j] for j in choose(row, (near, far), criterion)]
+        near, far = s.thresholds[row.where[0] % s.thresholds.shape[0]].tolist()
+        kept = [row.ids[j] for j in choose(row, (near, far), s.criterion)]
         counts[row.where] = len(kept)
         indices[row.where][: len(kept)] = torch.tensor(kept, dtype=torch.int32)
     return counts, indices

@@ -18,6 +18,7 @@ import dynamicrad_compile as drad
 from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
 from dynamicrad_compile.kernels.blocks import cdiv
+from dynamicrad_compile.kernels.select_arguments import Selection
 from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
 from dynamicrad_compile.plans.plan import BlockPlan, Candidates
 from dynamicrad_compile.plans.selection import select_blocks
@@ -168,7 +169,8 @@ def check_select(criterion: str, device: str) -> Values:
     plan = select_blocks(q.to(device), k.to(device), candidates.to(device), thresholds.to(device), criterion)
     counts_got, ids_got = plan.kv_counts.cpu(), plan.kv_indices.cpu()
     different = total = 0
-    for row in candidate_rows(q, k, counts, indices, forced, near, None, block, block):
+    given = Selection(q, k, counts, indices, forced, near, thresholds, None, block, block, criterion)
+    for row in candidate_rows(given):
         got = set(ids_got[row.where][: int(counts_got[row.where])].tolist())
         if row.dense:
             if int(counts_got[row.where]) != n:

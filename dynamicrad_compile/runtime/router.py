@@ -65,20 +65,12 @@ def pooled(embeds: Tensor, mask: Tensor | None) -> Tensor:
     return unit * unit.square().sum(-1, keepdim=True).rsqrt()
 
 
-def route(
-    embeds: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    projection: Tensor | None = None,
-    shift: Tensor | None = None,
-    centers: Tensor | None = None,
-) -> Tensor:
-    """Regime int64 [B] of each prompt; arguments as for `motion_scores`, the last five from `Router.tensors`.
+def route(embeds: Tensor, mask: Tensor | None, *head: Tensor) -> Tensor:
+    """Regime int64 [B] of each prompt; arguments as for `motion_scores`, `head` is `Router.tensors`.
 
     A prompt without a token or with a value that isn't finite gives the safe regime, high. No host sync, static shapes.
     """
-    scores = motion_scores(embeds, mask, weight, bias, projection, shift, centers)
+    scores = motion_scores(embeds, mask, *head)
     finite = scores.abs().sum(-1) < float("inf")
     return torch.where(finite, scores.argmax(-1), SAFE_REGIME)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dynamicrad_compile.kernels.blocks import cdiv
+from dynamicrad_compile.kernels.select_arguments import Selection
 
 CRITERIA = ("threshold", "mass", "ratio")
 
@@ -135,29 +136,29 @@ def check(counts: torch.Tensor, indices: torch.Tensor, args: tuple[Any, ...]) ->
     """
     from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
 
-    q, k, kv_counts, kv_indices, kv_forced, kv_near, thresholds, scale, block_q, block_kv, criterion, mask = args
+    s = Selection(*args)
     assert counts.dtype == indices.dtype == torch.int32
     assert counts.is_contiguous()
     assert indices.is_contiguous()
-    assert counts.shape == (*q.shape[:2], kv_counts.shape[2])
-    assert indices.shape == (*counts.shape, kv_indices.shape[3])
-    eps = {torch.float32: 1e-4, HALF: 1e-2, BF16: 8e-2}[q.dtype]
+    assert counts.shape == (*s.q.shape[:2], s.kv_counts.shape[2])
+    assert indices.shape == (*counts.shape, s.kv_indices.shape[3])
+    eps = {torch.float32: 1e-4, HALF: 1e-2, BF16: 8e-2}[s.q.dtype]
     close, total = 0, 0
-    for row in candidate_rows(q, k, kv_counts, kv_indices, kv_forced, kv_near, scale, block_q, block_kv, mask):
+    for row in candidate_rows(s):
         count, got = int(counts[row.where]), indices[row.where].tolist()
         assert got[0 if row.dense else count :] == [0] * (len(got) - (0 if row.dense else count)), row.where
         if row.dense:
-            assert count == cdiv(k.shape[2], block_kv)
+            assert count == cdiv(s.k.shape[2], s.block_kv)
             continue
         positions = [row.ids.index(j) for j in got[:count]]
         assert positions == sorted(set(positions)), f"the order of candidates is lost in {row.where}"
         assert count >= min(1, len(row.ids))
-        pair = thresholds[row.where[0] % len(thresholds)].tolist()
+        pair = s.thresholds[row.where[0] % len(s.thresholds)].tolist()
         total += 1
-        if positions != (expected := choose(row, tuple(pair), criterion)):
+        if positions != (expected := choose(row, tuple(pair), s.criterion)):
             close += 1
             tolerance = eps * max(1.0, max(abs(s) for s in row.scores if s > -math.inf) / 10)
-            assert _near_the_cut(row, set(positions), pair, criterion, tolerance), (row.where, positions, expected)
+            assert _near_the_cut(row, set(positions), pair, s.criterion, tolerance), (row.where, positions, expected)
     return close / max(1, total)
 
 
@@ -192,7 +193,6 @@ def interpret(name: str, criterion: str) -> tuple[torch.Tensor, ...]:
     from dynamicrad_compile.kernels._launch import INTERPRETED
     from dynamicrad_compile.kernels.blocks import valid_counts
     from dynamicrad_compile.kernels.pool_triton import launch_pooling
-    from dynamicrad_compile.kernels.select_arguments import Selection
     from dynamicrad_compile.kernels.select_triton import launch_select
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
