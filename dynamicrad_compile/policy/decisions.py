@@ -8,7 +8,7 @@ from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
 from ..reporting.reason import Reason
 from .control import control_of
 from .gain import few_tokens, no_gain
-from .planning import AS_ASKED, planned, without_meaning
+from .planning import AS_ASKED, planned, takes_regimes, without_meaning
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
 
 
@@ -30,7 +30,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             ignored = without_meaning(wishes.options, settings.pattern)
             if ignored:
                 notes[ignored] = None
-            if settings.pattern == "dynamicrad" and regimes.why:
+            if takes_regimes(settings.pattern) and regimes.why:
                 (unmet if regimes.unmet else notes)[regimes.why] = None
             dense, problem = no_gain(decision, settings)
             if problem:

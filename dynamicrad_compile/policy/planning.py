@@ -8,15 +8,19 @@ from ..errors import PlanError
 from ..options import Options
 from ..passes import Dense, PlannedSite, VideoSite
 from ..plans.own import OwnPlan
+from ..plans.patterns import PATTERNS, Pattern
 from ..plans.table import PlanSpec, RegimeSpec, balance_of
 from ..profiles import Profile
-from ..profiles.parameters import Radial, StaticRatio
+from ..profiles.parameters import StaticRatio
 from ..reporting.reason import NOTHING, Reason
 from .settings import SAFE_REGIME, Regimes, Settings, Wishes
 
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
+
+SHAPE = ("sparsity", "compensate", "decay_factor", "sink_frames")
+"""Options that are parameters of patterns."""
 
 AS_ASKED = f"{NOTHING}: the options ask for it"
 
@@ -25,10 +29,7 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
-    if settings.pattern == "radial":
-        spec = _radial(settings, wishes.options)
-    else:
-        spec = _dynamicrad(settings, wishes.options, regimes.names)
+    spec = _specification(PATTERNS[settings.pattern], settings, wishes.options, regimes.names)
     return PlannedSite(site, spec.build(site.grid, *site.text), spec)
 
 
@@ -46,16 +47,21 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     return PlannedSite(site, table)
 
 
-def _radial(settings: Settings, options: Options) -> PlanSpec:
-    sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
-    parameters = Radial(**{"sink_frames": sinks, **_given(options, "decay_factor", "sink_frames")})
-    return PlanSpec("radial", settings.block_size, (RegimeSpec("", parameters),))
+def takes_regimes(pattern: str) -> bool:
+    """Whether plans of a pattern, or the option plan ("own"), differ by regime."""
+    return pattern in PATTERNS and PATTERNS[pattern].by_regime
 
 
-def _dynamicrad(settings: Settings, options: Options, names: tuple[str, ...]) -> PlanSpec:
-    make = _static if settings.mode == "static_ratio" else _dynamic
-    regimes = tuple(make(settings.profile, name, options) for name in names)
-    return PlanSpec("dynamicrad", settings.block_size, regimes)
+def _specification(pattern: Pattern[Any], settings: Settings, options: Options, names: tuple[str, ...]) -> PlanSpec:
+    if pattern.by_regime:
+        make = _static if settings.mode == "static_ratio" else _dynamic
+        regimes = tuple(make(settings.profile, name, options) for name in names)
+    else:
+        sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
+        values = {"sink_frames": sinks, **_given(options, *SHAPE)}
+        known = {name: values[name] for name in values if name in pattern.parameters.model_fields}
+        regimes = (RegimeSpec("", pattern.parameters(**known)),)
+    return PlanSpec(pattern.name, settings.block_size, regimes)
 
 
 def _static(profile: Profile, name: str, options: Options) -> RegimeSpec:
@@ -82,7 +88,7 @@ def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
 
 
 def _override(table: StaticRatio, options: Options) -> StaticRatio:
-    return table.changed(**_given(options, "sparsity", "decay_factor", "sink_frames", "compensate"))
+    return table.changed(**_given(options, *SHAPE))
 
 
 def _given(options: Options, *names: str) -> dict[str, Any]:
@@ -93,12 +99,13 @@ def _given(options: Options, *names: str) -> dict[str, Any]:
 
 def without_meaning(options: Options, pattern: str) -> str:
     """Which options were given and mean nothing to the pattern; '' if none."""
-    if pattern == "dynamicrad":
+    if takes_regimes(pattern):
         return ""
-    names = ["router", "sparsity"]
-    names += ["compensate"] if pattern == "radial" else ["pattern", "decay_factor", "sink_frames"]
+    own = pattern == "own"
+    taken = ("compensate",) if own else tuple(PATTERNS[pattern].parameters.model_fields)
+    names = ["router", *(name for name in SHAPE if name not in taken), *(["pattern"] if own else [])]
     given = [name for name in names if getattr(options, name) is not None]
-    given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and pattern == "own") else []
-    given += ["regime"] if options.regime != "auto" and pattern == "own" else []
-    by = "the option plan" if pattern == "own" else f"pattern {pattern!r}"
+    given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []
+    given += ["regime"] if options.regime != "auto" else []
+    by = "the option plan" if own else f"pattern {pattern!r}"
     return f"{by} has no meaning for {', '.join(given)}: not used" if given else ""

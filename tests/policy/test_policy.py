@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.passes import Conditions, Dense, PlannedSite, Site, TextTokens, VideoSite
 from dynamicrad_compile.passes.site import Trace
+from dynamicrad_compile.plans.patterns import PATTERNS
+from dynamicrad_compile.plans.patterns.pattern import Pattern, plan_of_mask
+from dynamicrad_compile.plans.table import PlanSpec, RegimeSpec
 from dynamicrad_compile.policy import Wishes, decide
+from dynamicrad_compile.policy.planning import planned, without_meaning
+from dynamicrad_compile.policy.settings import Regimes, Settings
+from dynamicrad_compile.profiles import load_profile
+from dynamicrad_compile.profiles.parameters import Table
 
 SMALL = {"min_tokens": 0, "block_size": 16, "regime": "mid"}
 
@@ -111,3 +120,22 @@ def test_no_site_no_decision():
     found = decisions()
     assert found.sites == []
     assert not found.control.gates
+
+
+def test_a_static_pattern_is_planned_by_its_parameters_alone(monkeypatch):
+    class Sinks(Table):
+        sink_frames: int = 0
+
+    def plan(layout, parameters):
+        mask = torch.eye(layout.num_blocks, dtype=torch.bool)
+        mask[:, : parameters.sink_frames * 3] = True
+        return plan_of_mask(mask.numpy(), layout)
+
+    monkeypatch.setitem(PATTERNS, "sinks", Pattern("sinks", Sinks, plan))
+    wishes = Wishes.of(drad.Options(**SMALL, sink_frames=2, sparsity=0.5))
+    settings = replace(Settings.of(wishes.options, load_profile("default")), pattern="sinks")
+    found = planned(video(), settings, wishes, Regimes(("mid",)))
+    assert found.spec == PlanSpec("sinks", 16, (RegimeSpec("", Sinks(sink_frames=2)),))
+    assert found.table.plan.kv_counts.flatten().tolist() == [6] * 6 + [7] * 6
+    said = "pattern 'sinks' has no meaning for sparsity, regime: not used"
+    assert without_meaning(wishes.options, "sinks") == said

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from ...errors import PlanError, nearest
-from ...profiles.parameters import Table, limits
+from ...profiles.parameters import StaticRatio, Table, limits
 from ..layout import Layout
 from ..plan import BlockPlan, Candidates
 
@@ -36,6 +36,11 @@ class Pattern(Generic[Parameters]):
     plan: Callable[[Layout, Parameters], BlockPlan]
     classes: Callable[[Layout, Parameters], Candidates] | None = None
     needs: Need = "nothing"
+
+    @property
+    def by_regime(self) -> bool:
+        """Whether its parameters are those that a profile has for each regime."""
+        return issubclass(self.parameters, StaticRatio)
 
     def candidates(self, layout: Layout, parameters: Parameters) -> Candidates:
         """The blocks that may be read; those of a pattern without classes are all forced."""
