@@ -18,7 +18,6 @@ from .settings import SAFE_REGIME, Regimes, Settings, Wishes
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
-
 SHAPE = ("sparsity", "compensate", "decay_factor", "sink_frames")
 """Options that are parameters of patterns."""
 
