@@ -33,6 +33,7 @@ def pipeline(tmp_path_factory):
     return folder, model
 
 
+@pytest.mark.slow
 def test_folder_with_weights(capsys, tmp_path, pipeline):
     folder, model = pipeline
     options = ["--set", "min_tokens=0", "--set", "block_size=16", "--dynamic-batch", "--check"]

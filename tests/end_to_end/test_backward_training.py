@@ -68,6 +68,7 @@ def test_gradients_of_a_sparse_plan_are_those_of_masked_attention():
     check_gradients(got, expected)
 
 
+@pytest.mark.slow
 def test_loss_falls():
     model, kwargs, target = model_to_train("lora")
     compiled = torch.compile(model, backend="dynamicrad", options={**TRAINING, "sparsity": 0.6}, fullgraph=True)

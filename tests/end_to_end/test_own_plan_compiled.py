@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import OPTIONS, call, compile_sparse, drad, make, masked_dense, relative_error
-from support.marks import INNER, slow
+from support.marks import INNER
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -97,7 +97,8 @@ def test_a_function_that_fails_is_an_error():
         call(compile_sparse(model, plan=random_mask().float()), kwargs)
 
 
-@pytest.mark.parametrize("dynamic", [None, slow(True)], ids=["auto", "dynamic"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True], ids=["auto", "dynamic"])
 def test_other_sizes_never_meet_the_plan_of_the_first(dynamic):
     model, _, _ = make("wan_t2v")
     options = {**OPTIONS, "plan": of_grid}

@@ -111,6 +111,7 @@ def test_int8_products_stay_the_op():
     assert torch.equal(lse, expected_lse)
 
 
+@pytest.mark.slow
 def test_standard_model_in_onnxruntime(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, kwargs = make("wan", 1)

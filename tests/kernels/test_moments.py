@@ -218,6 +218,7 @@ def test_training_through_it_matches_eager(wan):
     assert relative_error(*grads) < 1e-5
 
 
+@pytest.mark.slow
 def test_symbolic_sizes(wan):
     """One graph for several lengths, each as if compiled for it alone."""
     model, kwargs = wan

@@ -74,7 +74,7 @@ def verdict(config):
     return "exact" if not any(site.reason for site in sites) else "dense"
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(configs())
 def test_a_random_dit_is_understood_or_left_alone(config):
     understood_or_left_alone(config)

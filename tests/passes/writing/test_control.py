@@ -205,7 +205,8 @@ def test_dynamic_mode_meets_the_sparsity_that_is_asked_for(wan):
     assert relative_error(run(compiled, kwargs), run(model, kwargs)) < 1e-5
 
 
-@pytest.mark.parametrize("options", [slow(dict()), slow(dict(mode="dynamic_threshold")), dict(dense_steps=1)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(mode="dynamic_threshold"), dict(dense_steps=1)], ids=str)
+@pytest.mark.slow
 def test_symbolic_sizes(wan, router, prompts, options):
     model, kwargs = wan
     compiled = sparse(model, router=router, **options)
