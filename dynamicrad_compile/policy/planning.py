@@ -18,7 +18,7 @@ from .settings import SAFE_REGIME, Regimes, Settings, Wishes
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
-SHAPE = ("sparsity", "compensate", "decay_factor", "sink_frames")
+PLAN_OPTIONS = ("sparsity", "compensate", "decay_factor", "sink_frames")
 """Options that are parameters of patterns."""
 
 AS_ASKED = f"{NOTHING}: the options ask for it"
@@ -57,7 +57,7 @@ def _specification(pattern: Pattern[Any], settings: Settings, options: Options, 
         regimes = tuple(make(settings.profile, name, options) for name in names)
     else:
         sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
-        values = {"sink_frames": sinks, **_given(options, *SHAPE)}
+        values = {"sink_frames": sinks, **_given(options, *PLAN_OPTIONS)}
         known = {name: values[name] for name in values if name in pattern.parameters.model_fields}
         regimes = (RegimeSpec("", pattern.parameters(**known)),)
     return PlanSpec(pattern.name, settings.block_size, regimes)
@@ -87,7 +87,7 @@ def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
 
 
 def _override(table: StaticRatio, options: Options) -> StaticRatio:
-    return table.changed(**_given(options, *SHAPE))
+    return table.changed(**_given(options, *PLAN_OPTIONS))
 
 
 def _given(options: Options, *names: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def without_meaning(options: Options, pattern: str) -> str:
         return ""
     own = pattern == "own"
     taken = ("compensate",) if own else tuple(PATTERNS[pattern].parameters.model_fields)
-    names = ["router", *(name for name in SHAPE if name not in taken), *(["pattern"] if own else [])]
+    names = ["router", *(name for name in PLAN_OPTIONS if name not in taken), *(["pattern"] if own else [])]
     given = [name for name in names if getattr(options, name) is not None]
     given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []
     given += ["regime"] if options.regime != "auto" else []

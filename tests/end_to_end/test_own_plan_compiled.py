@@ -156,7 +156,9 @@ def test_other_options_with_a_plan():
 def test_what_makes_attention_dense_does_so_with_a_plan(dense):
     compiled = compile_sparse(Heads(), plan=random_mask(4), **dense)
     call(compiled, {"latents": torch.randn(1, 3, 4, 6, 10)})
-    assert not drad.report(compiled).replaced
+    (site,) = drad.report(compiled).sites
+    assert site.role == "video_self_attention"
+    assert not site.replaced
 
 
 def test_training_and_gradients():

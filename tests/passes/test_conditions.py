@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from support.conditioned import Model, NoTime
 from support.graphs import capture
+from zoo.conditions import CONDITIONS
+from zoo.models import ZOO
+from zoo.more import ZOO_MORE
+
+
+def test_the_zoo_has_the_models_whose_conditions_are_known():
+    assert set(CONDITIONS) <= {*ZOO, *ZOO_MORE}
 
 
 def test_names_are_not_needed():
