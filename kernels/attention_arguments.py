@@ -9,14 +9,15 @@ from torch import Tensor
 
 from dynamicrad_compile.errors import PlanError
 
-from .blocks import cdiv
+from .blocks import cdiv, in_range
 from .checks import check_devices, check_mask, check_numbers, check_operands, check_plan, require
 
 
 class Attention(NamedTuple):
     """Arguments of `block_sparse_attention`, `means_attention` and `second_order_attention`, in their order.
 
-    P is 1 or B, H' is 1 or H. A row whose count is Mk is dense, and its indices are not read.
+    P is 1 or B, H' is 1 or H. A row whose count is Mk is dense, and its indices are not read. The ids of a row differ;
+    counts and ids that are out of range are clamped (`blocks.in_range`), because ops never look at values.
     """
 
     q: Tensor  # [B, H, Sq, D], any strides, as k and v
@@ -110,7 +111,7 @@ def kept_pairs(a: Attention) -> int:
     (batch, heads, q_len, _), kv_len, m_k = a.q.shape, a.k.shape[2], a.num_kv_blocks
     if _has_no_values(a):
         return batch * heads * q_len * min(a.kv_indices.shape[-1] * a.block_kv, kv_len)
-    counts, ids = a.kv_counts.cpu().long(), a.kv_indices.cpu()
+    counts, ids = in_range(a.kv_counts.cpu().long(), a.kv_indices.cpu(), m_k)
     active = torch.arange(ids.shape[-1]) < counts[..., None]
     holds_tail = (active & (ids == m_k - 1)).any(-1)
     keys = counts * a.block_kv - torch.where(holds_tail, m_k * a.block_kv - kv_len, 0)

@@ -19,6 +19,7 @@ from ._launch import (
 )
 from .attention_arguments import Attention, Means, Results
 from .attention_backward_triton_kernels import _dk_dv, _dq, _row_terms
+from .blocks import in_range
 from .means_backward_triton import _dmeans, launch_dmeans
 from .tiles import BackwardTiles, choose_backward_tiles
 from .transpose_plan import transpose_plan
@@ -39,7 +40,9 @@ def launch_backward(
         half = a.q.dtype != torch.float32
         tiles = choose_backward_tiles(capability(a.q.device), half, dim, a.block_q, a.block_kv)
     q, k, v, grad_out = (unit_last_stride(x) for x in (a.q, a.k, a.v, results.grad_out))
-    indices = unit_last_stride(a.kv_indices)
+    # Here and not in `_dq`, which has no register left for it.
+    counts, indices = in_range(a.kv_counts, a.kv_indices, a.num_kv_blocks)
+    indices = unit_last_stride(indices)
     mask = a.kv_counts if a.kv_mask is None else unit_last_stride(a.kv_mask)
     strides = {name: x.stride()[:3] for name, x in (("q", q), ("k", k), ("v", v), ("g", grad_out))}
     mask_stride = 0 if a.kv_mask is None else shared_strides(mask, 0)[0]
@@ -64,16 +67,16 @@ def launch_backward(
 
     dq = q.new_empty((batch, heads, q_len, dim))
     wrap_triton(_dq)[(triton.cdiv(q_len, tiles.dq.block_m), batch * heads)](
-        *(q, k, v, grad_out, lse2, delta, a.kv_counts, indices, mask, *mean_tensors, dq, *numbers),
+        *(q, k, v, grad_out, lse2, delta, counts, indices, mask, *mean_tensors, dq, *numbers),
         *(*strides["q"], *strides["k"], *strides["v"], *strides["g"]),
-        *(*row_strides(a.kv_counts), *row_strides(indices), mask_stride, *mean_strides),
+        *(*row_strides(counts), *row_strides(indices), mask_stride, *mean_strides),
         **sizes,
         **flags,
         RAGGED=kv_len % a.block_kv != 0,
         **tile_sizes(tiles.dq),
     )
 
-    q_counts, q_indices = transpose_plan(a.kv_counts, a.kv_indices, a.num_kv_blocks)
+    q_counts, q_indices = transpose_plan(counts, indices, a.num_kv_blocks)
     dk, dv = (q.new_empty((batch, kv_heads, kv_len, dim)) for _ in range(2))
     wrap_triton(_dk_dv)[(triton.cdiv(kv_len, tiles.dk_dv.block_n), batch * kv_heads)](
         *(q, k, v, grad_out, lse2, delta, q_counts, q_indices, mask, *dmeans, dk, dv, *numbers, q_indices.shape[3]),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import workers
 from .attention_arguments import Attention
+from .blocks import in_range
 from .groups_cpu import Work, groups, rows_of
 from .means_cpu import BlockMeans
 from .softmax_cpu import key_norms
@@ -101,6 +102,7 @@ def forward(a: Attention) -> tuple[Tensor, Tensor]:
     """
     batch, heads, q_len, _ = a.q.shape
     rep = heads // a.k.shape[1]
+    counts, indices = in_range(a.kv_counts, a.kv_indices, a.num_kv_blocks)
     out = torch.empty(a.q.shape, dtype=a.q.dtype, device="cpu")
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device="cpu")
     copied = 8 * max(1, a.k.shape[2] * a.k.shape[3])  # keys and values of one head in fp32
@@ -120,8 +122,8 @@ def forward(a: Attention) -> tuple[Tensor, Tensor]:
                     q=a.q[b, own],
                     k=a.k[b, own_kv],
                     v=a.v[b, own_kv],
-                    kv_counts=a.kv_counts[plan, planned],
-                    kv_indices=a.kv_indices[plan, planned],
+                    kv_counts=counts[plan, planned],
+                    kv_indices=indices[plan, planned],
                     kv_mask=mask,
                 )
                 _heads(some, weight, out[b, own], lse[b, own], buffers)

@@ -19,7 +19,8 @@ def kept_blocks(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
     width = kv_indices.shape[-1]
     active = torch.arange(width, device=kv_counts.device) < kv_counts[..., None]
     mask = torch.zeros(*kv_counts.shape, m_k + 1, dtype=torch.bool, device=kv_counts.device)
-    mask.scatter_(-1, torch.where(active, kv_indices, m_k).long(), True)
+    ids = kv_indices.clamp(0, max(0, m_k - 1))  # as the kernels clamp what is out of range
+    mask.scatter_(-1, torch.where(active, ids, m_k).long(), True)
     return mask[..., :m_k] | (kv_counts >= m_k)[..., None]
 
 

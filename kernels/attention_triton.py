@@ -78,7 +78,7 @@ def launch_forward(
     mean_tensors, mean_strides = mean_operands(means, mask)
     wrap_triton(_block_sparse_forward)[(programs, splits)](
         *(q, keys, values, *scales, a.kv_counts, indices, a.kv_counts if order is None else order, mask),
-        *(*mean_tensors, parts, part_lse, a.factor, heads, heads // k.shape[1], q_len, kv_len),
+        *(*mean_tensors, parts, part_lse, a.factor, heads, heads // k.shape[1], q_len, kv_len, indices.shape[3]),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *row_strides(a.kv_counts), *row_strides(indices)),
         *(0 if a.kv_mask is None else shared_strides(mask, 0)[0], *mean_strides),
         **sizes,

@@ -31,6 +31,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows_triton import _block_at, _row_of_plan
+
 
 @triton.jit
 def _rows(
@@ -120,6 +122,7 @@ def _block_sparse_forward(
     KV_GROUP,  # H / Hkv
     SQ,
     SK,
+    W,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -204,10 +207,7 @@ def _block_sparse_forward(
         b_qs = tl.load(q_scale + i_bh * SQ + o_m, mask=m_m, other=0.0)
 
     n_blocks = tl.cdiv(SK, BLOCK_KV)
-    count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm)
-    count = tl.minimum(count, n_blocks)
-    # A dense row ignores its indices: a masked load then yields the position itself.
-    n_listed = tl.where(count == n_blocks, 0, count)
+    count, n_listed = _row_of_plan(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm, n_blocks, W)
     p_ids = indices + i_b * stride_ib + i_h * stride_ih + i_row * stride_im
     scale2 = tl.cast(scale, tl.float32) * 1.4426950408889634
 
@@ -254,10 +254,9 @@ def _block_sparse_forward(
     middle = begin
     if not HAS_MASK:
         middle = tl.minimum(tl.maximum(n_full * TILES, begin), end)
-    i_kv = tl.load(p_ids + begin // TILES, mask=begin // TILES < n_listed, other=begin // TILES)
+    i_kv = _block_at(p_ids, begin // TILES, n_listed, n_blocks)
     for i_t in range(begin, middle):
-        i_next = (i_t + 1) // TILES
-        i_kv_next = tl.load(p_ids + i_next, mask=i_next < n_listed, other=i_next)
+        i_kv_next = _block_at(p_ids, (i_t + 1) // TILES, n_listed, n_blocks)
         first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
         b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN_K)
         b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN)
@@ -266,8 +265,7 @@ def _block_sparse_forward(
         i_kv = i_kv_next
     if RAGGED or HAS_MASK:
         for i_t in range(middle, end):
-            place = i_t // TILES
-            i_kv = tl.load(p_ids + place, mask=place < n_listed, other=place)
+            i_kv = _block_at(p_ids, i_t // TILES, n_listed, n_blocks)
             first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
             b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN_K)
             b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN)

@@ -25,11 +25,22 @@ def valid_counts(length: int, block: int, mask: Tensor | None, device: torch.dev
     return padded.reshape(mask.shape[0], n_blocks, block).sum(-1, dtype=torch.int32)
 
 
+def in_range(kv_counts: Tensor, kv_indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
+    """The counts in 0..W, num_kv for a dense row, and the ids in 0..num_kv - 1: nothing is read out of range.
+
+    Ops take counts and ids that were made when the graph runs, and can't look at them without waiting for the device.
+    """
+    width = kv_indices.shape[-1]
+    counts = torch.where(kv_counts >= num_kv, num_kv, kv_counts.clamp(0, width))
+    return counts, kv_indices.clamp(max=num_kv - 1).clamp(min=0)  # in this order, because num_kv may be 0
+
+
 def block_mask(kv_counts: Tensor, kv_indices: Tensor, num_kv: int) -> Tensor:
     """bool [P, H', Mq, Mk] of counts [P, H', Mq] and indices [P, H', Mq, W]: True where the block pair is active.
 
-    A row with count >= num_kv is dense, whatever its indices are.
+    A row with count >= num_kv is dense, whatever its indices are. Wrong values are clamped (`in_range`).
     """
+    kv_counts, kv_indices = in_range(kv_counts, kv_indices, num_kv)
     counts = kv_counts.unsqueeze(-1)
     active = torch.arange(kv_indices.shape[-1], device=kv_counts.device) < counts
     mask = torch.zeros((*kv_counts.shape, num_kv + 1), dtype=torch.bool, device=kv_counts.device)

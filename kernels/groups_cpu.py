@@ -50,8 +50,8 @@ class Work:
 
 
 def rows_of(counts: Tensor, indices: Tensor, n_kv: int, usable: Tensor | None) -> Rows:
-    """Rows of counts [h, Mq] and indices [h, Mq, W]; `usable` bool [n_kv, block_kv] or None if all keys are."""
-    count = counts.reshape(-1).long().clamp(max=n_kv)
+    """Rows of counts [h, Mq] and indices [h, Mq, W], in range; `usable` bool [n_kv, block_kv], None if all keys are."""
+    count = counts.reshape(-1).long()
     ids = indices.reshape(count.numel(), -1).long()
     dense = count == n_kv
     if bool(dense.any()):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import pool_op as pooling
 from .attention_arguments import Attention, Means
-from .blocks import cdiv
+from .blocks import cdiv, in_range
 
 
 def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
@@ -20,6 +20,7 @@ def kept_bits(kv_counts: Tensor, kv_indices: Tensor, m_k: int) -> Tensor:
     Bit J is 1 if block J is active in the row; a dense row has all bits set. Plain ATen operations without host
     synchronisation (`x[..., None]` would ask for the device while tracing); an id must not occur twice in a row.
     """
+    kv_counts, kv_indices = in_range(kv_counts, kv_indices, m_k)
     words = cdiv(m_k, 32)
     active = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_counts.unsqueeze(-1)
     ids = torch.where(active, kv_indices, 0)

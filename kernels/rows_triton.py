@@ -1,9 +1,25 @@
-"""What the backward kernels load: rows of a tensor, and the biases of mean keys."""
+"""What kernels load: a row of the plan, rows of a tensor, and the biases of mean keys."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _row_of_plan(p_count, n_blocks, W):
+    """(blocks that a row reads, ids that it lists): a dense row reads all and lists none. In range whatever p_count."""
+    count = tl.load(p_count)
+    dense = count >= n_blocks
+    count = tl.minimum(tl.maximum(count, 0), W)
+    return tl.where(dense, n_blocks, count), tl.where(dense, 0, count)
+
+
+@triton.jit
+def _block_at(p_ids, place, n_listed, n_blocks):
+    """Id of the block at `place` of a row, in range whatever its ids are; a place that it does not list is its id."""
+    i_kv = tl.load(p_ids + place, mask=place < n_listed, other=place)
+    return tl.minimum(tl.maximum(i_kv, 0), n_blocks - 1)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import workers
+from .blocks import in_range
 from .select_arguments import Selection
 from .workers import Buffers, Task
 
@@ -103,7 +104,7 @@ def select(
     q_mean [B, H, Mq, D], k_mean [B, Hkv, Mk, D] and n_keys int32 [B or 1, Mk] come from `pool_blocks`. Memory
     beyond the outputs: fp32 copies of the means of one sample, and CHUNK_BYTES a worker (at least one row).
     """
-    plan = (s.kv_counts, s.kv_indices, s.kv_forced, s.kv_near)
+    plan = (*in_range(s.kv_counts, s.kv_indices, k_mean.shape[2]), s.kv_forced, s.kv_near)
     batch, heads, n_q, dim = q_mean.shape
     kv_heads, n_kv = k_mean.shape[1:3]
     rep, width = heads // kv_heads, s.kv_indices.shape[-1]

@@ -62,10 +62,13 @@ def candidate_rows(s: Selection) -> Iterator[Row]:
                     yield Row((b, h, i), [], 0, 0, [], True)
                     continue
                 query, _ = _block(s.q[b, h], i, s.block_q, every)
-                ids = s.kv_indices[at][:count].tolist()
+                # Out of range values are clamped, as by the kernels.
+                ids = s.kv_indices[at][: max(0, count)].clamp(0, n_kv - 1).tolist()
                 seen = [keys[j] for j in ids]
                 scores = [s.factor * float(query @ mean) + math.log(n) if n else -math.inf for mean, n in seen]
-                yield Row((b, h, i), ids, int(s.kv_forced[at]), int(s.kv_near[at]), scores, False)
+                forced = min(max(0, int(s.kv_forced[at])), len(ids))
+                near = min(max(forced, int(s.kv_near[at])), len(ids))
+                yield Row((b, h, i), ids, forced, near, scores, False)
 
 
 def log_or_hidden(x: float) -> float:

@@ -81,7 +81,7 @@ def _select_blocks(
 
     count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_m * stride_cm)
     dense = count >= MK
-    n = tl.where(dense, 0, tl.minimum(count, W))  # nothing is chosen in a dense row
+    n = tl.where(dense, 0, tl.minimum(tl.maximum(count, 0), W))  # nothing is chosen in a dense row
     m_w = o_w < n
     n_forced = tl.load(forced + i_b * stride_fb + i_h * stride_fh + i_m * stride_fm)
     n_near = tl.load(near + i_b * stride_eb + i_h * stride_eh + i_m * stride_em)
@@ -89,6 +89,7 @@ def _select_blocks(
     is_near = m_w & (o_w >= n_forced) & (o_w < n_near)
     is_far = m_w & (o_w >= n_forced) & (o_w >= n_near)
     b_id = tl.load(indices + i_b * stride_ib + i_h * stride_ih + i_m * stride_im + o_w, mask=m_w, other=0)
+    b_id = tl.minimum(tl.maximum(b_id, 0), MK - 1)
 
     if n > n_forced:
         p_q = q_mean + (i_bh * MQ + i_m) * D

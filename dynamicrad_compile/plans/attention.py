@@ -43,6 +43,8 @@ def block_sparse_attention(
     logarithm. A query with no key gives out = 0 and lse = -inf.
     Raises PlanError if shapes, dtypes, devices or lengths do not fit together, or a number is out of range.
     """
+    if not isinstance(plan, BlockPlan):
+        raise PlanError(f"expected a BlockPlan, as make_plan gives it, got {type(plan).__name__}.")
     for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
         if tensor.dim() == 4 and tensor.shape[2] != planned:
             raise PlanError(

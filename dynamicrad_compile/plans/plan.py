@@ -7,14 +7,15 @@ nothing of frames or of a model; patterns (`dynamicrad_compile.plans.make`) or u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import PlanError
-from ..kernels.blocks import cdiv
-from . import cost
+from ..kernels.blocks import block_mask, cdiv
+from . import cost, values
 
 # Mask entries that `BlockPlan.from_mask` looks at in one go.
 MASK_CHUNK = 1 << 20
@@ -37,7 +38,10 @@ class BlockPlan:
     compensate, one number in 0..1 for each regime (or one for all), is the weight of the mean key that stands for
     each dropped block; 0 drops them for good. See `kernels.attention_op`.
 
-    Raises PlanError if shapes, dtypes or ranges do not fit together.
+    check_values: counts and ids are looked at once, here, which copies those of a GPU to the host. False where they are
+    known to be right; nor can they be looked at inside a graph, or on fake tensors.
+
+    Raises PlanError if shapes, dtypes, devices or ranges do not fit together, or a row lists a block twice.
     """
 
     kv_counts: torch.Tensor
@@ -47,9 +51,11 @@ class BlockPlan:
     q_len: int
     kv_len: int
     compensate: tuple[float, ...] = (0.0,)
+    check_values: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check_values: bool) -> None:
         counts, indices = self.kv_counts, self.kv_indices
+        _check_tensors(kv_counts=counts, kv_indices=indices)
         if counts.dtype != torch.int32 or indices.dtype != torch.int32:
             raise PlanError(f"kv_counts and kv_indices must be int32, got {counts.dtype} and {indices.dtype}.")
         if counts.dim() != 3 or indices.dim() != 4 or counts.shape != indices.shape[:3]:
@@ -57,8 +63,9 @@ class BlockPlan:
                 "expected kv_counts [P, H', Mq] and kv_indices [P, H', Mq, W], got "
                 f"{list(counts.shape)} and {list(indices.shape)}."
             )
-        if min(self.block_q, self.block_kv, self.q_len, self.kv_len) < 1:
-            raise PlanError("block_q, block_kv, q_len and kv_len must be at least 1.")
+        if 0 in counts.shape:
+            raise PlanError(f"a plan needs a regime, a head and a row at least, got kv_counts {list(counts.shape)}.")
+        _check_sizes(block_q=self.block_q, block_kv=self.block_kv, q_len=self.q_len, kv_len=self.kv_len)
         if counts.shape[-1] != self.num_q_blocks:
             raise PlanError(
                 f"q_len {self.q_len} in blocks of {self.block_q} gives {self.num_q_blocks} query blocks, "
@@ -66,10 +73,11 @@ class BlockPlan:
             )
         if indices.shape[-1] > self.num_kv_blocks:
             raise PlanError(f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks.")
-        if len(self.compensate) not in (1, len(counts)) or not all(0 <= c <= 1 for c in self.compensate):
-            raise PlanError(
-                f"compensate must be 1 or {len(counts)} numbers in 0..1 (one a regime), got {self.compensate!r}."
-            )
+        weights = self.compensate
+        if not isinstance(weights, tuple) or len(weights) not in (1, len(counts)) or not all(map(_is_share, weights)):
+            raise PlanError(f"compensate must be 1 or {len(counts)} numbers in 0..1 (one a regime), got {weights!r}.")
+        if check_values and values.can_be_read(counts, indices):
+            values.check_plan(counts, indices, self.num_kv_blocks)
 
     @property
     def num_q_blocks(self) -> int:
@@ -83,13 +91,7 @@ class BlockPlan:
 
     def block_mask(self) -> torch.Tensor:
         """bool [P, H', Mq, Mk]: True where the query block reads the key/value block."""
-        width, m_k = self.kv_indices.shape[-1], self.num_kv_blocks
-        active = torch.arange(width, device=self.kv_counts.device) < self.kv_counts[..., None]
-        # Inactive entries are sent to an extra column, which is cut off.
-        target = torch.where(active, self.kv_indices, m_k).long()
-        mask = torch.zeros(*self.kv_counts.shape, m_k + 1, dtype=torch.bool, device=self.kv_counts.device)
-        mask = mask.scatter_(-1, target, True)[..., :m_k]
-        return mask | (self.kv_counts == m_k)[..., None]
+        return block_mask(self.kv_counts, self.kv_indices, self.num_kv_blocks)
 
     @property
     def sparsity(self) -> float:
@@ -107,15 +109,27 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan with its tensors on `device`."""
-        return replace(self, kv_counts=self.kv_counts.to(device), kv_indices=self.kv_indices.to(device))
+        return self.with_rows(self.kv_counts.to(device), self.kv_indices.to(device))
+
+    def with_rows(self, kv_counts: torch.Tensor, kv_indices: torch.Tensor) -> BlockPlan:
+        """The plan of other rows, whose values are known to be right: a second look would wait for the device."""
+        return replace(self, kv_counts=kv_counts, kv_indices=kv_indices, check_values=False)
 
     @staticmethod
     def stack(plans: Sequence[BlockPlan]) -> BlockPlan:
-        """One plan with the regimes of several, in order. Raises PlanError if their lengths or blocks differ."""
+        """One plan with the regimes of several, in order.
+
+        Raises PlanError if there is none, or if their lengths, blocks, heads or devices differ.
+        """
+        if not plans:
+            raise PlanError("expected at least one plan to stack, got none.")
         first = plans[0]
         shapes = {(p.block_q, p.block_kv, p.q_len, p.kv_len) for p in plans}
         if len(shapes) != 1:
             raise PlanError(f"plans of one table must agree in block_q, block_kv, q_len and kv_len, got {shapes}.")
+        places = {(p.kv_counts.shape[1], str(p.kv_counts.device)) for p in plans}
+        if len(places) != 1:
+            raise PlanError(f"plans of one table must agree in their number of heads and their device, got {places}.")
         width = max(p.kv_indices.shape[-1] for p in plans)
         padded = [torch.nn.functional.pad(p.kv_indices, (0, width - p.kv_indices.shape[-1])) for p in plans]
         weights = [c for p in plans for c in p.compensate * (len(p.kv_counts) // len(p.compensate))]
@@ -124,6 +138,7 @@ class BlockPlan:
             kv_counts=torch.cat([p.kv_counts for p in plans]),
             kv_indices=torch.cat(padded),
             compensate=tuple(weights),
+            check_values=False,
         )
 
     @staticmethod
@@ -132,10 +147,14 @@ class BlockPlan:
     ) -> BlockPlan:
         """Plan of a bool block mask [Mq, Mk], [H', Mq, Mk] or [P, H', Mq, Mk]; ids ascend in each row.
 
-        Raises PlanError if the mask's shape does not fit the lengths.
+        Raises PlanError if the mask's dtype or shape does not fit the lengths.
         """
+        _check_tensors(mask=mask)
         if mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:
             raise PlanError(f"expected a bool mask [..., Mq, Mk], got {mask.dtype} {list(mask.shape)}.")
+        _check_sizes(block_q=block_q, block_kv=block_kv, q_len=q_len, kv_len=kv_len)
+        if 0 in mask.shape:
+            raise PlanError(f"a plan needs a regime, a head, a row and a block at least, got {list(mask.shape)}.")
         if mask.shape[-1] != cdiv(kv_len, block_kv):
             raise PlanError(f"kv_len {kv_len} in blocks of {block_kv} does not give {mask.shape[-1]} kv blocks.")
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
@@ -152,17 +171,29 @@ class BlockPlan:
             place = torch.arange(len(ids), device=mask.device) - (kept.cumsum(0) - kept)[rows]
             indices[low + rows, place] = ids.to(torch.int32)
         indices = indices.reshape(*counts.shape, width)
-        return BlockPlan(counts, indices, block_q, block_kv, q_len, kv_len, (compensate,))
+        return BlockPlan(counts, indices, block_q, block_kv, q_len, kv_len, (compensate,), check_values=False)
 
     @staticmethod
     def from_block_mask(block_mask: Any) -> BlockPlan:
         """Plan of a PyTorch flex `BlockMask`; its partial blocks count as active.
 
         Batch becomes P. Token-level masking inside partial blocks is lost, except that of ragged tails.
+        Raises PlanError if it is none, or its counts and ids are out of range.
         """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        if not isinstance(block_mask, BlockMask):
+            raise PlanError(f"expected a flex BlockMask, got {type(block_mask).__name__}.")
         block_q, block_kv = block_mask.BLOCK_SIZE
         q_len, kv_len = block_mask.seq_lengths
-        mask = block_mask.to_dense().bool()
+        partial = (block_mask.kv_num_blocks, block_mask.kv_indices)
+        full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        masks = [
+            BlockPlan(counts.int(), indices.int(), block_q, block_kv, q_len, kv_len).block_mask()
+            for counts, indices in (partial, full)
+            if counts is not None
+        ]
+        mask = torch.stack(masks).any(0)
         return BlockPlan.from_mask(mask, block_q=block_q, block_kv=block_kv, q_len=q_len, kv_len=kv_len)
 
     def to_block_mask(self) -> Any:
@@ -194,20 +225,37 @@ class Candidates:
     kv_forced  int32 [P, H', Mq]: the first so many entries of a row are always kept
     kv_near    int32 [P, H', Mq]: the first so many (at least kv_forced) entries lie in the same frame, in an adjacent
                one or in a sink frame
+
+    check_values as of `BlockPlan`. Raises PlanError if shapes, dtypes or devices do not fit together, or unless
+    0 <= kv_forced <= kv_near <= kv_counts in each row.
     """
 
     plan: BlockPlan
     kv_forced: torch.Tensor
     kv_near: torch.Tensor
+    check_values: InitVar[bool] = True
+
+    def __post_init__(self, check_values: bool) -> None:
+        if not isinstance(self.plan, BlockPlan):
+            raise PlanError(f"expected a BlockPlan, got {type(self.plan).__name__}.")
+        counts = self.plan.kv_counts
+        _check_tensors(kv_counts=counts, kv_forced=self.kv_forced, kv_near=self.kv_near)
+        for name, x in (("kv_forced", self.kv_forced), ("kv_near", self.kv_near)):
+            if x.dtype != torch.int32 or x.shape != counts.shape:
+                wanted = f"int32 {list(counts.shape)}, as kv_counts"
+                raise PlanError(f"expected {name} {wanted}, got {x.dtype} {list(x.shape)}.")
+        if check_values and values.can_be_read(counts, self.kv_forced, self.kv_near):
+            values.check_classes(counts, self.kv_forced, self.kv_near)
 
     @staticmethod
     def forced(plan: BlockPlan) -> Candidates:
         """Candidates of a plan from which nothing is to be dropped."""
-        return Candidates(plan, plan.kv_counts, plan.kv_counts)
+        return Candidates(plan, plan.kv_counts, plan.kv_counts, check_values=False)
 
     def to(self, device: torch.device | str) -> Candidates:
         """The same candidates with their tensors on `device`."""
-        return Candidates(self.plan.to(device), self.kv_forced.to(device), self.kv_near.to(device))
+        forced, near = self.kv_forced.to(device), self.kv_near.to(device)
+        return Candidates(self.plan.to(device), forced, near, check_values=False)
 
     @staticmethod
     def stack(several: Sequence[Candidates]) -> Candidates:
@@ -216,4 +264,26 @@ class Candidates:
             BlockPlan.stack([c.plan for c in several]),
             torch.cat([c.kv_forced for c in several]),
             torch.cat([c.kv_near for c in several]),
+            check_values=False,
         )
+
+
+def _check_tensors(**given: Any) -> None:
+    """Raise PlanError unless all are tensors on one device."""
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise PlanError(f"{name} must be a tensor, got {type(x).__name__}.")
+    devices = {name: str(x.device) for name, x in given.items()}
+    if len(set(devices.values())) > 1:
+        raise PlanError(f"the tensors of a plan must be on one device, got {devices}. BlockPlan.to moves a plan.")
+
+
+def _is_share(x: Any) -> bool:
+    return isinstance(x, (int, float)) and 0 <= x <= 1
+
+
+def _check_sizes(**given: Any) -> None:
+    """Raise PlanError unless all are integers of at least 1."""
+    for name, n in given.items():
+        if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt, np.integer)) or n < 1:
+            raise PlanError(f"{name} must be an integer of at least 1, got {n!r}.")

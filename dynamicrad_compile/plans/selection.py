@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -32,6 +30,8 @@ def select_blocks(
     Returns a plan with counts [B, H, Mq] and indices [B, H, Mq, W], candidates in their order.
     Raises PlanError if shapes, dtypes, devices or lengths do not fit together, OptionsError for the criterion.
     """
+    if not isinstance(candidates, Candidates):
+        raise PlanError(f"expected Candidates, as make_candidates gives them, got {type(candidates).__name__}.")
     plan = candidates.plan
     for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
         if tensor.dim() == 4 and tensor.shape[2] != planned:
@@ -44,4 +44,4 @@ def select_blocks(
     counts, indices = torch.ops.dynamicrad.select_blocks(
         q, k, *tables, thresholds, scale, plan.block_q, plan.block_kv, criterion, kv_mask
     )
-    return replace(plan, kv_counts=counts, kv_indices=indices)
+    return plan.with_rows(counts, indices)

@@ -61,5 +61,6 @@ def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable)
         own = slice(number, number + 1)
         weights = plan.compensate if len(plan.compensate) == 1 else plan.compensate[own]
         counts, indices = plan.kv_counts[own], plan.kv_indices[own]
-        shares.append(replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights).sparsity)
+        own_plan = replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights, check_values=False)
+        shares.append(own_plan.sparsity)
     return sum(shares) / len(shares)

@@ -92,14 +92,6 @@ def test_what_can_be_no_plan_is_refused_at_once(value, message):
         table(lambda *_: value)
 
 
-@pytest.mark.parametrize("ids", [[0, 0], [0, 15], [0, -1]], ids=["twice", "beyond", "negative"])
-def test_ids_of_a_plan_are_checked(ids):
-    counts, indices = torch.full((1, 1, 15), 2, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32)
-    wrong = drad.BlockPlan(counts, indices.expand(1, 1, 15, 2).contiguous(), 16, 16, 240, 240)
-    with pytest.raises(PlanError, match=r"different blocks in 0\.\.14"):
-        checked(wrong)
-
-
 def test_queries_and_keys_are_the_same_tokens():
     wrong = drad.BlockPlan.from_mask(band()[:, :10], block_q=16, block_kv=16, q_len=240, kv_len=160)
     with pytest.raises(PlanError, match="has 240 and 160"):

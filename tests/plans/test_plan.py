@@ -1,14 +1,19 @@
 """BlockPlan: shape checks, conversion to and from masks and PyTorch's BlockMask; make_plan's input checks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.plans import plan as plan_module
-from dynamicrad_compile.plans.make import make_plan
-from dynamicrad_compile.plans.plan import BlockPlan
+from dynamicrad_compile.plans.attention import block_sparse_attention
+from dynamicrad_compile.plans.make import make_candidates, make_plan
+from dynamicrad_compile.plans.plan import BlockPlan, Candidates
+from dynamicrad_compile.plans.selection import select_blocks
 
 
 def random_mask(*shape, seed=0, density=0.3):
@@ -73,7 +78,7 @@ def test_a_full_count_is_a_dense_row_whatever_its_indices():
     # A step gate makes rows dense by their count alone, also where the plan is narrower than all blocks.
     plan = BlockPlan(
         torch.tensor([[[3, 1]]], dtype=torch.int32),
-        torch.tensor([[[[1], [2]]]], dtype=torch.int32),
+        torch.tensor([[[[9], [2]]]], dtype=torch.int32),
         block_q=16,
         block_kv=16,
         q_len=32,
@@ -125,7 +130,7 @@ def int32(*shape):
         (int32(1, 1, 2).long(), int32(1, 1, 2, 1), (16, 16, 32, 32), "must be int32"),
         (int32(1, 2), int32(1, 1, 2, 1), (16, 16, 32, 32), r"got \[1, 2\] and"),
         (int32(1, 1, 2), int32(1, 1, 3, 1), (16, 16, 32, 32), r"expected kv_counts \[P, H', Mq\]"),
-        (int32(1, 1, 2), int32(1, 1, 2, 1), (16, 16, 0, 32), "at least 1"),
+        (int32(1, 1, 2), int32(1, 1, 2, 1), (16, 16, 0, 32), "q_len must be an integer of at least 1, got 0"),
         (int32(1, 1, 2), int32(1, 1, 2, 1), (16, 16, 33, 32), "gives 3 query blocks"),
         (int32(1, 1, 2), int32(1, 1, 2, 3), (16, 16, 32, 32), "there are 2 kv blocks"),
     ],
@@ -136,6 +141,120 @@ def test_shapes_that_do_not_fit_are_refused(counts, indices, sizes, message):
         BlockPlan(counts, indices, *sizes)
 
 
+def rows(*values):
+    return torch.tensor(values, dtype=torch.int32)[None, None]
+
+
+@pytest.mark.parametrize(
+    ("counts", "indices", "message"),
+    [
+        (rows(1, -2), rows([0, 1], [0, 1]), r"kv_counts of query block 1 is -2; expected 0\.\.2, .* or 4, all blocks"),
+        (rows(5, 1), rows([0, 1], [0, 1]), "kv_counts of query block 0 is 5"),
+        (rows(3, 1), rows([0, 1], [0, 1]), "kv_counts of query block 0 is 3"),
+        (rows(1, 2), rows([0, 9], [0, 4]), r"query block 1 lists block 4 at place 1; expected ids in 0\.\.3"),
+        (rows(2, 2), rows([1, -7], [0, 1]), "query block 0 lists block -7 at place 1"),
+        (rows(2, 3), rows([0, 1, 9], [2, 0, 2]), "kv_indices of query block 1 lists block 2 twice"),
+        (rows(1, 1).expand(1, 2, 2), torch.cat([rows([0], [1]), rows([0], [4])], 1), "block 1 of head 1 lists"),
+        (torch.cat([rows(1, 1), rows(1, 9)]), torch.cat([rows([0], [1])] * 2), "block 1 in regime 1 is 9"),
+    ],
+    ids=["negative", "beyond", "wider", "id beyond", "negative id", "twice", "head", "regime"],
+)
+def test_wrong_values_are_named(counts, indices, message):
+    with pytest.raises(PlanError, match=message):
+        BlockPlan(counts, indices, 16, 16, 32, 64)
+    unseen = BlockPlan(counts, indices, 16, 16, 32, 64, check_values=False)
+    with pytest.raises(PlanError, match=message):
+        replace(unseen, q_len=31)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_counts": [[[1, 1]]]}, "kv_counts must be a tensor, got list"),
+        ({"kv_counts": int32(1, 1, 2).to("meta")}, "on one device, got {'kv_counts': 'meta', 'kv_indices': 'cpu'}"),
+        ({"kv_counts": int32(0, 1, 2), "kv_indices": int32(0, 1, 2, 1)}, "a regime, a head and a row at least"),
+        ({"block_q": 16.0}, "block_q must be an integer of at least 1, got 16.0"),
+        ({"kv_len": "64"}, "kv_len must be an integer of at least 1, got '64'"),
+        ({"compensate": 0.5}, "compensate must be 1 or 1 numbers in 0..1 .*got 0.5"),
+        ({"compensate": (float("nan"),)}, "compensate must be"),
+        ({"compensate": ("0.5",)}, "compensate must be"),
+    ],
+    ids=["list", "devices", "empty", "float", "string", "number", "nan", "text"],
+)
+def test_what_is_no_plan_is_refused(change, message):
+    right = {"kv_counts": int32(1, 1, 2), "kv_indices": int32(1, 1, 2, 1)}
+    right |= {"block_q": 16, "block_kv": 16, "q_len": 32, "kv_len": 64}
+    BlockPlan(**right)
+    with pytest.raises(PlanError, match=message):
+        BlockPlan(**{**right, **change})
+
+
+def test_values_are_looked_at_once(monkeypatch):
+    """Not in a graph, nor of fake tensors, nor of what we made ourselves: on a GPU each look would wait for it."""
+    seen = []
+    monkeypatch.setattr(plan_module.values, "check_plan", lambda *args: seen.append(args))
+    monkeypatch.setattr(plan_module.values, "check_classes", lambda *args: seen.append(args))
+    found = make_candidates((2, 4, 8), 16, sparsity=0.5)
+    Candidates.stack([found.to("cpu"), found]).to("meta")
+    plan = make_plan("dynamicrad", (2, 4, 8), 16, sparsity=0.5).to("cpu")
+    BlockPlan.stack([plan, plan_of(plan.block_mask(), 16, 16, 16, 16)])
+    q = torch.zeros(1, 2, 64, 16)
+    select_blocks(q, q, found, (0.0, 0.0))
+    with FakeTensorMode() as mode:
+        BlockPlan(mode.from_tensor(plan.kv_counts), mode.from_tensor(plan.kv_indices), 16, 16, 64, 64)
+
+    def build(counts, indices):
+        return BlockPlan(counts, indices, 16, 16, 64, 64).kv_counts + 1
+
+    torch.compile(build, backend="eager", fullgraph=True)(plan.kv_counts, plan.kv_indices)
+    assert not seen
+    build(plan.kv_counts, plan.kv_indices)
+    assert len(seen) == 1
+
+
+def test_candidates_that_do_not_fit_are_refused():
+    plan = BlockPlan(rows(2, 2), rows([0, 1], [0, 1]), 16, 16, 32, 64)
+    Candidates(plan, rows(1, 0), rows(1, 2))
+    for forced, near, message in (
+        (rows(1, 2), rows(1, 1), r"row \[0, 0, 1\] .* kv_forced 2, kv_near 1 and kv_counts 2"),
+        (rows(1, -1), rows(1, 1), "kv_forced -1"),
+        (rows(1, 1), rows(1, 3), "kv_near 3 and kv_counts 2"),
+        (rows(1, 1).long(), rows(1, 1), "expected kv_forced int32"),
+        (rows(1, 1), rows(1, 1, 1), r"expected kv_near int32 \[1, 1, 2\]"),
+        (rows(1, 1), None, "kv_near must be a tensor"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Candidates(plan, forced, near)
+    with pytest.raises(PlanError, match="expected a BlockPlan, got NoneType"):
+        Candidates(None, rows(1, 1), rows(1, 1))
+
+
+def test_plans_that_can_not_be_stacked_are_refused():
+    plan = plan_of(random_mask(4, 4))
+    for plans, message in (
+        ([], "at least one plan"),
+        ([plan, plan_of(random_mask(2, 4, 4))], "their number of heads"),
+        ([plan, plan.to("meta")], "their device"),
+        ([plan, plan_of(random_mask(5, 4))], "block_q, block_kv, q_len and kv_len"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            BlockPlan.stack(plans)
+
+
+def test_attention_takes_plans_and_says_so():
+    q = torch.zeros(1, 1, 64, 16)
+    found = make_candidates((2, 4, 8), 16, sparsity=0.5)
+    with pytest.raises(PlanError, match="expected a BlockPlan, as make_plan gives it, got Candidates"):
+        block_sparse_attention(q, q, q, found)
+    with pytest.raises(PlanError, match="expected Candidates, as make_candidates gives them, got BlockPlan"):
+        select_blocks(q, q, found.plan, (0.0, 0.0))
+    with pytest.raises(PlanError, match="expected a flex BlockMask, got Tensor"):
+        BlockPlan.from_block_mask(found.plan.block_mask())
+    wrong = BlockMask.from_kv_blocks(rows(1, 1), rows([0, 1], [7, 0]), BLOCK_SIZE=16, compute_q_blocks=False)
+    with pytest.raises(PlanError, match="query block 1 lists block 7"):
+        BlockPlan.from_block_mask(wrong)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -143,8 +262,10 @@ def test_shapes_that_do_not_fit_are_refused(counts, indices, sizes, message):
         (torch.zeros(3, dtype=torch.bool), "expected a bool mask"),
         (torch.zeros(2, 4, dtype=torch.bool), "does not give 4 kv blocks"),
         (torch.zeros(3, 3, dtype=torch.bool), "gives 2 query blocks"),
+        (torch.zeros(0, 2, 3, dtype=torch.bool), "a head, a row and a block at least"),
+        ([[True]], "mask must be a tensor, got list"),
     ],
-    ids=["float", "rank", "columns", "rows"],
+    ids=["float", "rank", "columns", "rows", "empty", "list"],
 )
 def test_masks_that_do_not_fit_are_refused(mask, message):
     with pytest.raises(PlanError, match=message):

@@ -32,6 +32,7 @@ class Case:
     scale: float | None = None
     keep: float = 0.4
     compensate: tuple[float, ...] | None = None  # one weight per sample, or one for all
+    wrong: bool = False  # some counts and ids are out of range
 
     def __str__(self) -> str:
         return self.name
@@ -87,6 +88,9 @@ CASES = [
     Case("mean_fp16", compensate=(1.0,), dtype=HALF, q_len=101, kv_len=101),
     Case("mean_bf16", compensate=(1.0,), dtype=BF16, q_len=101, kv_len=101, mask="padding"),
     Case("mean_keeps_nothing", compensate=(1.0,), keep=0.0, q_len=101, kv_len=115),
+    Case("wrong", wrong=True, q_len=150, kv_len=333),
+    Case("wrong_per_head", wrong=True, heads=4, plan_heads=4, q_len=150, kv_len=352, mask="random"),
+    Case("mean_wrong", wrong=True, compensate=(1.0,), batch=2, q_len=150, kv_len=333),
 ]
 
 
@@ -105,10 +109,21 @@ VARIANTS = {
         "cross_lengths",
         "fp16",
         "mean_keeps_nothing",
+        "wrong",
     ],
     "int8": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "fp16", "mean_bf16"],
-    "dropped": ["mean_ragged", "mean_per_sample", "mean_many_blocks", "mean_mask_random", "mean_bf16"],
-    "tma": ["ragged_both", "gqa_per_head", "mean_ragged", "mask_padding", "dim_24", "permuted", "sliced", "fp16"],
+    "dropped": ["mean_ragged", "mean_per_sample", "mean_many_blocks", "mean_mask_random", "mean_bf16", "mean_wrong"],
+    "tma": [
+        "ragged_both",
+        "gqa_per_head",
+        "mean_ragged",
+        "mask_padding",
+        "dim_24",
+        "permuted",
+        "sliced",
+        "fp16",
+        "wrong",
+    ],
 }
 
 
@@ -128,7 +143,19 @@ def build_plan(case: Case, generator: torch.Generator) -> BlockPlan:
     if m_q > 2:
         n = int(plan.kv_counts[0, 0, 2])
         plan.kv_indices[0, 0, 2, :n] = plan.kv_indices[0, 0, 2, :n].flip(0)
+    if case.wrong:
+        make_wrong(plan.kv_counts, plan.kv_indices, m_k)
     return plan
+
+
+def make_wrong(counts: torch.Tensor, indices: torch.Tensor, m_k: int) -> None:
+    """Put values out of range into rows 0 to 3; clamped, the ids of a row still differ. W must be below Mk - 1."""
+    width = indices.shape[-1]
+    assert 3 <= width < m_k - 1
+    counts[..., 0], counts[..., 1], counts[..., 2] = -3, m_k + 7, width + 1
+    indices[..., 2, :] = torch.arange(width, dtype=torch.int32) + 1
+    indices[..., 2, 0], indices[..., 2, 1] = m_k + (1 << 20), -(1 << 30)
+    counts[..., 3], indices[..., 3, 0], indices[..., 3, 1] = 2, -1, m_k
 
 
 def build(case: Case) -> tuple:

@@ -14,7 +14,7 @@ _INTERPRETED = """
     ragged_both one_block cross_lengths blocks_differ blocks_differ_other_way block_not_power_of_two gqa_per_head
     per_batch_and_head permuted dim_24 dim_256 mask_random mask_all fp16 bf16
     mean_ragged mean_one_block mean_per_sample mean_many_blocks mean_gqa mean_sliced mean_mask_random mean_mask_all
-    mean_fp16 mean_bf16 mean_keeps_nothing
+    mean_fp16 mean_bf16 mean_keeps_nothing wrong_per_head mean_wrong
 """
 INTERPRETED_CASES = [case for case in CASES if case.name in set(_INTERPRETED.split())]
 

@@ -13,6 +13,7 @@ import torch
 
 from dynamicrad_compile.kernels.blocks import cdiv
 from dynamicrad_compile.kernels.select_arguments import Selection
+from support.attention_cases import make_wrong
 
 CRITERIA = ("threshold", "mass", "ratio")
 
@@ -36,6 +37,7 @@ class Case:
     scale: float | None = None
     spread: float = 1.0  # of q; the larger, the more peaked the scores
     thresholds: tuple[tuple[float, float], ...] = ()  # one or one a sample; usual ones of the criterion if empty
+    wrong: bool = False  # some counts and ids are out of range
 
     def __str__(self) -> str:
         return self.name
@@ -69,13 +71,14 @@ CASES = [
     Case("bf16", dtype=BF16, kv_len=333, mask="padding", batch=2),
     Case("thresholds_per_sample", batch=3, kv_len=601, thresholds=((0.2, 0.3), (0.5, 0.9), (1.0, 0.0))),
     Case("zeros", batch=2, thresholds=((0.0, 0.0), (-1.0, float("nan")))),
+    Case("wrong", wrong=True, batch=2, plan_batch=2, q_len=200, kv_len=333),
 ]
 # The interpreter is slow: every case with one criterion, some with all.
 INTERPRETED_CASES = [
     (case, criterion)
     for i, case in enumerate(CASES)
     for j, criterion in enumerate(CRITERIA)
-    if i % 3 == j or case.name in ("per_batch_and_head", "thresholds_per_sample")
+    if i % 3 == j or case.name in ("per_batch_and_head", "thresholds_per_sample", "wrong")
 ]
 
 
@@ -99,6 +102,9 @@ def build_plan(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, ..
         forced[..., 3] = near[..., 3] = counts[..., 3]
     place = torch.arange(width)
     indices = torch.where((place < counts[..., None]) | (counts >= m_k)[..., None], indices, 1 << 30)
+    if case.wrong:
+        make_wrong(counts, indices, m_k)
+        forced[..., 0], near[..., 2] = -2, 1 << 20
     return counts, indices, forced, near
 
 

@@ -111,6 +111,7 @@ def _plugin_forward(
         KV_GROUP,
         q_len,
         kv_len,
+        width,
         H * stride_qh,
         stride_qh,
         D,

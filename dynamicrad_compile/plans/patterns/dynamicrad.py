@@ -137,8 +137,9 @@ def candidates(layout: Layout, parameters: StaticRatio) -> Candidates:
         layout.seq_len,
         layout.seq_len,
         compensate=(parameters.compensate,),
+        check_values=False,
     )
-    return Candidates(plan, tensor((rank == 0).sum(1)), tensor((rank <= 1).sum(1)))
+    return Candidates(plan, tensor((rank == 0).sum(1)), tensor((rank <= 1).sum(1)), check_values=False)
 
 
 def _frames(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
