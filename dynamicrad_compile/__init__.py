@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .backend import report
 from .capture import explain
+from .captured import report
 from .compiling import compile
 from .errors import (
     DynamicRadError,
@@ -30,6 +30,7 @@ from .plans.make import make_plan
 from .plans.plan import BlockPlan
 from .profiles import list_profiles, load_profile
 from .reporting.report import Report, SiteReport
+from .runtime.generation import generation
 from .runtime.router import Router
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ __all__ = [
     "explain",
     "export",
     "fit_router",
+    "generation",
     "list_profiles",
     "load_profile",
     "make_plan",

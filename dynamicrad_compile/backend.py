@@ -6,22 +6,23 @@ import functools
 import hashlib
 import importlib.metadata
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import policy
+from .captured import remember
 from .errors import OptionsError, StrictError
 from .options import Options
 from .passes import Dense, PassContext, Site, run_passes
 from .passes.dump import Dump
-from .passes.graph import source_line
+from .passes.graph import source_line, value_of
 from .passes.site import OTHER_SELF, UNKNOWN, VIDEO
-from .reporting.report import GraphReport, Report, SiteReport, TextTokens
+from .reporting.report import GraphReport, SiteReport, TextTokens
+from .runtime.beside import running
+from .runtime.state import GraphState
 
 Compiled = Callable[..., Any]
 
@@ -44,12 +45,12 @@ def dynamicrad(
     """
     parsed = Options.from_mapping(options)
     report = analyse(gm, example_inputs, parsed)
-    _captures[:] = [capture for capture in _captures if capture.is_alive()]
-    _captures.append(_Capture(options, _parameters(example_inputs), report))
+    inputs = [*example_inputs, *_added_inputs(gm, len(example_inputs))]
     start = time.perf_counter()
-    compiled = _inner_compiler(parsed, mode, report.notes.append)(gm, example_inputs)
+    run = report.state.bind(_inner_compiler(parsed, mode, report.notes.append)(gm, inputs))
     report.seconds["compile"] = time.perf_counter() - start
-    return compiled
+    remember(options, report, run)
+    return run
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, is_final: bool = False) -> GraphReport:
@@ -57,7 +58,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
 
     An `is_final` graph, as of an exported program, has to serve all sizes that it allows.
     """
-    wishes = policy.Wishes.of(options)
+    wishes = policy.Wishes.of(options, running() if options.call_state else None)
     context = PassContext(
         decide=lambda sites, conditions: policy.decide(sites, conditions, wishes),
         grid=options.grid,
@@ -86,7 +87,30 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         notes,
         {"passes": total - plans, "plans": plans},
         dump=str(dump.folder) if dump is not None else "",
+        state=GraphState(context.slots),
     )
+
+
+def _added_inputs(gm: fx.GraphModule, own: int) -> list[Any]:
+    """Example values of the inputs behind a graph's own; the graph that Dynamo made loses them, the module keeps them.
+
+    Dynamo goes on reading the inputs of the graph that it made, to call what we return.
+    """
+    made = gm.graph
+    added = made.find_nodes(op="placeholder")[own:]
+    if not added:
+        return []
+    copies: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(made, copies))
+    for node, copied in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+    gm.graph = graph
+    for node in added:
+        node.replace_all_uses_with(made.find_nodes(op="output")[0].prev)
+        made.erase_node(node)
+    return [value_of(copies[node]) for node in added]
 
 
 def _dump(options: Options) -> Dump | None:
@@ -97,58 +121,6 @@ def _dump(options: Options) -> Dump | None:
         return Dump(options.dump)
     except OSError as error:
         raise OptionsError(f"option dump = {str(options.dump)!r}: no folder can be made in it ({error}).") from None
-
-
-def report(compiled: Any) -> Report:
-    """What was done in every graph captured so far from a compiled model (or from its uncompiled original).
-
-    Graphs are recognised by the model's parameters and, where the model was compiled several times, by the
-    options given to torch.compile.
-    """
-    model = getattr(compiled, "_orig_mod", compiled)
-    wanted: set[int] = set()
-    if isinstance(model, torch.nn.Module):
-        wanted = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
-    given = _options_of(compiled)
-    return Report([c.report for c in _captures if c.belongs_to(wanted) and (given is _ANY or c.options is given)])
-
-
-@dataclass
-class _Capture:
-    """One captured graph: the options object it was compiled with and the parameters it reads."""
-
-    options: Mapping[str, Any] | None
-    parameters: list[weakref.ref[torch.Tensor]]
-    report: GraphReport
-
-    def is_alive(self) -> bool:
-        """Whether the model may still be there."""
-        return not self.parameters or any(ref() is not None for ref in self.parameters)
-
-    def belongs_to(self, wanted: set[int]) -> bool:
-        alive = {id(p) for ref in self.parameters if (p := ref()) is not None}
-        return bool(alive & wanted) or (not wanted and not self.parameters)
-
-
-_captures: list[_Capture] = []
-_ANY = object()
-
-
-def _parameters(example_inputs: Sequence[Any]) -> list[weakref.ref[torch.Tensor]]:
-    return [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
-
-
-def _options_of(compiled: Any) -> Any:
-    """The options object of a torch.compile wrapper; _ANY where it can't be told."""
-    callback = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
-    for _ in range(8):
-        if callback is None:
-            return _ANY
-        kwargs = getattr(callback, "kwargs", None)
-        if isinstance(kwargs, dict):
-            return kwargs.get("options")
-        callback = getattr(callback, "_torchdynamo_orig_backend", getattr(callback, "_torchdynamo_orig_callable", None))
-    return _ANY
 
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:
@@ -222,7 +194,7 @@ def _site_report(site: Site) -> SiteReport:
         path=site.path,
         source=source_line(site.node),
         plan=done.plan if done is not None else None,
-        stats=done.stats if done is not None else None,
+        slot=done.stats if done is not None else "",
         overhead=done.overhead if done is not None else 0.0,
         code=reason.code if reason else "",
         advice=reason.advice if reason else "",

@@ -13,7 +13,8 @@ from torch.autograd import profiler_legacy
 from torch.utils._pytree import tree_map
 
 from .backend import analyse
-from .compiling import CAPTURE, captures_data_dependent
+from .compiling import captures_data_dependent
+from .noting import CAPTURE
 from .options import Options
 from .passes.graph import hint, value_of
 from .reporting.report import GraphReport, Report

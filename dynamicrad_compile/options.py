@@ -119,8 +119,8 @@ class Options(BaseModel):
             raise ValueError("expected three positive integers: (frames, height, width) in latent tokens")
         return grid
 
-    state: Any = Field(default=None, repr=False, exclude=True)
-    """The clock and the regimes that drad.compile keeps outside the graphs; a `PinnedState` in training."""
+    call_state: bool = Field(default=False, repr=False, exclude=True)
+    """Clock and regimes are kept beside the graphs. Set by drad.compile, which does that, and by nobody else."""
 
     @field_validator("router", mode="before")
     @classmethod

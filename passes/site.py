@@ -13,6 +13,7 @@ from torch import fx
 from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 from dynamicrad_compile.reporting.reason import Reason
+from dynamicrad_compile.runtime.pool import Slot
 
 from .axes.labels import Label
 from .graph import hint, value_of
@@ -96,13 +97,14 @@ class Replacement:
 
     node      the op
     plan      the blocks that it reads; of all regimes, and all candidates where a selection thins them
-    stats     what its calls computed (see dynamicrad_compile.runtime.account); None: the plan is all there is to know
+    stats     name of the slot that adds up what its calls compute (see dynamicrad_compile.runtime.account); empty where
+              the plan is all there is to know
     overhead  share of dense attention that covariances of dropped blocks add
     """
 
     node: fx.Node
     plan: BlockPlan
-    stats: torch.Tensor | None = None
+    stats: str = ""
     overhead: float = 0.0
 
 
@@ -217,8 +219,8 @@ class Control:
     dense_steps     this many first denoising steps stay dense
     dense_timestep  steps on the noisy side of this timestep stay dense; None: none
     refresh_steps   select_blocks chooses anew at every so many steps; 0: at every call
-    clock           that something outside the graph keeps; None: the graph keeps its own
-    regimes         int64 [MAX_BATCH] that something outside the graph keeps; None: the graph finds them
+    has_clock       drad.compile keeps a clock beside the graph; else the graph has its own
+    has_regimes     drad.compile keeps the regimes beside the graph; else the graph finds them
     """
 
     router: tuple[torch.Tensor, ...] | None = None
@@ -226,8 +228,8 @@ class Control:
     dense_steps: int = 0
     dense_timestep: float | None = None
     refresh_steps: int = 0
-    clock: torch.Tensor | None = None
-    regimes: torch.Tensor | None = None
+    has_clock: bool = False
+    has_regimes: bool = False
 
     @property
     def gates(self) -> bool:
@@ -276,7 +278,8 @@ class PassContext:
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     watch         sees the graph before the first pass ("captured") and after each, by its name
 
-    The rest is what the passes find: sites, those of them that are videos, and of these the planned ones.
+    The rest is what the passes find: sites, those of them that are videos, and of these the planned ones; and what they
+    need at run time: slots are the inputs that were added behind the graph's own.
     """
 
     decide: Policy
@@ -293,6 +296,7 @@ class PassContext:
     conditions: Conditions = Conditions()
     decisions: Decisions = Decisions()
     planned: list[PlannedSite] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ SELF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NOT_IN_TRAINING = {
     "dense_steps": "which timesteps the first steps have is known only to a schedule; give dense_timestep",
     "refresh_steps": "in training every call chooses its blocks; leave it out, and set it at inference",
-    "state": "the training sets it",
+    "call_state": "the training sets it",
 }
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import compiling
-from ..backend import report
+from ..captured import report
 from ..errors import LoraError
+from ..noting import MASK, PROMPT
 from ..profiles import REGIMES
+from ..runtime.beside import PinnedState
 from ..runtime.router import Router
-from ..runtime.state import PinnedState
 from .data import Batch
 from .losses import Question
 from .settings import Settings
@@ -42,10 +43,10 @@ class Student:
         self.state = PinnedState(device)
         options = dict(settings.sparse)
         if not settings.dense:
-            options = {"dense_steps": 0, **options, "state": self.state}
+            options = {"dense_steps": 0, **options}
         router = options.get("router")
         self.router = Router.load(router) if isinstance(router, str) else router
-        self.call: Any = compiling.compile(model, **options)
+        self.call: Any = compiling.compile(model, state=None if settings.dense else self.state, **options)
         inner = options.get("inner", "inductor")
         self.teacher_call: Any = model if inner == "eager" else torch.compile(model, backend=inner)
         self.compiled = self.call
@@ -99,10 +100,10 @@ class Student:
             found = batch.regime.cpu()
         elif source == "router":
             assert self.router is not None
-            prompt = next((batch.conditions[n] for n in compiling.PROMPT if n in batch.conditions), None)
-            mask = next((batch.conditions[n] for n in compiling.MASK if n in batch.conditions), None)
+            prompt = next((batch.conditions[n] for n in PROMPT if n in batch.conditions), None)
+            mask = next((batch.conditions[n] for n in MASK if n in batch.conditions), None)
             if prompt is None:
-                raise LoraError(f"regimes.source = 'router', and no condition is called one of {compiling.PROMPT}.")
+                raise LoraError(f"regimes.source = 'router', and no condition is called one of {PROMPT}.")
             found = self.router.predict(prompt, mask if self.router.masked else None).cpu()
         else:
             found = torch.full((count,), REGIMES.index(source))

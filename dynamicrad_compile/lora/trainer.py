@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import report
+from ..captured import report
 from ..errors import LoraError
 from ..optional import optional
 from ..reporting.report import Report

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from ..passes import Conditions, Control, Dense, PlannedSite, VideoSite
 from ..plans.table import PlanSpec
-from ..runtime.state import RunState
-from .settings import Settings, Wishes, is_one_layer
+from .settings import Settings, Wishes
 
 
 def control_of(
@@ -20,7 +19,7 @@ def control_of(
     """What the graph decides when it runs, and which wishes that leaves unmet; settings: those of the first site."""
     if settings is None:  # there is no site
         return Control(), []
-    options, problems = wishes.options, []
+    options, problems, has_clock = wishes.options, [], wishes.call.clock is not None
     specs = [decision.spec for decision in decided if isinstance(decision, PlannedSite) and decision.spec is not None]
     steps, timestep, refresh = settings.dense_steps, options.dense_timestep, options.refresh_steps or 0
     why_not = _no_refresh(sites, specs, settings) if refresh else ""
@@ -29,15 +28,14 @@ def control_of(
         refresh = 0
     asked = {"dense_steps": steps or None, "dense_timestep": timestep, "refresh_steps": refresh or None}
     wanted = ", ".join(f"{name} = {value}" for name, value in asked.items() if value is not None)
-    kept = options.state or RunState()
-    if wanted and conditions.timestep is None and kept.clock is None:
+    if wanted and conditions.timestep is None and not has_clock:
         problems.append(f"{wanted} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
         steps, refresh, timestep = 0, 0, None
     routed = any(len(spec.regimes) > 1 for spec in specs)
     tensors, masked = None, False
     if routed and wishes.router is not None:
         tensors, masked = wishes.router.tensors(), wishes.router.masked
-    return Control(tensors, masked, steps, timestep, refresh, kept.clock, kept.regimes), problems
+    return Control(tensors, masked, steps, timestep, refresh, has_clock, wishes.call.regimes is not None), problems
 
 
 def _no_refresh(sites: Sequence[VideoSite], specs: Sequence[PlanSpec], settings: Settings) -> str:
@@ -51,6 +49,6 @@ def _no_refresh(sites: Sequence[VideoSite], specs: Sequence[PlanSpec], settings:
             "can't be honoured: the regimes choose by different criteria; fix one with the option regime, "
             "or give sparsity"
         )
-    if not all(is_one_layer(site) for site in sites):
-        return "can't be honoured: one compiled block serves all layers; compile the whole model"
+    if not all(site.path for site in sites):  # called by no module: which layer it serves can't be told
+        return "can't be honoured: one compiled function serves all layers; compile the model"
     return ""

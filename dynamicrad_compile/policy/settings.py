@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..options import Options
@@ -11,8 +11,8 @@ from ..plans.own import OwnPlan
 from ..profiles import REGIMES, Profile, load_profile, pick_profile
 from ..profiles.parameters import Mode
 from ..runtime import router
+from ..runtime.beside import CallState
 from ..runtime.router import Router
-from ..runtime.state import RunState
 
 SAFE_REGIME = REGIMES[router.SAFE_REGIME]
 """The regime that loses least where motion is not known: the one that keeps most blocks."""
@@ -25,20 +25,22 @@ class Wishes:
     profile  None: each site's grid picks one
     router   None: the regime is not routed
     own      the option plan; None: plans are made by pattern
+    call     clock and regimes that are kept beside the graphs; both None where drad.compile keeps none
     """
 
     options: Options
     profile: Profile | None
     router: Router | None
     own: OwnPlan | None = None
+    call: CallState = field(default_factory=CallState)
 
     @staticmethod
-    def of(options: Options) -> Wishes:
+    def of(options: Options, call: CallState | None = None) -> Wishes:
         """Load profile and router. Raises ProfileError or RouterError."""
         profile = None if options.profile == "auto" else load_profile(options.profile)
         loaded = Router.load(options.router) if isinstance(options.router, str) else options.router
         own = None if options.plan is None else OwnPlan(options.plan, options.block_size, options.compensate)
-        return Wishes(options, profile, loaded, own)
+        return Wishes(options, profile, loaded, own, call or CallState())
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def regimes_of(conditions: Conditions, wishes: Wishes) -> Regimes:
     if options.regime != "auto":
         return Regimes((options.regime,))
     why = ""
-    if (options.state or RunState()).regimes is None:
+    if wishes.call.regimes is None:
         if given is None:
             why = "no motion router is given (option router; see fit_router)"
         elif conditions.prompt is None:

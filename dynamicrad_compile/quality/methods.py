@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backend import report
+from ..captured import report
 from ..errors import DynamicRadError, nearest
 from ..models.hook import Place, attention_hook
 from ..options import Options

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import report
+from ..captured import report
 from ..errors import DynamicRadError
 from ..kernels.blocks import cdiv
 

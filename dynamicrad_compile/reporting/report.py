@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,9 @@ import torch
 
 from ..files import write_file
 from ..plans.plan import BlockPlan
+from ..runtime.owner import Owner
+from ..runtime.pool import MIXED_CALLS
+from ..runtime.state import GraphState
 
 
 class TextTokens(NamedTuple):
@@ -41,7 +44,8 @@ class SiteReport:
     source       file and line of the call in the model's code
     graph        number of the captured graph, from 0
     plan         the block plan, or None; one for each regime, and the candidates in mode dynamic_threshold
-    stats        sums over calls, on the device; None where the plan is all there is to know
+    stats        sums over the calls so far, on the device; None where the plan is all there is to know
+    slot         where the running graph keeps these sums; empty likewise
     overhead     share of dense attention that option covariance adds; taken off from sparsity
     code         short name of the kind of reason (docs/reasons.md); empty where it was replaced
     advice       what to do about it; empty where it was replaced
@@ -60,6 +64,7 @@ class SiteReport:
     graph: int = 0
     plan: BlockPlan | None = field(default=None, repr=False)
     stats: torch.Tensor | None = field(default=None, repr=False)
+    slot: str = field(default="", repr=False)
     overhead: float = 0.0
     code: str = ""
     advice: str = ""
@@ -88,7 +93,7 @@ class SiteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; tensors are left out."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats")}
+        values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats", "slot")}
         values["text_tokens"] = self.text_tokens._asdict()
         return {**values, "dense_flops": self.dense_flops, "flops": self.flops}
 
@@ -99,19 +104,36 @@ class GraphReport:
 
     seconds  of passes, plans and inner compilation
     dump     folder with the graph before and after each pass (option `dump`); empty if it was not asked for
+    state    what the graph remembers from call to call, and of whom
     """
 
     sites: list[SiteReport]
     notes: list[str]
     seconds: dict[str, float]
     dump: str = ""
+    state: GraphState = field(default_factory=GraphState, repr=False)
+
+    def measured(self, owners: Sequence[Owner]) -> GraphReport:
+        """The same with the sums of what these owners have called so far."""
+        pools = [self.state.pool_of(owner) for owner in owners]
+
+        def summed(site: SiteReport) -> SiteReport:
+            if not site.slot:
+                return site
+            totals = [pool.total(self.state.place_of(site.slot)) for pool in pools]
+            known = [total for total in totals if total is not None]
+            return replace(site, stats=torch.stack(known).sum(0)) if known else site
+
+        notes = [*self.notes, MIXED_CALLS] if any(pool.mixed for pool in pools) else self.notes
+        return replace(self, sites=[summed(site) for site in self.sites], notes=notes)
 
 
 @dataclass
 class Report:
-    """Reports of all graphs captured from one model, in order of capture."""
+    """Reports of all graphs captured from one model, in order of capture; why_empty: why there is none."""
 
     graphs: list[GraphReport] = field(default_factory=list)
+    why_empty: str = "no graph has been captured"
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -145,7 +167,7 @@ class Report:
     def summary(self) -> str:
         """A few lines: how many sites were replaced, on which grids, how much attention work is left."""
         if not self.graphs:
-            return "dynamicrad: no graph has been captured yet; call the compiled model first."
+            return f"dynamicrad: {self.why_empty}."
         sites, replaced = self.sites, self.replaced
         video = [site for site in sites if site.role == "video_self_attention"]
         lines = [

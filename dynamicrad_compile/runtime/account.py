@@ -9,11 +9,16 @@ from torch.fx.node import has_side_effect
 from ..plans.cost import computed
 
 
+def new_stats(device: torch.device) -> Tensor:
+    """Sums over calls, fp64 [2]: share of dense attention that was computed, number of calls."""
+    return torch.zeros(2, dtype=torch.float64, device=device)
+
+
 @has_side_effect
 def record(
     stats: Tensor, kv_counts: Tensor, compensate: Tensor | None, kv_indices: Tensor, num_kv: int | None, block_kv: int
 ) -> None:
-    """Add a call to `stats`, fp64 [2]: share of dense attention that was computed, number of calls.
+    """Add a call to `stats`; see `new_stats`.
 
     num_kv None: the width of the indices is the number of kv blocks.
     """

@@ -1,11 +1,13 @@
 """The step clock: which denoising step a generation is at, on the device.
 
 Plain PyTorch on a small buffer, so a compiled graph holds it, CUDA graphs replay it, and a new step neither compiles
-anything nor waits for the device.
+anything nor waits for the device. Whose clock it is: see `state`.
 
 The clock needs nothing but the timestep. A timestep that differs from the last one is a new step; one that goes
 against the direction of this generation is the first step of a new generation. So it does not matter whether a model
 counts 1000 .. 0, 1 .. 0, logarithms of sigma or 0 .. 1000, and the two calls of classifier-free guidance are one step.
+Two generations whose calls are mixed on one clock can't be told apart, but it shows: generations seem to end after a
+step or two, and each to begin at another timestep.
 """
 
 from __future__ import annotations
@@ -14,21 +16,33 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-LAST, WAY, STEP, KNOWN_WAY, FRESH = range(5)
+LAST, WAY, STEP, KNOWN_WAY, FRESH, FIRST, JUMPS, CALLS = range(8)
+MIXED = 2
+"""From so many jumps on, the calls of a clock are taken for those of several generations."""
+CALLS_OF_A_STEP = 4
+"""Guidance makes at most so many calls of a step; more may be several generations in lockstep."""
 
 
 def new_clock(device: torch.device | str = "cpu") -> Tensor:
-    """Buffer of the step clock, fp32 [5].
+    """Buffer of the step clock, fp32 [8].
 
-    Last timestep (NaN before the first), direction in this generation (-1 falling, 0 not known yet, 1 rising), step
-    from 0, direction of the last generation that had three steps, 1 where the last call was the first of its step.
+    LAST       timestep of the last call, NaN before the first
+    WAY        direction in this generation: -1 falling, 0 not known yet, 1 rising
+    STEP       step from 0
+    KNOWN_WAY  direction of the last generation that had three steps
+    FRESH      1 where the last call was the first of its step
+    FIRST      first timestep of this generation
+    JUMPS      generations on end that had less than three steps and were followed by one that began elsewhere
+    CALLS      calls of this step
     """
-    return torch.tensor([float("nan"), 0.0, 0.0, 0.0, 0.0], device=device)
+    clock = torch.zeros(CALLS + 1, dtype=torch.float32, device=device)
+    clock[LAST].fill_(float("nan"))  # on the device: a copy of host numbers would wait for it
+    return clock
 
 
 @has_side_effect
 def advance(timestep: Tensor, clock: Tensor) -> Tensor:
-    """Note a call's timestep in the clock; returns the clock's new values, fp32 [5].
+    """Note a call's timestep in the clock; returns the clock's new values, fp32 [8].
 
     timestep has any shape; where frames or tokens have their own, the largest counts (clean tokens have 0).
     """
@@ -38,6 +52,8 @@ def advance(timestep: Tensor, clock: Tensor) -> Tensor:
     way = torch.sign(now - clock[LAST])
     turned = moved & (clock[WAY] != 0) & (way != clock[WAY])
     onward = moved & ~turned
+    jumped = turned & (clock[STEP] < 2) & (now != clock[FIRST])
+    long = torch.where(onward, clock[STEP] > 0, turned & ~jumped)
     new = torch.stack(
         [
             now,
@@ -45,10 +61,18 @@ def advance(timestep: Tensor, clock: Tensor) -> Tensor:
             torch.where(onward, clock[STEP] + 1, torch.where(turned, 0.0, clock[STEP])),
             torch.where(onward & (clock[STEP] > 0), way, clock[KNOWN_WAY]),
             (first | moved).to(torch.float32),
+            torch.where(first | turned, now, clock[FIRST]),
+            torch.where(jumped, clock[JUMPS] + 1, torch.where(long, 0.0, clock[JUMPS])),
+            torch.where(first | moved, 1.0, clock[CALLS] + 1),
         ]
     )
     clock.copy_(new)
     return new
+
+
+def may_be_mixed(clock: Tensor) -> Tensor:
+    """bool []: whether calls of several generations may be mixed on this clock."""
+    return (clock[JUMPS] > 0) | (clock[CALLS] > CALLS_OF_A_STEP)
 
 
 def stays_dense(clock: Tensor, dense_steps: int, dense_timestep: float | None) -> Tensor:

@@ -6,6 +6,7 @@ Weights are fitted to an encoder by `dynamicrad_compile.routing.fit.fit_router`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from dataclasses import dataclass, field, fields, replace
@@ -75,7 +76,7 @@ def route(embeds: Tensor, mask: Tensor | None, *head: Tensor) -> Tensor:
     return torch.where(finite, scores.argmax(-1), SAFE_REGIME)
 
 
-@dataclass
+@dataclass(eq=False)
 class Router:
     """A motion classifier for one text encoder.
 
@@ -128,6 +129,17 @@ class Router:
             inner, wide = shapes["projection"][0], shapes["weight"][1]
             if shapes["shift"] != [inner] or shapes["centers"] != [wide, inner]:
                 raise RouterError(f"the router's tensors don't fit together: {shapes}.")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they route alike. Dynamo asks at each call of a model whose graph another one has compiled."""
+        return isinstance(other, Router) and (self is other or self._digest == other._digest)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        parts = [(tuple(t.shape), t.cpu().numpy().tobytes()) for t in self.tensors()]
+        return hashlib.sha256(repr((parts, self.masked)).encode()).hexdigest()
 
     @property
     def head(self) -> str:

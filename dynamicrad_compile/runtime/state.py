@@ -1,100 +1,84 @@
-"""State of a running generation, on the device: its clock, and the regimes that its prompts were given.
+"""What a graph remembers from call to call: tensors outside the graph, of one model and one generation each.
 
-A new prompt compiles nothing and waits for nothing, as a new step does (see `clock`).
+A graph names what it needs (`pool.Slot`) and is handed it as further inputs at each call. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx.node import has_side_effect
 
-from .clock import FRESH, LAST, STEP, advance, new_clock
-
-MAX_BATCH = 64
-"""Rows of a batch whose regimes can be remembered."""
-
-
-def new_regimes(device: torch.device | str = "cpu") -> Tensor:
-    """Buffer of the latched regimes, int64 [MAX_BATCH]."""
-    return torch.zeros(MAX_BATCH, dtype=torch.int64, device=device)
+from .beside import CallState, running
+from .generation import current
+from .owner import Owner, alive, code_of, owner_of
+from .pool import Pool, Slot, State
 
 
-@has_side_effect
-def latch(routed: Tensor, clock: Tensor, latched: Tensor) -> Tensor:
-    """The regimes of this call, int64 [B]: those routed at the first call of the generation, which are remembered.
+class GraphState:
+    """The states of all models that call one graph, and which models these are.
 
-    So the negative prompt of classifier-free guidance, which comes second, is given the regime of the prompt.
-    """
-    begins = (clock[STEP] == 0) & (clock[FRESH] > 0)
-    kept = latched[: routed.shape[0]]
-    regimes = torch.where(begins, routed, kept)
-    kept.copy_(regimes)
-    return regimes
-
-
-class RunState:
-    """Clock and regimes that drad.compile keeps beside its graphs, so that they cross graph breaks.
-
-    clock and regimes are None until a call has shown a timestep, and a prompt that the router is for.
+    codes  file and first line of the functions that have called it
     """
 
-    def __init__(self, router: Any = None) -> None:
-        self.router = router
-        self.clock: Tensor | None = None
-        self.regimes: Tensor | None = None
+    def __init__(self, slots: Sequence[Slot] = ()) -> None:
+        self.slots = tuple(slots)
+        self._own = tuple(slot for slot in slots if slot.of != "call")
+        self.codes: set[tuple[str, int]] = set()
+        self._pools: dict[Owner, Pool] = {}
+        self._lock = threading.Lock()
+        self._last_call: CallState | None = None
 
-    def note_call(self, timestep: Tensor | None, prompt: Tensor | None, mask: Tensor | None) -> None:
-        """Advance the clock by a call's timestep, and route its prompt [B, L, C] with mask [B, L] or None.
+    def bind(self, compiled: Any) -> Any:
+        """A function that calls the compiled graph with the state of whoever calls it."""
 
-        Rows beyond the prompt's batch get the safest of its regimes; more than MAX_BATCH prompts are not routed here.
-        """
-        if timestep is None:
-            return
-        with torch.no_grad():
-            device = timestep.device if prompt is None else prompt.device
-            if self.clock is None or self.clock.device != device:
-                self.clock, self.regimes = new_clock(device), None
-            clock = advance(timestep, self.clock)
-            if self.router is None or prompt is None or prompt.shape[-1] != self.router.embedding_dim:
-                return
-            if prompt.shape[0] > MAX_BATCH:
-                self.regimes = None
-                return
-            if self.regimes is None:
-                self.regimes = new_regimes(device)
-            routed = self.router.predict(prompt, mask if self.router.masked else None)
-            regimes = latch(routed, clock, self.regimes)
-            self.regimes[len(regimes) :] = regimes.amax()
+        def run(*inputs: Any) -> Any:
+            frame = sys._getframe(1)
+            owner = owner_of(frame)
+            pool = self._pools.get(owner)
+            if pool is None:
+                pool = self._add(owner, frame)
+            if not self.slots:
+                return compiled(*inputs)
+            state = current().state_in(pool)
+            out = compiled(*inputs, *self._tensors(state))
+            pool.watch(state)
+            return out
+
+        return run
+
+    def owners(self) -> list[Owner]:
+        """Who has called the graph, without those that are gone."""
+        return [owner for owner in list(self._pools) if len(alive(owner)) == len(owner)]
+
+    def pool_of(self, owner: Owner) -> Pool:
+        """The states of one of the owners."""
+        return self._pools[owner]
+
+    def place_of(self, name: str) -> int:
+        """Place of a slot among the tensors of a state."""
+        return [slot.name for slot in self._own].index(name)
+
+    def _add(self, owner: Owner, frame: FrameType) -> Pool:
+        with self._lock:
+            self.codes.add(code_of(frame))
+            for known in self._pools.keys() - set(self.owners()):
+                del self._pools[known]
+            return self._pools.setdefault(owner, Pool(self._own))
+
+    def _tensors(self, state: State) -> list[Tensor]:
+        """What the graph is handed, in the order of its slots."""
+        own = iter(state.tensors)
+        call = running() or self._last_call  # a checkpoint computes again in the backward pass, when the call is over
+        self._last_call = call
+        return [_beside(call, slot) if slot.of == "call" else next(own) for slot in self.slots]
 
 
-class PinnedState(RunState):
-    """Regimes and timestep that the caller sets before each call, as training does, where calls are no generation.
-
-    Dense steps follow from the timestep alone (option dense_timestep); which steps the first n are is not known here.
-    """
-
-    clock: Tensor
-    regimes: Tensor
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.clock, self.regimes = new_clock(device), new_regimes(device)
-
-    def pin(self, regimes: Tensor, timestep: Tensor, rising: bool = False) -> None:
-        """Regimes int64 [B] of the rows of the next call, and its timestep of any shape, of which the largest counts.
-
-        rising: the model's timesteps grow while it denoises. The compiled graph reads what is written here.
-        """
-        if regimes.dim() != 1 or not 0 < len(regimes) <= MAX_BATCH:
-            raise ValueError(f"regimes must be [B] with B in 1..{MAX_BATCH}, got {list(regimes.shape)}")
-        way = 1.0 if rising else -1.0
-        self.regimes[: len(regimes)] = regimes
-        self.regimes[len(regimes) :] = regimes.amax()
-        self.clock.copy_(torch.tensor([0.0, way, 1.0, way, 1.0]))
-        self.clock[LAST] = timestep.detach().to(torch.float32).amax()
-
-    def note_call(self, timestep: Tensor | None, prompt: Tensor | None, mask: Tensor | None) -> None:
-        """Nothing: what is pinned stays."""
+def _beside(call: CallState | None, slot: Slot) -> Tensor:
+    kept = None if call is None else getattr(call, slot.name)
+    return slot.make() if kept is None else kept

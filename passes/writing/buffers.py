@@ -1,9 +1,22 @@
-"""Tensors that a rewritten graph carries along: plans, router weights, the state of a generation."""
+"""Tensors that a rewritten graph needs besides its inputs.
+
+Plans and router weights are buffers of the graph. What is remembered from call to call is handed to it as further
+inputs: a graph serves many models and requests (dynamicrad_compile/runtime/state.py). Only an exported program, which
+serves one, carries it as a buffer."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dynamicrad_compile.runtime.pool import Slot
+
+from ..graph import value_of
+from ..site import PassContext
 
 
 def buffer_node(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
@@ -18,8 +31,32 @@ def buffer_node(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
     full = next(n for n in (f"_dynamicrad_{name}_{i}" for i in range(len(taken) + 1)) if n not in taken)
     gm.register_buffer(full, tensor)
     sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:  # a graph of Dynamo must say where each of its buffers comes from
-        from torch._dynamo.source import ConstantSource  # Dynamo is loaded if it made this graph, not before
-
-        sources[full] = ConstantSource(source_name=full)
+    if sources is not None:
+        sources[full] = _source(full)
     return gm.graph.get_attr(full)
+
+
+def state_node(gm: fx.GraphModule, context: PassContext, slot: Slot) -> fx.Node:
+    """Node that yields a tensor which is kept outside the graph; its name gets a number if it is in use."""
+    taken = {known.name for known in context.slots}
+    name = next(n for n in (slot.name, *(f"{slot.name}_{i}" for i in range(1, len(taken) + 1))) if n not in taken)
+    example = slot.make()
+    if context.is_final:
+        return buffer_node(gm, name, example)
+    context.slots.append(replace(slot, name=name))
+    graph, inputs = gm.graph, gm.graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(f"dynamicrad_{name}")
+    mode = next((value.fake_mode for n in inputs if isinstance(value := value_of(n), FakeTensor)), None)
+    node.meta["example_value"] = example if mode is None else mode.from_tensor(example, static_shapes=True)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}  # its address stays: CUDA graphs need no copy
+    if hasattr(gm, "_param_name_to_source"):
+        node._dynamo_source = _source(node.name)
+    return node
+
+
+def _source(name: str) -> Any:
+    """What Dynamo wants to know of each input of its graphs."""
+    from torch._dynamo.source import ConstantSource  # Dynamo is loaded if it made this graph, not before
+
+    return ConstantSource(source_name=name)

@@ -4,6 +4,8 @@
     %dense = stays_dense(%clock, dense_steps, dense_timestep)
     %regime = latch(route(%prompt, %mask, *tensors of the router), %clock, %latched)
 
+%state and %latched are inputs that were added to the graph (see `buffers`).
+
     %counts = index_select(%table_of_counts, 0, %regime)           once a plan: each row of the batch in its regime
     %counts = gated(%counts, %dense, number of kv blocks)          a full count is dense attention
 
@@ -13,6 +15,7 @@ to call: it routes the prompt that it is given.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +23,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynamicrad_compile.runtime import clock, state
+from dynamicrad_compile.runtime import clock, regimes
+from dynamicrad_compile.runtime.pool import Slot
 from dynamicrad_compile.runtime.router import route
 
 from ..graph import shape_hint
 from ..site import PassContext, PlannedSite
-from .buffers import buffer_node
+from .buffers import buffer_node, state_node
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,23 @@ def gated(counts: torch.Tensor, dense: torch.Tensor, indices: torch.Tensor, num_
     return torch.where(dense, torch.full_like(counts, full), counts)
 
 
-def safest(regimes: torch.Tensor) -> torch.Tensor:
+def safest(chosen: torch.Tensor) -> torch.Tensor:
     """int64 [1]: the regime of most motion."""
-    return regimes.amax(0, keepdim=True)
+    return chosen.amax(0, keepdim=True)
 
 
 class Controls:
     """Makes the nodes of one graph, each once, when a plan first needs them."""
 
     def __init__(self, gm: fx.GraphModule, context: PassContext, device: torch.device):
-        self.gm, self.graph, self.device = gm, gm.graph, device
+        self.gm, self.graph, self.device, self.context = gm, gm.graph, device, context
         self.control, self.conditions = context.decisions.control, context.conditions
         prompt = shape_hint(context.conditions.prompt) if context.conditions.prompt is not None else None
         self.prompts = prompt[0] if prompt else 0
-        few = 0 < self.prompts <= state.MAX_BATCH
+        few = 0 < self.prompts <= regimes.MAX_BATCH
         self.latches = few and context.conditions.timestep is not None and not context.is_final
         self.made: dict[str, fx.Node] = {}
-        inputs = gm.graph.find_nodes(op="placeholder")
-        self.begin = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
+        self.begin = next(node for node in gm.graph.nodes if node.op != "placeholder")
 
     def choose(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> PlanNodes:
         """The plan of this call out of a table: rows in their regime, dense at dense steps.
@@ -99,21 +102,17 @@ class Controls:
         )
 
     def _clock(self) -> fx.Node:
-        if self.control.clock is not None:
-            return buffer_node(self.gm, "clock", self.control.clock)
+        if self.control.has_clock:
+            return self._kept("clock", clock.new_clock, beside=True)
         return self._once(
-            "clock",
-            clock.advance,
-            lambda: (self.conditions.timestep, buffer_node(self.gm, "clock", clock.new_clock(self.device))),
+            "time", clock.advance, lambda: (self.conditions.timestep, self._kept("clock", clock.new_clock))
         )
 
     def _regime_for(self, batch: int) -> fx.Node:
         """int64 [batch] or [1]; one for all where the prompts are another batch than the queries."""
-        kept = self.control.regimes
-        if kept is not None:
-            return self._once(
-                f"regimes of {batch}", torch.narrow, lambda: (buffer_node(self.gm, "regimes", kept), 0, 0, batch)
-            )
+        if self.control.has_regimes:
+            kept = self._kept("regimes", regimes.new_regimes, beside=True)
+            return self._once(f"regimes of {batch}", torch.narrow, lambda: (kept, 0, 0, batch))
         if self.prompts in (1, batch):
             return self._regimes()
         return self._once("safest", safest, lambda: (self._regimes(),))
@@ -125,14 +124,21 @@ class Controls:
         if not self.latches:
             return routed
         return self._once(
-            "regimes",
-            state.latch,
-            lambda: (routed, self._clock(), buffer_node(self.gm, "regimes", state.new_regimes(self.device))),
+            "latched",
+            regimes.latch,
+            lambda: (routed, self._clock(), self._kept("regimes", regimes.new_regimes)),
         )
 
     def _router(self) -> list[fx.Node]:
         assert self.control.router is not None
         return [buffer_node(self.gm, "router", tensor.to(self.device)) for tensor in self.control.router]
+
+    def _kept(self, name: str, make: Callable[[torch.device], torch.Tensor], beside: bool = False) -> fx.Node:
+        """Node of a tensor that is kept from call to call, by the graph's own state or beside it."""
+        if name not in self.made:
+            slot = Slot(name, functools.partial(make, self.device), "call" if beside else "generation")
+            self.made[name] = state_node(self.gm, self.context, slot)
+        return self.made[name]
 
     def _once(self, name: str, function: Any, arguments: Callable[[], tuple[Any, ...]]) -> fx.Node:
         if name not in self.made:

@@ -12,12 +12,13 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.plans import op as _registers_make_plan  # noqa: F401
-from dynamicrad_compile.runtime.account import record
+from dynamicrad_compile.runtime.account import new_stats, record
+from dynamicrad_compile.runtime.pool import Slot
 
 from ..graph import value_of
 from ..reading.layout import token_dim
 from ..site import PassContext, PlannedSite, VideoSite
-from .buffers import buffer_node
+from .buffers import buffer_node, state_node
 from .control import Controls, PlanNodes
 from .sizes import Home, RuntimeSizes
 from .table_plan import guarded_plan, table_of
@@ -28,12 +29,12 @@ class WrittenPlan:
     """A plan in the graph.
 
     num_kv  number of kv blocks; None where it is symbolic
-    stats   what its calls compute, where that varies and no selection follows
+    stats   name of the slot that adds up what its calls compute, where that varies and no selection follows
     """
 
     nodes: PlanNodes
     num_kv: int | None
-    stats: torch.Tensor | None
+    stats: str
 
 
 class PlanWriter:
@@ -60,7 +61,7 @@ class PlanWriter:
             with self.gm.graph.inserting_before(video.node):
                 nodes = self.controls.choose(self._nodes(planned, where), planned, num_kv)
                 counted = self.varies(planned) and not table.criteria
-                stats = self.record(nodes, planned, num_kv) if counted else None
+                stats = self.record(nodes, planned, num_kv) if counted else ""
             self.written[key] = WrittenPlan(nodes, num_kv, stats)
         return self.written[key]
 
@@ -69,12 +70,13 @@ class PlanWriter:
         several = len(planned.table.plan.kv_counts) > 1
         return not self.is_final and bool(several or self.gates or planned.table.criteria)
 
-    def record(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> torch.Tensor:
-        """Add up, whenever the graph runs, what share of dense attention it computes; the sums are returned."""
-        stats = torch.zeros(2, dtype=torch.float64, device=self.controls.device)
-        arguments = (buffer_node(self.gm, "stats", stats), nodes.counts, nodes.compensate, nodes.indices, num_kv)
+    def record(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> str:
+        """Add up, whenever the graph runs, what share of dense attention it computes; the sums' slot is returned."""
+        slot = Slot("stats", functools.partial(new_stats, self.controls.device), "model")
+        sums = state_node(self.gm, self.controls.context, slot)
+        arguments = (sums, nodes.counts, nodes.compensate, nodes.indices, num_kv)
         self.gm.graph.call_function(record, (*arguments, planned.table.plan.block_kv))
-        return stats
+        return self.controls.context.slots[-1].name
 
     def _nodes(self, planned: PlannedSite, where: RuntimeSizes | None) -> PlanNodes:
         table = table_of(planned.video)

@@ -2,8 +2,8 @@
 
     %counts, %indices = select_blocks(%q, %k, %candidates ..., %thresholds, scale, ...)
 
-With refresh_steps the choice is kept in buffers of the graph, and most steps read what an earlier one chose (AdaSpa,
-arXiv 2502.21079: patterns are nearly the same in all denoising steps):
+With refresh_steps the choice is kept outside the graph (see `buffers`), and most steps read what an earlier one chose
+(AdaSpa, arXiv 2502.21079: patterns are nearly the same in all denoising steps):
 
     %counts, %indices = select_or_keep((%q, %k, ...), %kept_counts, %kept_indices, %refresh)
 """
@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
 from dynamicrad_compile.kernels import select_op as _registers_the_op  # noqa: F401
+from dynamicrad_compile.runtime.pool import Slot
 
 from ..site import PlannedSite
-from .buffers import buffer_node
+from .buffers import state_node
 from .control import Controls, PlanNodes
 
 
@@ -76,8 +77,8 @@ def select(
         batch, heads = video.shape[:2]
         counts, indices = (t[:1].to(controls.device) for t in (plan.kv_counts, plan.kv_indices))
         kept = (
-            buffer_node(gm, "kept_counts", counts.repeat(batch, heads, 1)),
-            buffer_node(gm, "kept_indices", indices.repeat(batch, heads, 1, 1)),
+            state_node(gm, controls.context, Slot("kept_counts", lambda: counts.repeat(batch, heads, 1))),
+            state_node(gm, controls.context, Slot("kept_indices", lambda: indices.repeat(batch, heads, 1, 1))),
         )
         pair = call(select_or_keep, (arguments(0), *kept, controls.refresh(), num_kv))
     else:

@@ -18,7 +18,8 @@ from dynamicrad_compile.lora.data import Batch, collate, order
 from dynamicrad_compile.lora.losses import ask, draw_levels, held_out_losses, mean_and_error
 from dynamicrad_compile.lora.student import Student
 from dynamicrad_compile.profiles import REGIMES
-from dynamicrad_compile.runtime.state import MAX_BATCH, PinnedState
+from dynamicrad_compile.runtime.beside import PinnedState
+from dynamicrad_compile.runtime.regimes import MAX_BATCH
 
 SPARSE = {"min_tokens": 0, "block_size": 16, "inner": "eager"}
 CPU = torch.device("cpu")

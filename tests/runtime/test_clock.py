@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dynamicrad_compile.runtime import account, clock, state
+from dynamicrad_compile.runtime import account, beside, clock, regimes
 
 FALLING = [1000.0, 900.0, 500.0, 100.0]
 SCHEDULES = {
@@ -83,11 +83,11 @@ def test_blocks_are_refreshed_at_the_first_call_of_every_nth_step_after_dense_on
 
 
 def test_the_regime_of_the_first_call_is_kept_for_the_negative_prompt():
-    ticks, latched = clock.new_clock(), state.new_regimes()
+    ticks, latched = clock.new_clock(), regimes.new_regimes()
     found = []
     for t, routed in [(900, 2), (900, 0), (500, 2), (500, 0), (900, 1), (900, 0), (500, 0)]:
         now = clock.advance(torch.tensor(float(t)), ticks)
-        found.append(int(state.latch(torch.tensor([routed]), now, latched)))
+        found.append(int(regimes.latch(torch.tensor([routed]), now, latched)))
     assert found == [2, 2, 2, 2, 1, 1, 1]
 
 
@@ -110,11 +110,11 @@ class _Router:
 
 
 def test_state_beside_the_graphs():
-    kept = state.RunState(_Router())
+    notes = beside.CallNotes(_Router())
     prompts = torch.tensor([[[0.0] * 4], [[1.0] * 4]])
-    kept.note_call(torch.tensor([900]), prompts, torch.ones(2, 1))
+    kept = notes.note(torch.tensor([900]), prompts, torch.ones(2, 1))
     assert kept.regimes[:4].tolist() == [0, 1, 1, 1]  # a larger batch of queries gets the safest
-    kept.note_call(torch.tensor([900]), prompts + 1, None)
-    assert kept.regimes[:2].tolist() == [0, 1]
-    kept.note_call(torch.tensor([500]), torch.zeros(state.MAX_BATCH + 1, 1, 4), None)
-    assert kept.regimes is None
+    assert notes.note(torch.tensor([900]), prompts + 1, None).regimes[:2].tolist() == [0, 1]
+    assert notes.note(torch.tensor([700]), None, None).regimes[:2].tolist() == [0, 1]
+    assert notes.note(torch.tensor([500]), torch.zeros(regimes.MAX_BATCH + 1, 1, 4), None).regimes is None
+    assert notes.note(None, prompts, None) == beside.CallState()

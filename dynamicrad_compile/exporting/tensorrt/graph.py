@@ -171,11 +171,7 @@ def lower(gm: fx.GraphModule, attention: Callable[..., Any] = attention_for_plug
     return count
 
 
-STATE = ("clock", "regimes", "kept_counts", "kept_indices")
-"""Buffers of a rewritten graph that change from call to call (see `passes/writing`)."""
-
-
 def has_state(gm: fx.GraphModule) -> bool:
-    """Whether the graph reads a buffer that changes from call to call."""
-    names = tuple(f"_dynamicrad_{name}_" for name in STATE)
-    return any(str(node.target).startswith(names) for node in gm.graph.find_nodes(op="get_attr"))
+    """Whether the graph changes inputs that we added to it (see `passes/writing/buffers.py`)."""
+    added = [n for n in gm.graph.find_nodes(op="placeholder") if str(n.target).startswith("dynamicrad_")]
+    return any(node.users for node in added)
