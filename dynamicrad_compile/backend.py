@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,17 +129,25 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
 
 
 _NOTES = "aot_inductor.metadata"
+_CACHEABLE = "unsafe_marked_cacheable_functions"
 
 
 @functools.cache
-def _signatures() -> str:
-    """A digest of the signatures of our ops, for the keys of the compile caches of PyTorch.
+def _sources() -> str:
+    """A digest of our own code, for the keys of PyTorch's compile caches: what they keep was made by calling it."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    rooms = [root, *(root / name for name in ("kernels", "passes", "profiles"))]  # links in a checkout: no walk enters
+    for path in sorted({path for room in rooms for path in room.rglob("*.py")}):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
-    Cached code calls the ops with the arguments that they had; a graph does not show those that have their defaults.
-    """
-    ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dynamicrad::")]
-    schemas = [str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name in ours]
-    return hashlib.sha256("\n".join(sorted(schemas)).encode()).hexdigest()[:16]
+
+def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
+    """Our functions in a graph, for PyTorch's cache of traced graphs, which takes no unknown function without a key."""
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    ours = [f for f in targets if getattr(f, "__module__", "").startswith(__package__)]
+    return {f"{f.__module__}.{f.__name__}": _sources() for f in ours}  # type: ignore[union-attr]
 
 
 def _inner_compiler(
@@ -149,8 +158,13 @@ def _inner_compiler(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
-        patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _signatures()}
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
+        patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _sources()}
+
+        def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            known = {**torch._inductor.config.unsafe_marked_cacheable_functions, **patches.get(_CACHEABLE, {})}
+            return compile_fx(gm, inputs, config_patches={**patches, _CACHEABLE: {**known, **_cacheable(gm)}})
+
+        return compile_graph
     if mode is not None:
         raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
     if options.inner == "dynamicrad":

@@ -25,8 +25,8 @@ def new_regimes(device: torch.device | str = "cpu") -> Tensor:
 def latch(routed: Tensor, clock: Tensor, latched: Tensor) -> Tensor:
     """The regimes of this call, int64 [B]: those routed at the first call of the generation, which are remembered.
 
-    So the negative prompt of classifier-free guidance, which comes second, is given the regime of the prompt. Where calls
-    of several requests may be mixed, no row gets a regime of less motion than its own prompt's.
+    So the negative prompt of classifier-free guidance, which comes second, is given the regime of the prompt. Where
+    calls of several requests may be mixed, no row gets a regime of less motion than its own prompt's.
     """
     begins = (clock[STEP] == 0) & (clock[FRESH] > 0)
     kept = latched[: routed.shape[0]]

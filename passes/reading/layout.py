@@ -76,14 +76,14 @@ def to_plain(graph: fx.Graph, node: fx.Node, layout: str, sequences: int | None)
     """Nodes that view a tensor as [B, H, S, D]."""
     if "t" in layout:
         at = layout.index("t")
-        node = graph.call_method("unflatten", (node, at, (sequences, -1)))
+        node = graph.call_function(torch.unflatten, (node, at, (sequences, -1)))
         layout = layout.replace("t", "bs")
     order = [layout.index(letter) for letter in BHSD if letter in layout]
     if order != sorted(order):
-        node = graph.call_method("permute", (node, order))
+        node = graph.call_function(torch.permute, (node, order))
     for d, letter in enumerate(BHSD):
         if letter not in layout:
-            node = graph.call_method("unsqueeze", (node, d))
+            node = graph.call_function(torch.unsqueeze, (node, d))
     return node
 
 
@@ -93,19 +93,19 @@ def from_plain(graph: fx.Graph, node: fx.Node, layout: str, like: torch.Tensor |
     have = BHSD
     for d, letter in reversed(list(enumerate(BHSD))):
         if letter not in target:
-            node = graph.call_method("squeeze", (node, d))
+            node = graph.call_function(torch.squeeze, (node, d))
             have = have.replace(letter, "")
     memory = target
     if like is not None and like.dim() == len(target):
         memory = "".join(target[d] for d in memory_order(like))
     if memory != have:
-        node = graph.call_method("permute", (node, [have.index(letter) for letter in memory]))
-        node = graph.call_method("contiguous", (node,))
+        node = graph.call_function(torch.permute, (node, [have.index(letter) for letter in memory]))
+        node = graph.call_function(torch.ops.aten.contiguous.default, (node,))
     if target != memory:
-        node = graph.call_method("permute", (node, [memory.index(letter) for letter in target]))
+        node = graph.call_function(torch.permute, (node, [memory.index(letter) for letter in target]))
     if "t" in layout:
         at = layout.index("t")
-        node = graph.call_method("flatten", (node, at, at + 1))
+        node = graph.call_function(torch.flatten, (node, at, at + 1))
     return node
 
 

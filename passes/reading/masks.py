@@ -66,7 +66,7 @@ def without_hidden_rows(graph: fx.Graph, call: AttentionCall, out: fx.Node, keys
         return out
     hidden = graph.call_function(torch.logical_not, (keys,))
     rows = graph.call_function(operator.getitem, (hidden, (slice(None), None, slice(None), None)))
-    return graph.call_method("masked_fill", (out, rows, 0))
+    return graph.call_function(torch.masked_fill, (out, rows, 0))
 
 
 def keys_node(graph: fx.Graph, call: AttentionCall) -> fx.Node:
@@ -81,7 +81,7 @@ def keys_node(graph: fx.Graph, call: AttentionCall) -> fx.Node:
         index = tuple(slice(None) if letter in "bk" else 0 for letter in letters)
         keys = graph.call_function(operator.getitem, (keys, index))
     if "b" not in letters:
-        keys = graph.call_method("unsqueeze", (keys, 0))
+        keys = graph.call_function(torch.unsqueeze, (keys, 0))
     if call.mask_is == "drop":
         return graph.call_function(torch.logical_not, (keys,))
     if call.mask_is == "bias" and value.dtype != torch.bool:

@@ -92,18 +92,18 @@ def project_inputs(graph: fx.Graph, call: AttentionCall, nodes: tuple[fx.Node, .
     assert given is not None
     if all(node is nodes[0] for node in nodes):
         whole = graph.call_function(F.linear, (nodes[0], given.in_weight, given.in_bias))
-        pieces = graph.call_method("chunk", (whole, 3, -1))
+        pieces = graph.call_function(torch.chunk, (whole, 3, -1))
         parts = [graph.call_function(operator.getitem, (pieces, i)) for i in range(3)]
     else:
-        weights = graph.call_method("chunk", (given.in_weight, 3, 0))
-        biases = None if given.in_bias is None else graph.call_method("chunk", (given.in_bias, 3, 0))
+        weights = graph.call_function(torch.chunk, (given.in_weight, 3, 0))
+        biases = None if given.in_bias is None else graph.call_function(torch.chunk, (given.in_bias, 3, 0))
         parts = []
         for i, node in enumerate(nodes):
             bias = None if biases is None else graph.call_function(operator.getitem, (biases, i))
             weight = graph.call_function(operator.getitem, (weights, i))
             parts.append(graph.call_function(F.linear, (node, weight, bias)))
     layouts = [layout.replace("d", "hd") for layout in call.layouts]
-    split = [graph.call_method("unflatten", (part, -1, (given.heads, -1))) for part in parts]
+    split = [graph.call_function(torch.unflatten, (part, -1, (given.heads, -1))) for part in parts]
     return [to_plain(graph, node, layout, None) for node, layout in zip(split, layouts, strict=False)]
 
 
@@ -113,8 +113,8 @@ def project_output(graph: fx.Graph, call: AttentionCall, out: fx.Node) -> fx.Nod
     assert given is not None
     layout = call.layouts[3].replace("d", "hd")
     if "b" not in layout:
-        out, order = graph.call_method("squeeze", (out, 0)), [BHSD.replace("b", "").index(x) for x in layout]
+        out, order = graph.call_function(torch.squeeze, (out, 0)), [BHSD.replace("b", "").index(x) for x in layout]
     else:
         order = [BHSD.index(x) for x in layout]
-    out = graph.call_method("flatten", (graph.call_method("permute", (out, order)), -2))
+    out = graph.call_function(torch.flatten, (graph.call_function(torch.permute, (out, order)), -2))
     return graph.call_function(F.linear, (out, given.out_weight, given.out_bias))

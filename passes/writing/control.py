@@ -70,7 +70,8 @@ class Controls:
         few = 0 < self.prompts <= regimes.MAX_BATCH
         self.latches = few and context.conditions.timestep is not None and not context.is_final
         self.made: dict[str, fx.Node] = {}
-        self.begin = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        inputs = gm.graph.find_nodes(op="placeholder")
+        self.begin = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
 
     def choose(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> PlanNodes:
         """The plan of this call out of a table: rows in their regime, dense at dense steps.

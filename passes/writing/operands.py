@@ -23,7 +23,7 @@ def plain_operands(graph: fx.Graph, call: AttentionCall) -> list[fx.Node]:
     for node, layout in zip(given, call.layouts, strict=False):
         value = tensor_value(node)
         if call.dtype is not None and value is not None and value.dtype != call.dtype:
-            node = graph.call_method("to", (node, call.dtype))
+            node = graph.call_function(torch.ops.aten.to.dtype, (node, call.dtype))
         nodes.append(to_plain(graph, node, layout, call.sequences))
     return nodes
 
@@ -36,7 +36,7 @@ def original_output(graph: fx.Graph, site: Site, out: fx.Node) -> fx.Node:
     like = value if isinstance(value, torch.Tensor) else None
     out = from_plain(graph, out, call.layouts[3], like)
     if like is not None and call.dtype is not None and like.dtype != call.dtype:
-        out = graph.call_method("to", (out, like.dtype))
+        out = graph.call_function(torch.ops.aten.to.dtype, (out, like.dtype))
     return out
 
 
