@@ -16,7 +16,8 @@ from torch import fx
 from . import policy
 from .captured import remember
 from .errors import OptionsError, StrictError
-from .options import Options
+from .options import INNER, Options
+from .passed_on import passes_on
 from .passes import Dense, PassContext, Site, run_passes
 from .passes.dump import Dump
 from .passes.graph import source_line, value_of
@@ -27,11 +28,8 @@ from .runtime.state import GraphState
 
 Compiled = Callable[..., Any]
 
-INNER = "dynamicrad_compile.inner"
-"""Entry points of inner compilers that know our operations, called with the rewritten graph, its inputs, inner_options
-and a function that notes a text in the report; other names are looked up among the backends of torch.compile."""
 
-
+@passes_on
 def dynamicrad(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -41,8 +39,8 @@ def dynamicrad(
 ) -> Compiled:
     """Backend for `torch.compile(model, backend="dynamicrad", options={...})`; see `Options`.
 
-    `mode` is torch.compile's and goes to Inductor. Raises OptionsError, ProfileError, GridError or StrictError;
-    Dynamo shows them with its own prefix.
+    `mode` is torch.compile's and goes to Inductor. Raises OptionsError, ProfileError, RouterError, GridError or
+    StrictError, at the first call of the compiled model: PyTorch shows a backend its options no earlier.
     """
     parsed = Options.from_mapping(options)
     report = analyse(gm, example_inputs, parsed)
@@ -167,8 +165,6 @@ def _inner_compiler(
         return compile_graph
     if mode is not None:
         raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
-    if options.inner == "dynamicrad":
-        raise OptionsError("inner='dynamicrad' would call itself; use 'inductor' or another backend.")
     for ours in importlib.metadata.entry_points(group=INNER, name=options.inner):
         compile_graph = ours.load()
         return lambda gm, inputs: compile_graph(gm, inputs, options.inner_options, note)

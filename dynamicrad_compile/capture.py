@@ -16,6 +16,7 @@ from .backend import analyse
 from .compiling import captures_data_dependent
 from .noting import CAPTURE
 from .options import Options
+from .passed_on import passes_on
 from .passes.graph import hint, value_of
 from .reporting.report import GraphReport, Report
 
@@ -31,7 +32,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     Attention calls that ran outside every graph, because Dynamo gave up there, are counted in a note.
     Give the result of `drad.compile` to see what its capture settings change.
 
-    Raises OptionsError, ProfileError or GridError (wrapped by Dynamo), or whatever the model itself raises.
+    Raises OptionsError, ProfileError, RouterError or GridError, or whatever the model itself raises.
     """
     parsed = Options.from_mapping(options)
     target = getattr(model, "_orig_mod", model)
@@ -48,6 +49,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
 def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, run: bool) -> Report:
     graphs: list[GraphReport] = []
 
+    @passes_on
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         stand_in = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward if run else _returns_zeros(gm)
         graphs.append(analyse(gm, example_inputs, options))

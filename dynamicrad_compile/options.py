@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from .errors import OptionsError
+from .errors import OptionsError, nearest
 from .plans import own
 from .problems import problems
+from .profiles import load_profile
 from .profiles.parameters import BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
+from .runtime.router import Router
 
 MIN_TOKENS_AUTO = 2048
 """Below this many tokens "auto" leaves attention dense where the crossover table has nothing for the device."""
+
+INNER = "dynamicrad_compile.inner"
+"""Entry points of inner compilers that know our operations, called with the rewritten graph, its inputs, inner_options
+and a function that notes a text in the report; other names are looked up among the backends of torch.compile."""
+
+KEYWORDS = ("model", "fullgraph", "dynamic", "backend", "name", "disable", "recompile_limit", "isolate_recompiles")
+"""What torch.compile takes beside its options."""
 
 
 class Options(BaseModel):
     """Options of `torch.compile(model, backend="dynamicrad", options={...})`.
 
     Build it with keyword arguments, or from the mapping given to torch.compile with `Options.from_mapping`.
-    Raises OptionsError for an unknown name (with the nearest known one) or a value out of range.
+    Raises OptionsError for an unknown name (with the nearest known one) or a value out of range, ProfileError or
+    RouterError for a profile or a router that can't be loaded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -106,21 +119,71 @@ class Options(BaseModel):
     """Folder to write each captured graph into, before the passes and after each, with the attentions marked; made if
     it is not there. None = the environment variable DYNAMICRAD_DUMP, or nothing is written."""
 
+    state: Any = Field(default=None, repr=False, exclude=True)
+    """The clock and the regimes that drad.compile keeps outside the graphs; a `PinnedState` in training."""
+
     @field_validator("grid", mode="before")
     @classmethod
     def _three_positive(cls, value: Any) -> Any:
         if value is None:
             return None
         try:
-            grid = tuple(int(n) for n in value)
-        except (TypeError, ValueError):
-            grid = ()
-        if len(grid) != 3 or min(grid) < 1:
+            given = () if isinstance(value, (str, bytes, Mapping, Set)) else tuple(value)
+            grid = tuple(int(n) for n in given)
+        except (TypeError, ValueError, OverflowError):
+            given, grid = (), ()
+        if len(grid) != 3 or min(grid) < 1 or grid != given or any(isinstance(n, bool) for n in given):
             raise ValueError("expected three positive integers: (frames, height, width) in latent tokens")
         return grid
 
     call_state: bool = Field(default=False, repr=False, exclude=True)
     """Clock and regimes are kept beside the graphs. Set by drad.compile, which does that, and by nobody else."""
+
+    @field_validator(
+        "sparsity",
+        "compensate",
+        "decay_factor",
+        "sink_frames",
+        "block_size",
+        "dense_layers",
+        "dense_steps",
+        "dense_timestep",
+        "refresh_steps",
+        "min_tokens",
+        mode="before",
+    )
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value == "auto"):
+            return value
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError("expected a number")
+        if not math.isfinite(value):
+            raise ValueError("expected a finite number")
+        return value
+
+    @field_validator("inner")
+    @classmethod
+    def _known_inner(cls, value: str) -> str:
+        if value == "dynamicrad":
+            raise ValueError("this would call itself; use 'inductor' or another backend")
+        if value != "inductor":
+            ours = [entry.name for entry in importlib.metadata.entry_points(group=INNER)]
+            known = sorted({*ours, *torch._dynamo.list_backends(exclude_tags=())} - {"dynamicrad"})
+            if value not in known:
+                hint = nearest(value, known)
+                raise ValueError(f"no backend of torch.compile has this name.{hint} Known: {', '.join(known)}")
+        return value
+
+    @field_validator("inner_options")
+    @classmethod
+    def _known_to_inductor(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and info.data.get("inner") == "inductor":
+            known = torch._inductor.list_options()
+            for name in value:
+                if name not in known:
+                    raise ValueError(f"Inductor has no option {name!r}.{nearest(name, known)}")
+        return value
 
     @field_validator("router", mode="before")
     @classmethod
@@ -150,18 +213,15 @@ class Options(BaseModel):
     def _own_plan(cls, value: Any) -> Any:
         return None if value is None else own.checked(value)
 
-    @field_validator("sparsity", "decay_factor", "dense_timestep", "compensate")
-    @classmethod
-    def _finite(cls, value: float | None) -> float | None:
-        if value is not None and not math.isfinite(value):
-            raise ValueError("expected a finite number")
-        return value
-
     def __init__(self, **data: Any):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise OptionsError("\n".join(problems(error, Options, "option"))) from None
+            raise OptionsError("\n".join(problems(error, Options, "option", _other_place))) from None
+        if self.profile != "auto":
+            load_profile(self.profile)
+        if isinstance(self.router, str):
+            Router.load(self.router)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any] | None) -> Options:
@@ -171,3 +231,12 @@ class Options(BaseModel):
         if not isinstance(options, Mapping):
             raise OptionsError(f"options must be a dict of names and values, got {type(options).__name__}.")
         return cls(**{str(name): value for name, value in options.items()})
+
+
+def _other_place(name: str) -> str:
+    """Where a name belongs that is no option of ours, else an empty string."""
+    if name in KEYWORDS:
+        return f" It is a keyword of torch.compile: torch.compile(model, {name}=...)."
+    if name in torch._inductor.list_options():
+        return f" It is Inductor's: put it into inner_options, as {{'inner_options': {{{name!r}: ...}}}}."
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,22 +14,27 @@ from .errors import nearest
 MAX_SHOWN = 200  # characters of a value
 
 
-def problems(error: ValidationError, model: type[BaseModel], noun: str = "") -> list[str]:
+def problems(
+    error: ValidationError,
+    model: type[BaseModel],
+    noun: str = "",
+    elsewhere: Callable[[str], str] = lambda name: "",
+) -> list[str]:
     """One line for each problem that pydantic found when it made a `model`.
 
     Keys are those of a file, `table.key`. With a noun, as in "option", they are names that stand alone, and what is
-    expected is left to pydantic's message.
+    expected is left to pydantic's message. `elsewhere` says where an unknown name belongs, if it knows.
     """
-    lines = [_problem(model, dict(detail), noun) for detail in error.errors()]
+    lines = [_problem(model, dict(detail), noun, elsewhere) for detail in error.errors()]
     return list(dict.fromkeys(lines))
 
 
-def _problem(model: type[BaseModel], detail: dict[str, Any], noun: str) -> str:
+def _problem(model: type[BaseModel], detail: dict[str, Any], noun: str, elsewhere: Callable[[str], str]) -> str:
     location = tuple(detail["loc"])[:1] if noun else tuple(detail["loc"])
     key = ".".join(str(part) for part in location) or noun or "the whole"
     if detail["type"] == "extra_forbidden":
         known = _keys(model, location[:-1])
-        hint = nearest(str(location[-1]), known)
+        hint = elsewhere(str(location[-1])) or nearest(str(location[-1]), known)
         if noun:
             return f"unknown {noun} {key!r}.{hint} Known: {', '.join(known)}."
         return f"{key}: unknown key; known here are {known}.{hint}"

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import DynamicRadError
 from .values import key_value
 
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         options["dump"] = args.dump
     Options.from_mapping(options)  # a mistake is told before the model is built
     model, inputs = build(args.model, frames=args.frames, height=args.height, width=args.width, layers=args.layers)
-    report = _unwrapped(lambda: explain(model, options=options, **inputs))
+    report = explain(model, options=options, **inputs)
     if args.json:
         print(report.to_json())
     else:
@@ -67,15 +66,3 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         report.to_html(args.html)
     return 0
-
-
-def _unwrapped(call: Any) -> Any:
-    """Call, and raise an error of ours as it was before Dynamo wrapped it."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    try:
-        return call()
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, DynamicRadError):
-            raise error.inner_exception from None
-        raise

@@ -83,7 +83,7 @@ class Compiled:
 
     @contextmanager
     def run(self, subject: Subject) -> Iterator[Run]:
-        """The compiled model. Raises DynamicRadError (wrapped by Dynamo) for wrong options."""
+        """The compiled model. Raises DynamicRadError, at its first call, for wrong options."""
         torch._dynamo.reset()
         options = {"min_tokens": 0, "inner": "eager", **self.options}
         compiled = torch.compile(subject.model, backend="dynamicrad", options=options)
