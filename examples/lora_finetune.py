@@ -25,6 +25,7 @@ from tiny_video import pictures
 from torch import Tensor
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.beforehand import output_folder
 from dynamicrad_compile.files import write_file
 from dynamicrad_compile.lora import Clip, Settings, finetune
 from dynamicrad_compile.lora.data import Batch, collate
@@ -81,7 +82,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side that are timed (7)")
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--inner", default="inductor", help="backend behind ours (inductor; aot_eager compiles faster)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        output_folder(args.output)
+        drad.Options(profile=args.profile, inner=args.inner)
+    except drad.DynamicRadError as error:
+        parser.error(str(error))
+    if not Path(args.checkpoint).exists():
+        parser.error(f"--checkpoint: there is no {args.checkpoint}")
+    return args
 
 
 def settings(args: argparse.Namespace, kind: str) -> Settings:

@@ -23,9 +23,12 @@ from typing import Any
 import torch
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.beforehand import output_file, usable_device
+from dynamicrad_compile.optional import optional
 from dynamicrad_compile.reporting.plot import frame_boundaries, plot_mask
 
 CHECKPOINT = Path(__file__).parent / "tiny_video" / "checkpoint"
+FILES = ["comparison.webp", "report.html", "mask.png"]
 PROMPTS = [
     "A striped yellow square stands still on a blue background.",
     "A red square slides right on a gray background.",
@@ -68,7 +71,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--frames must be at least 1, got {args.frames}")
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first one compiles")
+    if args.layers < 1:
+        parser.error(f"--layers must be at least 1, got {args.layers}")
+    try:
+        check(args)
+    except drad.DynamicRadError as error:
+        parser.error(str(error))
     return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises DynamicRadError for what would stop the run at its end, or before its first step."""
+    drad.Options(sparsity=args.sparsity)
+    usable_device(args.device)
+    optional("PIL", "pictures need", "plot")
+    if args.model or args.random:
+        optional("diffusers", "--model and --random need", "diffusers")
+    for name in FILES:
+        output_file(args.output_dir / name)
 
 
 class SmallModel:
@@ -171,13 +191,14 @@ def main(argv: list[str] | None = None) -> None:
     demo.compare(results)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    written = ["comparison.webp", "report.html"]
-    demo.write(results, args.output_dir / "comparison.webp")
-    report.to_html(args.output_dir / "report.html")
+    video, page, mask = written = [args.output_dir / name for name in FILES]
+    demo.write(results, video)
+    report.to_html(page)
     if report.replaced:
-        write_mask(report, args.output_dir / "mask.png")
-        written.append("mask.png")
-    print("\nwrote", ", ".join(str(args.output_dir / name) for name in written))
+        write_mask(report, mask)
+    else:
+        written.remove(mask)
+    print("\nwrote", ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ class WanModel:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         if args.model:
-            self.pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(args.device)
+            try:
+                self.pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(args.device)
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--model {args.model}: no Wan pipeline can be loaded there: {error}") from None
         else:
             self.pipe = random_pipeline(args.layers, args.device, args.seed)
         self.transformer = self.pipe.transformer

@@ -1,6 +1,6 @@
 """The command `dynamicrad`: one file a command.
 
-Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input.
+Exit codes: 0 fine, 1 the doctor found something that must be mended, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except DynamicRadError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        print(f"\ndynamicrad {args.command}: interrupted.", file=sys.stderr)
+        return 130
     except OSError as error:  # files that can't be read or written
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"dynamicrad {args.command}: {message}", file=sys.stderr)

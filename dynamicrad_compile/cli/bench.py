@@ -14,6 +14,7 @@ from ..errors import DynamicRadError
 # Default sizes: what takes a minute or two on two cores, and what fills a GPU.
 TOKENS = {"cpu": ["2k", "4k", "8k"], "cuda": ["8k", "16k", "32k"]}
 SHAPE = {"cpu": (4, 64), "cuda": (24, 128)}
+MAX_HEAD_DIM = 256
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -42,15 +43,19 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     import torch
 
+    from .. import make_plan
     from ..bench.clock import machine
     from ..bench.measure import HEADER, Case, attention_row, step_row
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise DynamicRadError("--device cuda: PyTorch sees no GPU here; `dynamicrad doctor` says more.")
-    heads, head_dim = args.heads or SHAPE[device][0], args.head_dim or SHAPE[device][1]
+    heads, head_dim = (SHAPE[device][i] if n is None else n for i, n in enumerate((args.heads, args.head_dim)))
     if min(heads, head_dim, args.repeats) < 1:
         raise DynamicRadError("--heads, --head-dim and --repeats must be at least 1.")
+    if head_dim > MAX_HEAD_DIM:
+        raise DynamicRadError(f"--head-dim must be at most {MAX_HEAD_DIM}, got {head_dim}.")
+    make_plan("dynamicrad", GRIDS["256"], args.block_size, sparsity=args.sparsity)  # mistakes are told before the table
     dtype = args.dtype or DTYPE[device]
     about = f"{machine(device)}; {heads} heads of {head_dim}, {dtype}, blocks of {args.block_size}"
     rows = []

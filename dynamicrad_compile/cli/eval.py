@@ -6,7 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..quality.methods import METHODS
+from ..beforehand import output_file
+from ..errors import DynamicRadError
+from ..optional import optional
+from ..options import Options
+from ..quality.methods import METHODS, check_method
 from ..quality.subject_arguments import add_subject, chosen_subject
 
 
@@ -41,6 +45,7 @@ def _eval(args: argparse.Namespace) -> int:
     from ..quality.methods import method
     from ..quality.pictures import save_gif, save_pareto
 
+    _check(args)
     subject = chosen_subject(args)
     prompts = args.prompt or list(subject.prompts)[: args.prompts]
     methods = [
@@ -63,13 +68,30 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raises DynamicRadError for what can be told before a model is loaded."""
+    for library in ("tqdm", "safetensors.torch", "skimage.metrics", "PIL.Image", "matplotlib.figure"):
+        optional(library, "evaluating needs", "eval")
+    for name, least in (("prompts", 1), ("seeds", 1), ("batch", 1), ("real", 0)):
+        if getattr(args, name) < least:
+            raise DynamicRadError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    for name in args.methods:
+        check_method(name)
+    for sparsity in args.sparsity:
+        options = {"profile": args.profile, "block_size": args.block_size, "dense_steps": args.dense_steps}
+        Options(**options, sparsity=sparsity, compensate=args.compensate)
+    for name in ("results.json", "pareto.png", "clips.gif", "clips/clips.safetensors"):
+        output_file(args.output / name)
+
+
 def _loops(files: list[Path]) -> int:
     from ..quality.loops import loop_score
     from ..quality.pictures import read_clip
 
+    clips = [read_clip(file) for file in files]
     print(f"{'score':>6s} {'repetition':>11s} {'lag':>4s} {'duplicates':>11s} {'periodicity':>12s} {'stillness':>10s}")
-    for file in files:
-        found = loop_score(read_clip(file))
+    for file, clip in zip(files, clips, strict=True):
+        found = loop_score(clip)
         parts = (found.repetition, found.lag, found.duplicates, found.periodicity, found.stillness)
         repetition, lag, duplicates, periodicity, still = (float(part) for part in parts)
         print(

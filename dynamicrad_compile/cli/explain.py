@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:14s} {class_name}")
         return 0
     from .. import explain
+    from ..beforehand import output_file
     from ..models.fake import build
     from ..options import Options
 
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dump:
         options["dump"] = args.dump
     Options.from_mapping(options)  # a mistake is told before the model is built
+    if args.html:
+        output_file(args.html)
     model, inputs = build(args.model, frames=args.frames, height=args.height, width=args.width, layers=args.layers)
     report = explain(model, options=options, **inputs)
     if args.json:

@@ -45,13 +45,13 @@ def add_export(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ..exporting.api import check_request, export
+    from ..exporting.api import check_request, export, fitting_options
     from ..models.load import load_model
-    from ..options import Options
 
     options, settings = (dict(map(key_value, texts)) for texts in (args.options, args.settings))
-    Options.from_mapping(options)  # mistakes are told before the model is built
-    check_request(args.format, args.output, settings)
+    # mistakes are told before the model is built
+    check_request(args.format, args.output, settings, args.check)
+    fitting_options(args.format, options)
     start = time.perf_counter()
 
     def say(line: str) -> None:

@@ -26,10 +26,12 @@ def add_lora(commands: Any) -> None:
 
 
 def _lora(args: argparse.Namespace) -> int:
+    from ..lora.checks import check_place, check_training
     from ..lora.data import ClipFolder
     from ..lora.settings import load_settings
 
     settings = load_settings(args.config)
+    check_place(settings, args.resume)
     assert settings.data is not None
     assert settings.model is not None
     clips = ClipFolder(settings.data.clips)
@@ -38,6 +40,7 @@ def _lora(args: argparse.Namespace) -> int:
     shapes = {name: list(x.shape) for name, x in {"latents": clips[0].latents, **clips[0].conditions}.items()}
     print(f"{type(model).__name__}, {len(clips)} clips of {shapes}, {len(held_out) if held_out else 'none'} held out")
     if args.check:
+        check_training(model, clips, settings)
         return 0
     from ..lora.trainer import finetune
 
@@ -68,4 +71,7 @@ def load_transformer(path: str, dtype: str) -> Any:
     cls = getattr(diffusers, str(name), None)
     if cls is None or not hasattr(cls, "load_lora_adapter"):
         raise LoraError(f"{file} names {name!r}, which is no transformer of diffusers that can hold a LoRA.")
-    return cls.from_pretrained(folder, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+    try:
+        return cls.from_pretrained(folder, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LoraError(f"the transformer in {folder} can't be loaded: {error}") from None

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import PlanError
+
 
 def add_plot(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "plot",
         help="draw which blocks a plan reads",
-        description="Write the block mask of a plan as a PNG, or print it as text. What is left out comes from pattern "
-        "and profile.",
+        description="Write the block mask of a plan as a picture, or print it as text. What is left out comes from "
+        "pattern and profile.",
     )
     parser.add_argument(
         "--grid",
@@ -39,7 +41,8 @@ def add_plot(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="PNG to write, or - to print the mask as text (mask.png, or text where pillow is missing)",
+        help="picture to write, .svg, .png, .jpg, .webp, .pdf or another kind; - prints the mask as text (mask.png, or "
+        "text where pillow is missing)",
     )
     parser.set_defaults(run=run)
 
@@ -50,15 +53,11 @@ def run(args: argparse.Namespace) -> int:
     from ..reporting.plot import frame_boundaries, plot_mask
     from ..reporting.plot_text import mask_text
 
+    output = _output(args.output)
     names = ("sparsity", "decay_factor", "sink_frames", "regime", "profile")
     params = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     plan = make_plan(args.pattern, args.grid, args.block_size, args.text_before, args.text_after, **params)
     title = f"{args.pattern} {'x'.join(map(str, args.grid))}"
-    output = args.output
-    if output is None:
-        output = Path("mask.png" if importlib.util.find_spec("PIL") is not None else "-")
-        if output == Path("-"):
-            print("pillow is missing (pip install 'dynamicrad-compile[plot]'), so here is text:", file=sys.stderr)
     if output == Path("-"):
         print(mask_text(plan, title=title))
         return 0
@@ -68,3 +67,18 @@ def run(args: argparse.Namespace) -> int:
         f"{plan.sparsity:.1%} skipped"
     )
     return 0
+
+
+def _output(given: Path | None) -> Path:
+    """Where to write, - for text. Raises PlanError if that can't be."""
+    from ..beforehand import output_file
+    from ..reporting.canvas import check_picture
+
+    if given is None and importlib.util.find_spec("PIL") is None:
+        print("pillow is missing (pip install 'dynamicrad-compile[plot]'), so here is text:", file=sys.stderr)
+        return Path("-")
+    output = given or Path("mask.png")
+    if output != Path("-"):
+        check_picture(output)
+        output_file(output, PlanError, new_folder=False)
+    return output

@@ -30,10 +30,11 @@ def add_record(commands: Any) -> None:
 
 def _record(args: argparse.Namespace) -> int:
     tqdm = optional("tqdm", "recording needs", "tune").tqdm
-    from ..tuning.captures import record_attention
+    from ..tuning.captures import check_recording, record_attention
 
     if not args.prompt:
         raise OptionsError(f"record needs at least one --prompt, of {args.regime} motion as --regime says.")
+    check_recording(args.output, args.regime, args.heads, args.seed)
     subject = chosen_subject(args)
     given: dict[str, Any] = {"regime": args.regime, "text": subject.text, "heads": args.heads, "seed": args.seed}
     with record_attention(subject.model, args.output, subject.grid, **given):

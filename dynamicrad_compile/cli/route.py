@@ -30,24 +30,30 @@ def add_route(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    from ..beforehand import output_file
     from ..routing.encoders import as_encoder, load_encoder
-    from ..runtime.router import CLASSES, Router
+    from ..routing.fit import check_fit, fit_router
+    from ..runtime.router import CLASSES, Router, router_files
 
     if args.fit and not args.encoder:
         raise DynamicRadError("--fit needs --encoder: minilm, or the folder of a diffusers pipeline.")
+    if args.corpus and not args.fit:
+        raise DynamicRadError("--corpus is what a router is fitted to: it needs --fit.")
     router = None if args.fit else Router.load(args.router)
-    if not args.encoder:
+    if router is not None and not (args.encoder and args.prompts):
         if args.prompts:
             raise DynamicRadError(
-                f"routing needs the text encoder that the router was fitted to ({router.encoder if router else '?'}): "
+                f"routing needs the text encoder that the router was fitted to ({router.encoder}): "
                 "--encoder minilm, or --encoder FOLDER of the diffusers pipeline."
             )
-        print(router.report() if router else "")
+        print(router.report())
         return 0
+    if router is None:
+        check_fit(args.corpus)
+        for file in router_files(args.router):
+            output_file(file)
     source = load_encoder(args.encoder)
     if router is None:
-        from ..routing.fit import fit_router
-
         router = fit_router(source, args.corpus)
         print(f"{router.report()}\nwrote {router.save(args.router)}")
     if args.prompts:

@@ -22,7 +22,7 @@ from ..options import Options
 from ..profiles import load_profile
 from .batch import with_dynamic_batch
 from .card import model_card
-from .checking import check_export
+from .checking import check_export, check_runnable
 from .job import Exported, Job, capture
 from .output import SUFFIXES, place_of
 from .rewriting import rewrite
@@ -71,9 +71,8 @@ def export(
     missing, and OptionsError, ProfileError, GridError, RouterError or StrictError as the backend does.
     """
     say = progress or (lambda line: None)
-    writer, folder, stem = check_request(format, path, settings)
-    if writer.STATELESS:
-        options = _without_state(options or {}, format)
+    writer, folder, stem = check_request(format, path, settings, check)
+    options = fitting_options(format, options)
     parsed = Options.from_mapping(options)
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, torch.nn.Module):
@@ -108,7 +107,7 @@ def export(
 
 
 def check_request(
-    format: str, path: str | os.PathLike[str], settings: Mapping[str, Any]
+    format: str, path: str | os.PathLike[str], settings: Mapping[str, Any], check: bool = False
 ) -> tuple[types.ModuleType, Path, str]:
     """(module of the format, folder, first part of the file names), if they are possible; else ExportError."""
     if format not in FORMATS:
@@ -120,12 +119,20 @@ def check_request(
             listed = ", ".join(known) or "none"
             raise ExportError(f"format {format!r} has no setting {name!r}.{nearest(name, known)} Known: {listed}.")
     writer.check(**settings)
+    if check:
+        check_runnable(format)
     return writer, *place_of(path)
 
 
-def _without_state(options: Mapping[str, Any], format: str) -> Mapping[str, Any]:
-    """Options for a format whose calls know nothing of each other. Raises ExportError if state is asked for."""
+def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Options for a format: without state where its calls know nothing of each other.
+
+    Raises ExportError if state is asked for there, and OptionsError, ProfileError or RouterError.
+    """
+    options = options or {}
     parsed = Options.from_mapping(options)
+    if not importlib.import_module(f".{FORMATS[format]}", __package__).STATELESS:
+        return options
     for name in ("dense_steps", "dense_timestep", "refresh_steps"):
         if getattr(parsed, name):
             raise ExportError(

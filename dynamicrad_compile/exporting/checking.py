@@ -12,11 +12,23 @@ from typing import Any
 import torch
 
 from ..errors import ExportError
+from ..optional import optional
 from .job import Job
 from .sample import flat_tensors, read_sample, write_sample
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest relative error (norm of the difference over the norm), by the dtype of the output."""
+
+RUNNABLE: dict[str, tuple[str, ...]] = {"torch": (), "aoti": (), "onnx": ("onnxruntime",)}
+"""Formats that `run` can run, and the packages that this needs."""
+
+
+def check_runnable(format: str) -> None:
+    """Raises ExportError if `check_export` can't run models of the format, or a package that it needs is missing."""
+    if format not in RUNNABLE:
+        raise ExportError(f"check: format {format!r} can't be run here, only {', '.join(RUNNABLE)}.")
+    for module in ("safetensors", *RUNNABLE[format]):
+        optional(module, "a check needs", "export", ExportError)
 
 
 def check_export(job: Job, format: str, file: str) -> dict[str, Any]:

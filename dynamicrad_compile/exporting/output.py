@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..beforehand import output_file, output_folder
 from ..errors import ExportError
 
 SUFFIXES = (".pt2", ".onnx", ".engine")
@@ -17,7 +18,8 @@ def place_of(path: str | os.PathLike[str]) -> tuple[Path, str]:
     """
     target = Path(path)
     folder, stem = (target.parent, target.stem) if target.suffix in SUFFIXES else (target, "model")
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise ExportError(f"path {str(path)!r}: {existing} is a file. Give a folder, or a file name in a folder.")
+    if target.suffix in SUFFIXES:
+        output_file(target, ExportError)
+    else:
+        output_folder(target, ExportError)
     return folder, stem

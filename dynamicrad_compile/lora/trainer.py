@@ -20,6 +20,7 @@ from ..errors import LoraError
 from ..optional import optional
 from ..reporting.report import Report
 from .checkpoint import CURVE_FILE, JOURNAL_FILE, STATE_FILE, Journal, read_state, write_adapter, write_state
+from .checks import check_place, check_training
 from .data import Batch, Clips, batches
 from .losses import Question, ask, draw_levels, held_out_losses, mean_and_error
 from .pictures import plot_losses
@@ -65,13 +66,10 @@ def finetune(
     Under `accelerate launch` every process takes its share of the clips. Ctrl-C saves and stops. Writes adapter/,
     losses.jsonl, losses.png and resume.safetensors. Raises LoraError, OptionsError or ProfileError.
     """
-    libraries = ("accelerate", "tqdm", "peft", "safetensors")
-    accelerate, tqdm, *_ = (optional(name, "training needs", "lora") for name in libraries)
-    if not len(clips):
-        raise LoraError("there is no clip to train on.")
+    check_place(settings, resume)
+    check_training(model, clips, settings)
+    accelerate, tqdm = (optional(name, "training needs", "lora", LoraError) for name in ("accelerate", "tqdm"))
     output = Path(settings.output)
-    if not resume and (output / STATE_FILE).exists():
-        raise LoraError(f"{output} holds a training already. Go on with it (resume), or give another output.")
     accelerator = accelerate.Accelerator(mixed_precision=settings.train.mixed_precision)
     training = _Training(model, settings, accelerator)
     first = training.resume(output / STATE_FILE) if resume else 0

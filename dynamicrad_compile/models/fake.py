@@ -45,6 +45,8 @@ def specify(
 ) -> tuple[Any, Config, Callable[[], Inputs]]:
     """Class of a transformer, its configuration, and a function that makes arguments of its forward; see `build`."""
     diffusers = optional("diffusers", "models by name need", "diffusers")
+    if layers < 0:
+        raise DynamicRadError(f"layers must be at least 0 (0 keeps all), got {layers}.")
     class_name, config, compression = _find(name)
     family = FAMILIES[class_name]
     cls = getattr(diffusers, class_name, None)

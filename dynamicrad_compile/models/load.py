@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..beforehand import usable_device
 from ..errors import ExportError, nearest
 from .fake import specify
 from .presets import Inputs
@@ -33,11 +34,15 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ExportError(f"unknown dtype {dtype!r}.{nearest(dtype, DTYPES)} Known: {', '.join(DTYPES)}.")
+    usable_device(device, ExportError)
     cls, config, inputs = specify(name, frames=frames, height=height, width=width, layers=layers)
     folder = _weights_folder(Path(name)) if Path(name).exists() and not layers else None
     torch.manual_seed(0)
     if folder is not None:
-        model = cls.from_pretrained(folder, torch_dtype=DTYPES[dtype], use_safetensors=True)
+        try:
+            model = cls.from_pretrained(folder, torch_dtype=DTYPES[dtype], use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ExportError(f"the transformer in {folder} can't be loaded: {error}") from None
     else:
         model = cls.from_config(config).to(DTYPES[dtype])
     call = {key: _filled(key, value, DTYPES[dtype], device) for key, value in inputs().items()}

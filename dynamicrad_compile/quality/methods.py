@@ -208,6 +208,12 @@ def radial_near(subject: Subject, sparsity: float, block: int) -> tuple[Tensor, 
 METHODS = ("dense", "radial", "static_ratio", "dynamic_threshold", "random", "oracle")
 
 
+def check_method(name: str) -> None:
+    """Raises DynamicRadError if there is no method of this name."""
+    if name not in METHODS:
+        raise DynamicRadError(f"methods are {', '.join(METHODS)}; got {name!r}.{nearest(name, METHODS)}")
+
+
 def method(
     name: str,
     subject: Subject,
@@ -222,6 +228,7 @@ def method(
 
     compensate is for ours; None = the profile's. Radial Attention has no budget and gets its nearest mask.
     """
+    check_method(name)
     if name == "dense":
         return Dense()
     if name in ("static_ratio", "dynamic_threshold"):
@@ -234,9 +241,7 @@ def method(
         return Hooked(name, sparsity, fixed(mask), block_size, key=params)
     if name == "random":
         return Hooked(name, sparsity, random_blocks(sparsity, block_size), block_size, key={"sparsity": sparsity})
-    if name == "oracle":
-        return Hooked(name, sparsity, oracle(sparsity, block_size), block_size, key={"sparsity": sparsity})
-    raise DynamicRadError(f"methods are {', '.join(METHODS)}; got {name!r}.{nearest(name, METHODS)}")
+    return Hooked(name, sparsity, oracle(sparsity, block_size), block_size, key={"sparsity": sparsity})
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import DynamicRadError
 from ..files import whole_file
 from ..optional import optional
-from ..reporting.figure import new_figure
+from ..reporting.figure import new_figure, save_figure
 from .harness import Results
 from .metrics import check_clips
 
@@ -54,7 +54,7 @@ def save_pareto(results: Results, path: str | Path) -> None:
         axis.set_xlabel("share of the whole run's attention that is skipped")
         axis.set_ylabel(label)
         axis.legend(fontsize=8)
-    made.savefig(path, dpi=110)
+    save_figure(made, path)
 
 
 def save_gif(

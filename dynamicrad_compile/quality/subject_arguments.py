@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..beforehand import load_pipeline, usable_device
 from ..errors import DynamicRadError
-from ..optional import optional
 from .subject import Subject, from_pipeline, load_subject
 
 TINY = "dynamicrad_compile.quality.tiny_video.subject:subject"
@@ -34,6 +34,9 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 
 def chosen_subject(args: argparse.Namespace) -> Subject:
     """The subject that the arguments name. Raises DynamicRadError for arguments that do not go together."""
+    for name in ("frames", "height", "width", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise DynamicRadError(f"--{name} must be at least 1, got {value}.")
     if not args.pipeline:
         if given := [f"--{name}" for name in ("frames", "height", "width") if getattr(args, name) is not None]:
             raise DynamicRadError(f"{', '.join(given)}: only with --pipeline; a subject's function sets its own.")
@@ -41,8 +44,7 @@ def chosen_subject(args: argparse.Namespace) -> Subject:
         return load_subject(args.subject, **arguments)
     if not args.prompt:
         raise DynamicRadError("--pipeline needs at least one --prompt.")
-    pipeline = optional("diffusers", "--pipeline needs", "diffusers").DiffusionPipeline
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = pipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(device)
+    device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe = load_pipeline(args.pipeline, "--pipeline needs", torch_dtype=getattr(torch, args.dtype)).to(device)
     call: dict[str, Any] = {CALL[name]: getattr(args, name) for name in CALL if getattr(args, name) is not None}
     return from_pipeline(pipe, args.prompt, **call)

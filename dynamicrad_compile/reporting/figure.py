@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from ..files import whole_file
 from ..optional import optional
 
 
@@ -18,3 +20,9 @@ def new_figure(title: str, size: tuple[float, float], rows: int, columns: int, e
     if title:
         figure.suptitle(title)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flatten())
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure as a picture of the kind that the path ends in, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)

@@ -1,17 +1,16 @@
-"""Pictures of block masks as PNG files. Needs pillow: `pip install 'dynamicrad-compile[plot]'`."""
+"""Pictures of block masks, of the kind that the name of the file ends in; see `canvas`."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from ..errors import PlanError
-from ..optional import optional
 from ..plans.plan import BlockPlan
+from .canvas import Canvas, Color, canvas_for
 from .plot_text import average, chosen_mask, skipped
 
 MIN_PIXELS = 720
@@ -19,12 +18,10 @@ MAX_BLOCKS = 1200
 MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT, MARGIN_BOTTOM = 86, 62, 24, 86
 MAX_TICKS = 11
 
-PAPER, INK, FAINT = (255, 255, 255), (32, 36, 44), (120, 126, 138)
+INK, FAINT = (32, 36, 44), (120, 126, 138)
 SKIPPED, KEPT = (238, 240, 244), (24, 78, 140)
 FRAME_LINE, TEXT_BAND = (226, 106, 44), (60, 158, 92)
 ONLY_FIRST, ONLY_SECOND, NO_ROW = (248, 200, 64), (196, 44, 70), (150, 154, 164)
-
-Color = tuple[int, int, int]
 
 
 def frame_boundaries(grid: Sequence[int], text_before: int = 0) -> list[int]:
@@ -41,22 +38,23 @@ def plot_mask(
     title: str | None = None,
     boundaries: Sequence[int] | None = None,
 ) -> None:
-    """Write the block mask of one regime and head as a PNG: rows are queries, columns keys, dark means kept.
+    """Write the block mask of one regime and head as a picture: rows are queries, columns keys, dark means kept.
 
+    path        ending in .svg, or in .png, .jpg, .webp, .pdf or another kind that pillow writes
     boundaries  ascending token positions, as from `frame_boundaries`: a line is drawn at each, and what lies
                 before the first or behind the last is marked as text
     title       shown in front of the sparsity
 
     The picture is at least 720 pixels wide. More than 1200 blocks are averaged, so shades mean partly kept.
-    Raises PlanError if the regime or head does not exist or pillow is missing.
+    Raises PlanError if the regime or head does not exist, for another ending, or if pillow is needed and missing.
     """
     mask = chosen_mask(plan, regime, head)
     sparsity = skipped(mask)
-    picture = _Picture(_downsample(mask), (plan.q_len, plan.kv_len), (plan.block_q, plan.block_kv))
+    picture = _Picture(path, _downsample(mask), (plan.q_len, plan.kv_len), (plan.block_q, plan.block_kv))
     picture.draw_boundaries(boundaries)
     picture.draw_axes(f"{title}: {sparsity}" if title else sparsity)
     picture.draw_legend([("read", KEPT), ("skipped", SKIPPED)], boundaries)
-    picture.image.save(path, format="PNG")
+    picture.canvas.save(path)
 
 
 def plot_difference(
@@ -70,12 +68,12 @@ def plot_difference(
     title: str | None = None,
     boundaries: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG that shows where two block masks (bool [n, n] and [m, m], m <= n) differ.
+    """Write a picture that shows where two block masks (bool [n, n] and [m, m], m <= n) differ.
 
     Blocks kept by both, by one, or by none have their own colours; rows and columns that the smaller mask
     lacks are grey. Blocks are `block_size` tokens; `seq_len` is the length in tokens that the first mask
     covers.
-    Raises PlanError if pillow is missing or the shapes do not fit.
+    Raises PlanError as `plot_mask` does, and if the shapes do not fit.
     """
     n, m = len(first), len(second)
     if first.shape != (n, n) or second.shape != (m, m) or m > n:
@@ -88,7 +86,7 @@ def plot_difference(
     part[here & there] = KEPT
     part[here & ~there] = ONLY_FIRST
     part[there & ~here] = ONLY_SECOND
-    picture = _Picture(average(colors, MAX_BLOCKS), (seq_len, seq_len), (block_size, block_size))
+    picture = _Picture(path, average(colors, MAX_BLOCKS), (seq_len, seq_len), (block_size, block_size))
     picture.draw_boundaries(boundaries)
     counts = f"{(here & ~there).sum()} blocks only in {names[0]}, {(there & ~here).sum()} only in {names[1]}"
     picture.draw_axes(f"{title}: {counts}" if title else counts)
@@ -96,7 +94,7 @@ def plot_difference(
     if m < n:
         entries.append((f"missing in {names[1]}", NO_ROW))
     picture.draw_legend(entries, boundaries)
-    picture.image.save(path, format="PNG")
+    picture.canvas.save(path)
 
 
 def _downsample(mask: np.ndarray) -> np.ndarray:
@@ -105,31 +103,26 @@ def _downsample(mask: np.ndarray) -> np.ndarray:
     return np.asarray(SKIPPED) * (1 - share) + np.asarray(KEPT) * share
 
 
-def _pillow() -> tuple[Any, Any, Any]:
-    parts = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont")
-    image, draw, font = (optional(part, "plots need", "plot", PlanError) for part in parts)
-    return image, draw, font
-
-
 class _Picture:
-    """A heatmap with axes in blocks; `image` is the picture so far."""
+    """A heatmap with axes in blocks; `canvas` is the picture so far."""
 
-    def __init__(self, colors: np.ndarray, lengths: tuple[int, int], block: tuple[int, int]) -> None:
-        image_module, draw_module, font_module = _pillow()
+    canvas: Canvas
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        colors: np.ndarray,
+        lengths: tuple[int, int],
+        block: tuple[int, int],
+    ) -> None:
         rows, columns = colors.shape[:2]
-        self.scale = max(1, math.ceil(MIN_PIXELS / max(rows, columns)))
-        self.size = (columns * self.scale, rows * self.scale)
+        scale = max(1, math.ceil(MIN_PIXELS / max(rows, columns)))
+        self.size = (columns * scale, rows * scale)
         self.lengths, self.block = lengths, block
         self.blocks = tuple(-(-length // size) for length, size in zip(lengths, block, strict=True))
-        self.font = font_module.load_default(15)
-        self.small = font_module.load_default(13)
-        wide = max(self.size[0], MIN_PIXELS) + MARGIN_LEFT + MARGIN_RIGHT
-        self.image = image_module.new("RGB", (wide, self.size[1] + MARGIN_TOP + MARGIN_BOTTOM), PAPER)
-        cells = image_module.fromarray(np.round(colors).astype(np.uint8))
-        self.image.paste(cells.resize(self.size, image_module.Resampling.NEAREST), (MARGIN_LEFT, MARGIN_TOP))
-        self._new_image = image_module.new
-        self._new_draw = draw_module.Draw
-        self.draw = draw_module.Draw(self.image, "RGBA")
+        self.height = self.size[1] + MARGIN_TOP + MARGIN_BOTTOM
+        self.canvas = canvas_for(path, (max(self.size[0], MIN_PIXELS) + MARGIN_LEFT + MARGIN_RIGHT, self.height))
+        self.canvas.cells(colors, (MARGIN_LEFT, MARGIN_TOP), scale)
 
     def _x(self, token: float) -> float:
         return MARGIN_LEFT + token / self.block[1] / self.blocks[1] * self.size[0]
@@ -147,51 +140,49 @@ class _Picture:
         line = (*FRAME_LINE, 200 if spacing >= 12 else 90)
         for token in boundaries:
             x, y = min(round(self._x(token)), right), min(round(self._y(token)), bottom)
-            self.draw.line([(x, top), (x, bottom)], fill=line)
-            self.draw.line([(left, y), (right, y)], fill=line)
+            self.canvas.line((x, top), (x, bottom), line)
+            self.canvas.line((left, y), (right, y), line)
         # Coloured rulers beside the axes; a tint would hide the mask.
         for begin, end in ((0, boundaries[0]), (boundaries[-1], self.lengths[1])):
             if end > begin:
                 x0, x1 = round(self._x(begin)), max(round(self._x(end)), round(self._x(begin)) + 3)
-                self.draw.rectangle([(x0, top - 9), (min(x1, right), top - 4)], fill=TEXT_BAND)
+                self.canvas.rectangle((x0, top - 9), (min(x1, right), top - 4), TEXT_BAND)
         for begin, end in ((0, boundaries[0]), (boundaries[-1], self.lengths[0])):
             if end > begin:
                 y0, y1 = round(self._y(begin)), max(round(self._y(end)), round(self._y(begin)) + 3)
-                self.draw.rectangle([(left - 9, y0), (left - 4, min(y1, bottom))], fill=TEXT_BAND)
+                self.canvas.rectangle((left - 9, y0), (left - 4, min(y1, bottom)), TEXT_BAND)
 
     def draw_axes(self, title: str) -> None:
         """Border, ticks in blocks, axis labels and the title."""
         left, top = MARGIN_LEFT, MARGIN_TOP
         right, bottom = left + self.size[0], top + self.size[1]
-        self.draw.rectangle([(left - 1, top - 1), (right, bottom)], outline=INK)
-        self.draw.text((left, 18), title, fill=INK, font=self.font)
+        draw = self.canvas
+        draw.rectangle((left - 1, top - 1), (right, bottom), outline=INK)
+        draw.text((left, 18), title, INK)
         for block in _ticks(self.blocks[1]):
             x = round(self._x((block + 0.5) * self.block[1]))
-            self.draw.line([(x, bottom + 1), (x, bottom + 5)], fill=INK)
-            self.draw.text((x, bottom + 8), str(block), fill=INK, font=self.small, anchor="mt")
+            draw.line((x, bottom + 1), (x, bottom + 5), INK)
+            draw.text((x, bottom + 8), str(block), INK, "mt", small=True)
         for block in _ticks(self.blocks[0]):
             y = round(self._y((block + 0.5) * self.block[0]))
-            self.draw.line([(left - 15, y), (left - 11, y)], fill=INK)
-            self.draw.text((left - 19, y), str(block), fill=INK, font=self.small, anchor="rm")
+            draw.line((left - 15, y), (left - 11, y), INK)
+            draw.text((left - 19, y), str(block), INK, "rm", small=True)
         label = f"key block ({self.block[1]} tokens, {self.lengths[1]} in all)"
-        self.draw.text(((left + right) / 2, bottom + 30), label, fill=INK, font=self.font, anchor="mt")
+        draw.text(((left + right) / 2, bottom + 30), label, INK, "mt")
         label = f"query block ({self.block[0]} tokens, {self.lengths[0]} in all)"
-        strip = self._new_image("RGB", (max(self.size[1], 300), 22), PAPER)
-        self._new_draw(strip).text((strip.width / 2, 11), label, fill=INK, font=self.font, anchor="mm")
-        turned = strip.rotate(90, expand=True)
-        self.image.paste(turned, (6, round((top + bottom) / 2 - turned.height / 2)))
+        draw.upward_text((17, (top + bottom) / 2), label, INK)
 
-    def draw_legend(self, entries: list[tuple[str, Color]], boundaries: Sequence[int] | None) -> None:
+    def draw_legend(self, entries: Sequence[tuple[str, Color]], boundaries: Sequence[int] | None) -> None:
         """Colour boxes with their meaning, under the axis."""
         if boundaries:
             entries = [*entries, ("frame boundary", FRAME_LINE)]
             if boundaries[0] > 0 or boundaries[-1] < max(self.lengths):
                 entries.append(("text", TEXT_BAND))
-        x, y = MARGIN_LEFT, self.image.height - 24
+        x, y = MARGIN_LEFT, self.height - 24
         for name, color in entries:
-            self.draw.rectangle([(x, y), (x + 12, y + 12)], fill=color, outline=FAINT)
-            self.draw.text((x + 18, y + 6), name, fill=INK, font=self.small, anchor="lm")
-            x += 18 + round(self.small.getlength(name)) + 22
+            self.canvas.rectangle((x, y), (x + 12, y + 12), color, FAINT)
+            self.canvas.text((x + 18, y + 6), name, INK, "lm", small=True)
+            x += 18 + round(self.canvas.width(name)) + 22
 
 
 def _ticks(blocks: int) -> list[int]:

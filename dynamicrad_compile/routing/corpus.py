@@ -62,8 +62,11 @@ def load_prompts(source: PromptSource | None = None) -> list[Prompt]:
             raise RouterError(f"prompts are read from a .jsonl or .csv file, got {str(path)!r}.")
         if not path.is_file():
             raise RouterError(f"there is no file {path}.")
-        text = path.read_text(encoding="utf-8-sig")
-        rows = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else _rows(text, str(path))
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            rows = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else _rows(text, str(path))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise RouterError(f"{path} can't be read: {error}.") from None
         return _prompts(rows, str(path))
     return _prompts(list(source), "prompts")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..beforehand import load_pipeline, pipeline_class
 from ..errors import RouterError
-from ..optional import optional
 
 Encoded = tuple[Tensor, Tensor | None]  # embeds [N, T, C] or [N, C], mask [N, T] or None
 Encode = Callable[[list[str]], Encoded]
@@ -67,11 +67,11 @@ def load_encoder(name: str) -> Any:
         raise RouterError(
             f"an encoder is `minilm` or the folder of a diffusers pipeline (model_index.json); got {name!r}."
         )
-    pipeline = optional("diffusers", "pipelines need", "diffusers", RouterError).DiffusionPipeline
+    pipeline_class(name, "pipelines need", RouterError)
     parts = json.loads(Path(name, "model_index.json").read_text(encoding="utf-8"))
     prefixes = ("transformer", "vae", "unet", "image_encoder", "image_processor", "feature_extractor", "connectors")
     left_out = {part: None for part in parts if part.startswith(prefixes)}
-    pipe = pipeline.from_pretrained(name, torch_dtype=torch.bfloat16, local_files_only=True, **left_out)
+    pipe = load_pipeline(name, "pipelines need", RouterError, torch_dtype=torch.bfloat16, **left_out)
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 

@@ -107,6 +107,13 @@ def fit_router(
     )
 
 
+def check_fit(prompts: PromptSource | None = None, folds: int = 5) -> None:
+    """Raises RouterError if a router can't be fitted to these prompts, or a library is missing. Encodes nothing."""
+    _sklearn()
+    optional("safetensors.torch", "saving routers needs", "router", RouterError)
+    _check_corpus(load_prompts(prompts), folds)
+
+
 class _Linear:
     """Multinomial logistic regression on standardised features [N, C]."""
 

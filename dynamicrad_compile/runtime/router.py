@@ -189,7 +189,7 @@ class Router:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write PATH.safetensors and PATH.toml beside it, each at once or not at all; returns the first."""
-        weights, notes = _paths(path)
+        weights, notes = router_files(path)
         blob = _safetensors().save(
             {name: getattr(self, name).cpu().contiguous() for name in TENSORS if getattr(self, name) is not None}
         )
@@ -208,7 +208,7 @@ class Router:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
         """Read what `save` wrote. RouterError if a file is missing, altered, or of another kind."""
-        weights, notes = _paths(path)
+        weights, notes = router_files(path)
         for file in (weights, notes):
             if not file.is_file():
                 raise RouterError(f"there is no router at {file}. Fit one with fit_router(pipe).save({str(path)!r}).")
@@ -258,7 +258,8 @@ class Router:
             raise RouterError(f"mask must be [{batch}, {tokens}], nonzero for tokens; got {list(mask.shape)}.")
 
 
-def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+def router_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The files of a saved router: weights and what is known of them."""
     file = Path(path)
     stem = file.with_suffix("") if file.suffix in (".safetensors", ".toml") else file
     return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".toml")

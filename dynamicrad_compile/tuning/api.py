@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..beforehand import output_file
 from ..errors import OptionsError
 from ..files import to_toml, write_file
 from ..optional import optional
@@ -16,7 +17,7 @@ from .captures import read_capture
 from .journal import Journal
 from .output import package_versions, profile_tables
 from .pictures import plot_convergence, plot_pareto
-from .search import Runner, Winners, count_evaluations, search
+from .search import Runner, Winners, anything, check_optimizer, count_evaluations, search
 from .task import DEFAULT_OPTIMIZER, MODES, Task
 
 
@@ -67,9 +68,9 @@ def tune(
     `if __name__ == "__main__":`, since processes are spawned.
     Raises OptionsError for values out of range, and DynamicRadError without nevergrad (or matplotlib for pictures).
     """
-    path = Path(output)
-    if path.suffix != ".toml":
-        raise OptionsError(f"output must be the path of a .toml file, got {str(output)!r}.")
+    path = _checked_output(output, pictures)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise OptionsError(f"workers must be an integer of at least 1, got {workers!r}.")
     read = tuple(read_capture(file) for file in captures)
     if head_dim is None:
         head_dim = read[0].head_dim if read else 128
@@ -97,18 +98,41 @@ def tune(
     )
     if match is not None:
         match = {"grid": list(task.grid), "head_dim": head_dim, **match}
+    header = {"name": path.stem, "description": "", **(header or {})}
+
+    def written(winners: Winners) -> str:
+        return to_toml(profile_tables(task, winners, header, match, _source(task)))
+
+    check_optimizer(task)
+    parse_profile(written(anything(task)), str(path))
     journal = Journal(path.with_suffix(".jsonl"), task, package_versions(), resume)
     winners = _run(task, journal, workers, progress)
-    header = {"name": path.stem, "description": "", **(header or {})}
-    text = to_toml(profile_tables(task, winners, header, match, _source(task)))
+    text = written(winners)
     profile = parse_profile(text, str(path))
     write_file(path, text)
     if pictures:
-        plot_convergence(journal, task, path.with_name(f"{path.stem}_convergence.png"))
-        plot_pareto(journal, task, path.with_name(f"{path.stem}_pareto.png"))
+        for plot, file in zip((plot_convergence, plot_pareto), picture_files(path), strict=True):
+            plot(journal, task, file)
     if progress:
         print(summary(winners), file=sys.stderr)
     return profile
+
+
+def _checked_output(output: str | Path, pictures: bool) -> Path:
+    """The path, if all that is written there can be; else OptionsError, or DynamicRadError for a missing library."""
+    path = Path(output)
+    if path.suffix != ".toml":
+        raise OptionsError(f"output must be the path of a .toml file, got {str(output)!r}.")
+    for library in ("nevergrad", "tqdm", *["matplotlib"] * pictures):
+        optional(library, "tuning needs", "tune")
+    for place in (path, path.with_suffix(".jsonl"), *picture_files(path)[: 2 * pictures]):
+        output_file(place, OptionsError)
+    return path
+
+
+def picture_files(path: Path) -> tuple[Path, Path]:
+    """The pictures beside a profile: convergence, and error against sparsity."""
+    return path.with_name(f"{path.stem}_convergence.png"), path.with_name(f"{path.stem}_pareto.png")
 
 
 def summary(winners: Winners) -> str:

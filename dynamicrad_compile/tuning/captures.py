@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..beforehand import output_file
 from ..errors import DynamicRadError, OptionsError, nearest
 from ..files import whole_file
 from ..models.hook import Place, attention_hook
@@ -63,14 +64,8 @@ def record_attention(
     Raises OptionsError for values out of range, and DynamicRadError if no attention of so many tokens was met or one
     has a mask, dropout or causality; nothing is written then.
     """
-    path = Path(output)
-    if path.suffix != ".safetensors":
-        raise OptionsError(f"output must be the path of a .safetensors file, got {str(output)!r}.")
-    if regime not in REGIMES:
-        raise OptionsError(f"regime must be among {list(REGIMES)}, got {regime!r}.{nearest(str(regime), REGIMES)}")
-    if heads < 1:
-        raise OptionsError(f"heads must be at least 1, got {heads!r}.")
-    save_file = _safetensors("torch").save_file  # a missing library is told before the model runs
+    path = check_recording(output, regime, heads, seed)
+    save_file = _safetensors("torch").save_file
     tokens = math.prod(grid) + sum(text)
     generator = torch.Generator().manual_seed(seed)
     kept: list[tuple[float, int, Tensor]] = []  # a heap: (rank, number, [q, k, v]); the highest ranks stay
@@ -95,6 +90,24 @@ def record_attention(
     q, k, v = torch.stack([entry[2] for entry in sorted(kept, key=lambda entry: entry[1])], dim=1)
     with whole_file(path) as partial:
         save_file({"q": q.clone(), "k": k.clone(), "v": v.clone()}, partial, {"regime": regime})
+
+
+def check_recording(output: str | Path, regime: str, heads: int, seed: int) -> Path:
+    """The path to write to, if all this fits `record_attention` and can be written; else OptionsError.
+
+    Raises DynamicRadError without safetensors.
+    """
+    path = Path(output)
+    if path.suffix != ".safetensors":
+        raise OptionsError(f"output must be the path of a .safetensors file, got {str(output)!r}.")
+    output_file(path, OptionsError)
+    if regime not in REGIMES:
+        raise OptionsError(f"regime must be among {list(REGIMES)}, got {regime!r}.{nearest(str(regime), REGIMES)}")
+    for name, value, least in (("heads", heads, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionsError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    _safetensors("torch")
+    return path
 
 
 def read_capture(path: str | Path) -> Capture:

@@ -1,7 +1,8 @@
 """The journal of a search: one JSON object a line, on disk before the search goes on.
 
-The first line is the task. Each further line is one evaluation, found again by its place: stage ("search", "sweep",
-"held_out"), regime, mode and index. A line that a crash cut short is dropped when the journal is opened.
+The first line is the task; it is written with the first evaluation. Each further line is one evaluation, found again
+by its place: stage ("search", "sweep", "held_out"), regime, mode and index. A line that a crash cut short is dropped
+when the journal is opened.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionsError
+from ..files import write_file
 from .objective import Evaluation
 from .task import Task
 
@@ -25,36 +27,31 @@ class Journal:
     def __init__(self, path: Path, task: Task, packages: dict[str, str], resume: bool) -> None:
         self.path = path
         self.entries: dict[Place, dict[str, Any]] = {}
-        header = {"journal": VERSION, "task": task.as_json(), "packages": packages}
-        if path.exists() and path.stat().st_size:
-            if not resume:
-                raise OptionsError(
-                    f"{path} holds a journal already. Go on with it by resume=True (--resume), or give another output."
-                )
-            self._read(header)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(header)
-
-    def _read(self, header: dict[str, Any]) -> None:
-        content = self.path.read_bytes()
+        self._header: dict[str, Any] = {"journal": VERSION, "task": task.as_json(), "packages": packages}
+        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
+        lines = self._parsed(whole)
+        if len(lines) < 2:  # no evaluation yet
+            return
+        if not resume:
+            raise OptionsError(
+                f"{path} holds a journal already. Go on with it by resume=True (--resume), or give another output."
+            )
+        self._check_task(lines[0].get("task", {}), self._header["task"])
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in lines[1:]:
+            self.entries[(line["stage"], line["regime"], line["mode"], line["index"])] = line
+
+    def _parsed(self, whole: bytes) -> list[dict[str, Any]]:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             raise OptionsError(f"{self.path} is not a journal of a search: {error}.") from None
-        if not lines:  # cut short in the first line
-            self.path.write_bytes(b"")
-            self._append(header)
-            return
-        if not isinstance(lines[0], dict) or lines[0].get("journal") != VERSION:
+        if lines and (not isinstance(lines[0], dict) or lines[0].get("journal") != VERSION):
             raise OptionsError(f"{self.path} is not a journal of a search: its first line is no task.")
-        self._check_task(lines[0].get("task", {}), header["task"])
-        if len(whole) < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        for line in lines[1:]:
-            self.entries[(line["stage"], line["regime"], line["mode"], line["index"])] = line
+        return lines
 
     def _check_task(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         ours = json.loads(json.dumps(ours))
@@ -80,6 +77,8 @@ class Journal:
             "point": point,
             "evaluation": {key: value for key, value in vars(found).items() if _is_finite(value)},
         }
+        if not self.entries:
+            write_file(self.path, f"{json.dumps(self._header)}\n")
         self._append(entry)
         self.entries[(stage, regime, mode, index)] = json.loads(json.dumps(entry))
 

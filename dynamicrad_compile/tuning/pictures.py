@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..profiles import REGIMES
-from ..reporting.figure import new_figure
+from ..reporting.figure import new_figure, save_figure
 from .journal import Journal
 from .objective import Evaluation
 from .task import Task
@@ -37,7 +37,7 @@ def plot_convergence(journal: Journal, task: Task, path: Path) -> None:
             axis.step(number, best, line, where="post", color=COLORS[regime], label=mode)
         _finish(axis, regime, "evaluations", "loss (1000 x normalised MSE + penalty)")
         axis.set_yscale("log")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_pareto(journal: Journal, task: Task, path: Path) -> None:
@@ -61,7 +61,7 @@ def plot_pareto(journal: Journal, task: Task, path: Path) -> None:
         axis.axvline(task.sparsity, color="grey", linewidth=0.8, linestyle=":")
         _finish(axis, regime, "share of dense attention skipped", "normalised MSE")
         axis.set_yscale("log")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _of(journal: Journal, stage: str, regime: str, mode: str) -> list[Evaluation]:

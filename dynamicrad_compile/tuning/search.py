@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..errors import OptionsError
+from ..errors import DynamicRadError, OptionsError
 from ..profiles import REGIMES
 from .choosing import KEEP_ALL
 from .journal import Journal
 from .objective import Evaluation, Objective, Parameters
 from .optimizer import Optimizer
-from .space import Space
+from .space import DEFAULTS, Space
 from .task import EXCHANGED, Task
 
 Tick = Callable[[str], None]
@@ -126,6 +126,14 @@ class Winners:
     sweeps: dict[tuple[str, str], list[Evaluation]]
 
 
+def anything(task: Task) -> Winners:
+    """What a search of the task might give, in form: to check what is made of it before it runs."""
+    static = {**DEFAULTS, **task.fixed, "sparsity": task.sparsity}
+    tables = {"static_ratio": static, "dynamic_threshold": {**static, "criterion": "ratio", "near": 1.0, "far": 1.0}}
+    found = {(regime, mode): Evaluation(tables[mode], "ok", loss=0.0) for regime, mode in task.searches}
+    return Winners(found, found, {})
+
+
 def count_evaluations(task: Task) -> int:
     """Evaluations of a whole run of `search`."""
     return len(task.searches) * (task.budget + len(SWEEP) + 1)
@@ -160,13 +168,29 @@ def _swept(table: float, target: float, wanted: float) -> float:
     return round(min(1.0, max(0.0, 1.0 - (1.0 - table) * (1.0 - wanted) / (1.0 - target))), 6)
 
 
-def _search_one(task: Task, runner: Runner, regime: str, mode: str, static: Evaluation | None) -> Evaluation:
-    """The optimizer's part of one search: the budget without the points that are kept for the exchange."""
+def check_optimizer(task: Task) -> None:
+    """Raises OptionsError if the optimizer can't search the spaces of a task, and DynamicRadError without nevergrad."""
+    for regime, mode in task.searches[: len(task.modes)]:
+        try:
+            _optimizer(task, regime, mode, None)
+        except DynamicRadError:
+            raise
+        except Exception as error:  # Nevergrad's own, for a space or a number of workers that it can't have
+            raise OptionsError(f"optimizer {task.optimizer!r} can't be used here: {error}") from None
+
+
+def _optimizer(task: Task, regime: str, mode: str, static: Evaluation | None) -> Optimizer:
+    """The optimizer of one search, which begins at known points."""
     space = Space(task, mode)
     known = space.known_points(static.parameters if static else None)
-    budget = task.budget - EXCHANGED
     seed = task.seed * 1000 + 10 * REGIMES.index(regime) + (mode == "dynamic_threshold")
-    optimizer = Optimizer(task.optimizer, len(space.dimensions), budget, seed, task.batch, known)
+    return Optimizer(task.optimizer, len(space.dimensions), task.budget - EXCHANGED, seed, task.batch, known)
+
+
+def _search_one(task: Task, runner: Runner, regime: str, mode: str, static: Evaluation | None) -> Evaluation:
+    """The optimizer's part of one search: the budget without the points that are kept for the exchange."""
+    budget = task.budget - EXCHANGED
+    optimizer = _optimizer(task, regime, mode, static)
     results: list[Evaluation] = []
     while len(results) < budget:
         asked = [optimizer.ask() for _ in range(min(task.batch, budget - len(results)))]

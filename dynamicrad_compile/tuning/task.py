@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import OptionsError, nearest
 from ..kernels.blocks import cdiv
-from ..profiles.parameters import MODES, REGIMES, StaticRatio
+from ..problems import problems
+from ..profiles.parameters import BLOCK_SIZES, MODES, REGIMES, StaticRatio
 from .captures import Capture
 from .proxy import PROXIES
 
@@ -66,9 +70,11 @@ class Task:
     captures: tuple[Capture, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("heads", 1), ("head_dim", 4), ("budget", MIN_BUDGET), ("batch", 1)):
+        if self.block_size not in BLOCK_SIZES:
+            raise OptionsError(f"block_size must be one of {list(BLOCK_SIZES)}, got {self.block_size!r}.")
+        for name, least in (("heads", 1), ("head_dim", 4), ("budget", MIN_BUDGET), ("batch", 1)):
             self._check_integer(name, getattr(self, name), least)
-        for name in ("text_before", "text_after"):
+        for name in ("text_before", "text_after", "seed"):
             self._check_integer(name, getattr(self, name), 0)
         if self.rows is not None:
             self._check_integer("rows", self.rows, 1)
@@ -76,7 +82,8 @@ class Task:
             raise OptionsError(f"grid must be (frames, height, width) in latent tokens, got {self.grid!r}.")
         for size in self.grid:
             self._check_integer("each size of the grid", size, 1)
-        if isinstance(self.sparsity, bool) or not 0.0 < self.sparsity < 1.0:
+        number = isinstance(self.sparsity, numbers.Real) and not isinstance(self.sparsity, bool)
+        if not number or not 0.0 < self.sparsity < 1.0:
             raise OptionsError(f"sparsity must lie between 0 and 1, got {self.sparsity!r}.")
         self._check_names("proxies", self.proxies, (*PROXIES, "captured"))
         self._check_captures()
@@ -89,6 +96,10 @@ class Task:
         for name in self.fixed:
             if name not in known:
                 raise OptionsError(f"fixed: unknown parameter {name!r}; known are {known}.{nearest(name, known)}")
+        try:
+            StaticRatio.model_validate({**self.fixed, "sparsity": self.sparsity})
+        except ValidationError as error:
+            raise OptionsError(f"fixed: {'; '.join(problems(error, StaticRatio))}") from None
 
     def _check_captures(self) -> None:
         if ("captured" in self.proxies) != bool(self.captures):

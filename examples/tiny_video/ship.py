@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         "--machine", default="one core of an AMD EPYC (AVX2)", help="what it was trained on, for the card"
     )
     args = parser.parse_args(argv)
+    if not args.run.is_dir():
+        parser.error(f"--run: there is no folder {args.run}")
     torch.set_grad_enabled(False)
     config = ship(args.run, args.output, args.machine)
     print(f"step {config['step']}, held-out loss {config['held_out']['loss']}: written to {args.output}")

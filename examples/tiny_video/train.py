@@ -31,6 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from dynamicrad_compile.beforehand import output_folder
+from dynamicrad_compile.errors import DynamicRadError
 from dynamicrad_compile.files import write_file
 from dynamicrad_compile.quality.tiny_video import data, model
 
@@ -209,6 +211,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
     if args.frames < max(TURNS):
         parser.error(f"--frames must be at least {max(TURNS)}, got {args.frames}")
+    try:
+        output_folder(args.output)
+    except DynamicRadError as error:
+        parser.error(str(error))
     return args
 
 

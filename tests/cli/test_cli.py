@@ -126,6 +126,16 @@ def test_plot_as_text(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("ending", "begins"), [("svg", b"<svg"), ("jpg", b"\xff\xd8\xff"), ("webp", b"RIFF"), ("pdf", b"%PDF")]
+)
+def test_plot_writes_what_the_ending_says(capsys, tmp_path, ending, begins):
+    picture = tmp_path / f"mask.{ending}"
+    code, _, err = run(capsys, "plot", *GRID, "--block-size", "16", "-o", str(picture))
+    assert code == 0, err
+    assert picture.read_bytes().startswith(begins)
+
+
 def test_plot(capsys, tmp_path):
     from PIL import Image
 
@@ -138,6 +148,9 @@ def test_plot(capsys, tmp_path):
         assert image.format == "PNG"
 
 
+GRID = ["--grid", "3", "4", "5"]
+FIT = ["--fit", "--encoder"]
+MID = ["--regime", "mid", "--prompt", "a"]
 MISTAKES = {
     "no command": ([], "required"),
     "preset": (["explain", "--model", "wan-13b"], "Did you mean 'wan-1.3b'?"),
@@ -154,6 +167,35 @@ MISTAKES = {
     "grid of two": (["plot", "--grid", "3", "4"], "expected 3 arguments"),
     "profile": (["plot", "--grid", "3", "4", "5", "--profile", "none"], "no profile is called"),
     "output": (["plot", "--grid", "3", "4", "5", "-o", "{tmp}/no/mask.png"], "No such file"),
+    "folder": (["plot", "--grid", "3", "4", "5", "-o", "{tmp}"], "is a folder: give the path of a file"),
+    "ending": (["plot", "--grid", "3", "4", "5", "-o", "{tmp}/mask.txt"], "known: .svg, .png, "),
+    "layers": (["explain", "--model", "ltx", "--layers", "-1"], "layers must be at least 0"),
+    "heads": (["bench", "--heads", "0"], "must be at least 1"),
+    "head_dim": (["bench", "--head-dim", "300"], "--head-dim must be at most 256"),
+    "bench sparsity": (["bench", "--sparsity", "2"], "sparsity must be in 0..1"),
+    "corpus": (["route", "--router", "{tmp}/r", "--corpus", "x.csv"], "needs --fit"),
+    "router": (["route", "--router", "{tmp}/broken.json/r", *FIT, "minilm"], "is a file, not a folder"),
+    "not utf-8": (["route", "--router", "{tmp}/r", *FIT, "minilm", "--corpus", "{tmp}/bytes.csv"], "can't be read"),
+    "encoder": (["route", "--router", "{tmp}/r", *FIT, "{tmp}"], "folder of a diffusers pipeline"),
+    "broken encoder": (["route", "--router", "{tmp}/r", *FIT, "{tmp}/pipeline"], "is not valid JSON"),
+    "pipeline": (["eval", "--pipeline", "/nothing", "--prompt", "a"], "there is no model_index.json in it"),
+    "eval output": (["eval", "-o", "{tmp}/broken.json"], "is a file, not a folder"),
+    "method": (["eval", "--methods", "oracel"], "Did you mean 'oracle'?"),
+    "eval profile": (["eval", "--profile", "none"], "no profile is called"),
+    "radial sparsity": (["eval", "--methods", "radial", "--sparsity", "2"], "sparsity = 2.0"),
+    "batch": (["eval", "--batch", "0"], "--batch must be at least 1"),
+    "real": (["eval", "--real", "-1"], "--real must be at least 0"),
+    "steps": (["eval", "--steps", "0"], "--steps must be at least 1"),
+    "checkpoint": (["eval", "--checkpoint", "{tmp}/checkpoint"], "no checkpoint of the tiny video model"),
+    "clips": (["eval", "--clips", "{tmp}/none.gif"], "No such file"),
+    "record ending": (["record", *MID, "-o", "x.pt"], "path of a .safetensors file"),
+    "record output": (["record", *MID, "-o", "{tmp}/broken.json/x.safetensors"], "is a file, not a folder"),
+    "record heads": (["record", *MID, "-o", "{tmp}/x.safetensors", "--heads", "0"], "heads must be an integer"),
+    "record pipeline": (["record", *MID, "-o", "{tmp}/x.safetensors", "--pipeline", "{tmp}"], "no model_index.json"),
+    "record device": (
+        ["record", *MID, "-o", "{tmp}/x.safetensors", "--pipeline", "{tmp}/good", "--device", "cudaa"],
+        "device 'cudaa' can't be used here",
+    ),
 }
 
 
@@ -161,9 +203,32 @@ MISTAKES = {
 def test_mistakes(capsys, tmp_path, argv, message):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"_class_name": "UNet2DModel"}')
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe")
+    for folder, file, text in (
+        ("pipeline", "model_index.json", "{"),
+        ("good", "model_index.json", "{}"),
+        ("checkpoint", "model.safetensors", "no"),
+        ("checkpoint", "config.json", "{}"),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text(text)
+    before = sorted(tmp_path.iterdir())
     code, _, err = run(capsys, *(text.format(tmp=tmp_path) for text in argv))
     assert code == 2
     assert message in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before  # nothing is half written
+
+
+@pytest.mark.parametrize("argv", [["explain", "--model", "list"], ["route", "--router", "x"], ["plot", *GRID]], ids=str)
+def test_an_interrupted_command_says_so_in_a_line(capsys, monkeypatch, argv):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dynamicrad_compile.cli.{argv[0]}.run", interrupted)
+    code, _, err = run(capsys, *argv)
+    assert code == 130
+    assert err.strip() == f"dynamicrad {argv[0]}: interrupted."
 
 
 def test_explain_dumps_graphs(capsys, tmp_path):

@@ -69,6 +69,11 @@ MISTAKES = {
     "frames": (["--model", "ltx", "--frames", "80"], "frames must be 8 x n + 1"),
     "no weights": (["--model", "{tmp}/bare", *SMALL], "has no *.safetensors"),
     "output": (["--model", "ltx", "-o", "{tmp}/bare/config.json/out"], "is a file"),
+    "device": (["--model", "ltx", "--device", "cudaa"], "device 'cudaa' can't be used here"),
+    "device without memory": (["--model", "ltx", "--device", "meta"], "hold no values"),
+    "layers": (["--model", "ltx", "--layers", "-1"], "layers must be at least 0"),
+    "state": (["--model", "ltx", "--set", "dense_steps=3"], "needs a memory from step to step"),
+    "check": (["--model", "ltx", "--format", "tensorrt", "--with", "via=plugin", "--check"], "can't be run here"),
 }
 
 

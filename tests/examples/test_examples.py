@@ -76,6 +76,10 @@ def test_quickstart_with_random_weights(tmp_path, monkeypatch, capsys):
         (["--random", "--prompt", "a"], "no text encoder"),
         (["--model", "x", "--prompt", "a", "cat"], "takes one prompt"),
         (["--model", "x", "--random"], "not allowed with"),
+        (["--layers", "0"], "must be at least 1"),
+        (["--sparsity", "2"], "sparsity = 2.0"),
+        (["--device", "cudaa"], "device 'cudaa' can't be used here"),
+        (["--output-dir", __file__], "is a file, not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

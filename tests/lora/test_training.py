@@ -375,3 +375,30 @@ def test_mistakes_in_clips_and_models(workshop, tmp_path, capsys):
     (workshop / "model" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
     assert cli.main(["lora", "--config", str(workshop / "lora.toml"), "--check"]) == 2
     assert "no transformer of diffusers that can hold a LoRA" in capsys.readouterr().err
+
+
+CHECKED = {
+    "output": ("OUT/run", "OUT/lora.toml/run", "is a file, not a folder"),
+    "target": ("rank = 2", 'targets = ["to_q", "to_kk"]', r"no layer 'to_kk'. Did you mean 'to_k'"),
+    "label": ('source = "random"', 'source = "label"', "the first clip has no regime"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong", "message"), CHECKED.values(), ids=CHECKED)
+def test_check_tells_what_would_stop_the_training(workshop, right, wrong, message, capsys):
+    assert right in TOML
+    (workshop / "lora.toml").write_text(TOML.replace(right, wrong).replace("OUT", str(workshop)))
+    assert cli.main(["lora", "--config", str(workshop / "lora.toml"), "--check"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (workshop / "run").exists()
+
+
+def test_check_tells_of_conditions_that_the_model_does_not_take(workshop, capsys):
+    from safetensors.torch import save_file
+
+    clip = Clips()[0]
+    save_file({"latents": clip.latents, "prompt": torch.zeros(3, 4)}, workshop / "clips" / "0.safetensors")
+    assert cli.main(["lora", "--config", str(workshop / "lora.toml"), "--check"]) == 2
+    assert "can't be called with the clip's conditions ['prompt']" in capsys.readouterr().err
+    assert cli.main(["lora", "--config", str(workshop / "lora.toml"), "--resume"]) == 2
+    assert "there is no training to go on with" in capsys.readouterr().err

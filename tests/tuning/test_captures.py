@@ -193,10 +193,14 @@ class Pipe:
 
 
 @pytest.fixture
-def pipe(monkeypatch):
+def pipe(tmp_path, monkeypatch):
+    """What is loaded from the folder `here`."""
     diffusers = pytest.importorskip("diffusers")
     made = Pipe()
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda folder, torch_dtype: made)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda folder, **settings: made)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     return made
 
 

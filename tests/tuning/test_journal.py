@@ -30,6 +30,12 @@ def test_journal_survives_a_crash_and_refuses_others(tmp_path):
         Journal(path, task(), {}, resume=False)
     with pytest.raises(OptionsError, match=r"another task: sparsity was 0\.8, now 0\.7"):
         Journal(path, task(sparsity=0.7), {}, resume=True)
+    empty = tmp_path / "empty.jsonl"
+    Journal(empty, task(), {}, resume=False)
+    assert not empty.exists()  # until there is something to go on with
+    empty.write_text(path.read_text().splitlines()[0] + "\n")
+    Journal(empty, task(sparsity=0.7), {}, resume=False).write("search", "low", "static_ratio", 0, [0.25], ok)
+    assert Journal(empty, task(sparsity=0.7), {}, resume=True).find("search", "low", "static_ratio", 0)
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.raises(OptionsError, match="not a journal"):
         Journal(tmp_path / "b.jsonl", task(), {}, resume=True)

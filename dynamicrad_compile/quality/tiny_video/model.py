@@ -122,7 +122,10 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, TextEn
     if missing:
         raise ValueError(f"{settings} has no {', '.join(sorted(missing))}; it was not written by tiny_video.")
     transformer, text = create(config["transformer"], config["vocabulary"])
-    tensors = _safetensors().load_file(weights)
+    try:
+        tensors = _safetensors().load_file(weights)
+    except optional("safetensors", "checkpoints need", "eval").SafetensorError as error:
+        raise ValueError(f"{weights} is not a safetensors file: {error}.") from None
     for name, module in (("transformer", transformer), ("text", text)):
         prefix = name + "."
         part = {key[len(prefix) :]: value.float() for key, value in tensors.items() if key.startswith(prefix)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...errors import DynamicRadError
 from ..subject import Subject
 from . import data
 from .model import CHECKPOINT, load, sample
@@ -18,7 +19,10 @@ GRID = (data.FRAMES, data.SIZE // 4, data.SIZE // 4)
 
 def subject(checkpoint: str | Path = CHECKPOINT, steps: int = 10, guidance_scale: float = 3.0) -> Subject:
     """The trained model of a checkpoint, sampled in `steps` steps; prompts are held-out captions, regimes in turn."""
-    transformer, text = load(checkpoint)
+    try:
+        transformer, text = load(checkpoint)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DynamicRadError(f"{checkpoint} is no checkpoint of the tiny video model: {error}") from None
     path = Path(checkpoint)
     weights = path / "model.safetensors" if path.is_dir() else path
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
