@@ -6,9 +6,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from .. import compiling
 from ..beforehand import output_file
 from ..errors import LoraError, nearest
+from ..noting import PROMPT
 from ..optional import optional
 from .checkpoint import CURVE_FILE, JOURNAL_FILE, STATE_FILE
 from .data import Clips
@@ -44,8 +44,8 @@ def check_training(model: Any, clips: Clips, settings: Settings) -> None:
     first, source = clips[0], settings.regimes.source
     if source == "label" and first.regime is None:
         raise LoraError("regimes.source = 'label', and the first clip has no regime. Label it, or use 'router'.")
-    if source == "router" and not set(compiling.PROMPT) & set(first.conditions):
-        raise LoraError(f"regimes.source = 'router', and no condition is called one of {compiling.PROMPT}.")
+    if source == "router" and not set(PROMPT) & set(first.conditions):
+        raise LoraError(f"regimes.source = 'router', and no condition is called one of {PROMPT}.")
     given = dict.fromkeys(("timestep", *first.conditions, "return_dict"))
     try:
         inspect.signature(model.forward).bind(None, **given)
