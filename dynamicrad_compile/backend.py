@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +13,8 @@ from torch import fx
 from . import policy
 from .captured import remember
 from .errors import OptionsError, StrictError
-from .options import INNER, Options
+from .inner import Compiled, inner_compiler
+from .options import Options
 from .passed_on import passes_on
 from .passes import Dense, PassContext, Site, run_passes
 from .passes.dump import Dump
@@ -26,7 +24,7 @@ from .reporting.report import GraphReport, SiteReport, TextTokens
 from .runtime.beside import running
 from .runtime.state import GraphState
 
-Compiled = Callable[..., Any]
+log = logging.getLogger("dynamicrad_compile")
 
 
 @passes_on
@@ -46,9 +44,10 @@ def dynamicrad(
     report = analyse(gm, example_inputs, parsed)
     inputs = [*example_inputs, *_added_inputs(gm, len(example_inputs))]
     start = time.perf_counter()
-    run = report.state.bind(_inner_compiler(parsed, mode, report.notes.append)(gm, inputs))
+    run = report.state.bind(inner_compiler(parsed, mode, report.notes.append)(gm, inputs))
     report.seconds["compile"] = time.perf_counter() - start
     remember(options, report, run)
+    _say(report)
     return run
 
 
@@ -87,6 +86,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         {"passes": total - plans, "plans": plans},
         dump=str(dump.folder) if dump is not None else "",
         state=GraphState(context.slots),
+        profiles=context.decisions.profiles,
+        warnings=_warnings(context),
     )
 
 
@@ -126,66 +127,41 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
-_NOTES = "aot_inductor.metadata"
-_CACHEABLE = "unsafe_marked_cacheable_functions"
-
-
-@functools.cache
-def _sources() -> str:
-    """A digest of our own code, for the keys of PyTorch's compile caches: what they keep was made by calling it."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    rooms = [root, *(root / name for name in ("kernels", "passes", "profiles"))]  # links in a checkout: no walk enters
-    for path in sorted({path for room in rooms for path in room.rglob("*.py")}):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
-    """Our functions in a graph, for PyTorch's cache of traced graphs, which takes no unknown function without a key."""
-    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
-    ours = [f for f in targets if getattr(f, "__module__", "").startswith(__package__)]
-    return {f"{f.__module__}.{f.__name__}": _sources() for f in ours}  # type: ignore[union-attr]
-
-
-def _inner_compiler(
-    options: Options, mode: str | None, note: Callable[[str], None]
-) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
-    if options.inner == "inductor":
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
-        patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _sources()}
-
-        def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-            known = {**torch._inductor.config.unsafe_marked_cacheable_functions, **patches.get(_CACHEABLE, {})}
-            return compile_fx(gm, inputs, config_patches={**patches, _CACHEABLE: {**known, **_cacheable(gm)}})
-
-        return compile_graph
-    if mode is not None:
-        raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
-    for ours in importlib.metadata.entry_points(group=INNER, name=options.inner):
-        compile_graph = ours.load()
-        return lambda gm, inputs: compile_graph(gm, inputs, options.inner_options, note)
-    from torch._dynamo.backends.registry import lookup_backend
-
-    backend = lookup_backend(options.inner)
-    return lambda gm, inputs: backend(gm, inputs, **options.inner_options)
+def _left_dense(context: PassContext) -> list[Site]:
+    """Video self-attentions, and what may be one, that stay dense though nobody asked for it."""
+    pairs = zip(context.videos, context.decisions.sites, strict=True)
+    asked = {video.node for video, decision in pairs if isinstance(decision, Dense) and decision.asked}
+    roles = {site.role for site in context.sites}
+    doubtful = (VIDEO, UNKNOWN) if VIDEO in roles else (VIDEO, UNKNOWN, OTHER_SELF)
+    return [s for s in context.sites if s.role in doubtful and not s.replaced and s.node not in asked]
 
 
 def _check_strict(context: PassContext) -> None:
     """Raise StrictError if a video self-attention, or one that may be one, stays dense unasked, or a wish is unmet."""
-    sites, decisions = context.sites, context.decisions
-    pairs = zip(context.videos, decisions.sites, strict=True)
-    asked = {video.node for video, decision in pairs if isinstance(decision, Dense) and decision.asked}
-    video = any(site.role == VIDEO for site in sites)
-    for site in sites:
-        doubtful = site.role in (VIDEO, UNKNOWN) or (site.role == OTHER_SELF and not video)
-        if doubtful and not site.replaced and site.node not in asked:
-            raise StrictError(f"strict=True, and {site.path or site.node.name} stays dense: {site.reason}")
-    if decisions.unmet:
-        raise StrictError(f"strict=True, and {decisions.unmet[0]}")
+    for site in _left_dense(context):
+        raise StrictError(f"strict=True, and {site.path or site.node.name} stays dense: {site.reason}")
+    if context.decisions.unmet:
+        raise StrictError(f"strict=True, and {context.decisions.unmet[0]}")
+
+
+def _warnings(context: PassContext) -> list[str]:
+    """What the user would want to know at once: wishes that are not met, a graph in which nothing was replaced."""
+    if any(site.replaced for site in context.sites):
+        return list(context.decisions.unmet)
+    dense = _left_dense(context)
+    if not dense:
+        return []
+    first = dense[0]
+    where, advice = first.path or first.node.name, first.reason.advice if first.reason else ""
+    return [f"no attention was replaced: {where} ({len(dense)} such) stays dense: {first.reason}. {advice}".strip()]
+
+
+def _say(report: GraphReport) -> None:
+    """A line in the log for each graph, a warning for each disappointment."""
+    graph = torch._guards.CompileContext.current_compile_id()
+    log.info("[%s] %s", graph, report.line())
+    for text in report.warnings:
+        log.warning("[%s] %s", graph, text)
 
 
 def _site_report(site: Site) -> SiteReport:

@@ -51,16 +51,18 @@ def report(compiled: Any) -> Report:
     several times, that which was done with the options given here; of the uncompiled original, everything.
 
     Numbers that are known only when graphs run are those of the calls so far; reading them waits for the device.
+    Raises TypeError for anything else.
     """
-    if callable(compiled):
-        return _report(compiled)
+    if isinstance(compiled, torch.nn.Module) or inspect.isroutine(compiled):
+        return Report(_graphs(compiled), why_empty=NOT_CALLED if _is_ours(compiled) else NOT_OURS)
+    if not hasattr(compiled, "__dict__"):
+        raise TypeError(
+            "expected a compiled model, function or method, or an object that holds compiled models, like a pipeline; "
+            f"got {type(compiled).__name__}."
+        )
     parts = {name: part for name, part in _parts(compiled) if _graphs(part) or _is_ours(part)}
     graphs = [_below(name, graph) for name, part in parts.items() for graph in _graphs(part)]
     return Report(graphs, why_empty=NOT_CALLED if parts else NOT_OURS)
-
-
-def _report(compiled: Any) -> Report:
-    return Report(_graphs(compiled), why_empty=NOT_CALLED if _is_ours(compiled) else NOT_OURS)
 
 
 def _graphs(compiled: Any) -> list[GraphReport]:
@@ -103,7 +105,7 @@ def _original(compiled: Any) -> Any:
     """What was given to torch.compile."""
     if isinstance(compiled, torch.nn.Module):
         return getattr(compiled, "_orig_mod", compiled)
-    return inspect.unwrap(getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def _parts(holder: Any) -> Iterator[tuple[str, Any]]:

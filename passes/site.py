@@ -253,12 +253,14 @@ class Decisions:
     control  what the graph decides when it runs
     notes    what was picked
     unmet    wishes that can't be met
+    profiles names of the profiles in use
     """
 
     sites: Sequence[PlannedSite | Dense] = ()
     control: Control = Control()
     notes: tuple[str, ...] = ()
     unmet: tuple[str, ...] = ()
+    profiles: tuple[str, ...] = ()
 
 
 Policy = Callable[[Sequence[VideoSite], Conditions], Decisions]

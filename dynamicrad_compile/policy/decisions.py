@@ -16,6 +16,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
     """Decisions for the video self-attentions of one graph, in order."""
     notes: dict[str, None] = {}  # in order, each once
     unmet: dict[str, None] = {}
+    profiles: dict[str, None] = {}
     regimes = regimes_of(conditions, wishes)
     first: Settings | None = None if wishes.profile is None else Settings.of(wishes.options, wishes.profile)
     decided: list[PlannedSite | Dense] = []
@@ -27,6 +28,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
         first = first or settings
         decision = _stays_dense(site, number, settings) or planned(site, settings, wishes, regimes)
         if isinstance(decision, PlannedSite):
+            profiles[profile.name] = None
             ignored = without_meaning(wishes.options, settings.pattern)
             if ignored:
                 notes[ignored] = None
@@ -41,7 +43,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
     if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):
         unmet[f"no attention of this graph uses the option plan. {unused[0]}"] = None
     control, problems = control_of(sites, decided, conditions, first, wishes)
-    return Decisions(decided, control, tuple(notes), (*unmet, *problems))
+    return Decisions(decided, control, tuple(notes), (*unmet, *problems), tuple(profiles))
 
 
 def _stays_dense(site: VideoSite, number: int, settings: Settings) -> Dense | None:

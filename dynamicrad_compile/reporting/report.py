@@ -105,6 +105,8 @@ class GraphReport:
     seconds  of passes, plans and inner compilation
     dump     folder with the graph before and after each pass (option `dump`); empty if it was not asked for
     state    what the graph remembers from call to call, and of whom
+    profiles that its plans come from
+    warnings what goes to the log at once
     """
 
     sites: list[SiteReport]
@@ -112,6 +114,20 @@ class GraphReport:
     seconds: dict[str, float]
     dump: str = ""
     state: GraphState = field(default_factory=GraphState, repr=False)
+    profiles: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    def line(self) -> str:
+        """What was done, in a line."""
+        video = [site for site in self.sites if site.role == "video_self_attention"]
+        replaced = [site for site in self.sites if site.replaced]
+        seconds = f"compiled in {sum(self.seconds.values()):.1f} s"
+        counts = f"{len(replaced)} of {len(video)} video self-attentions replaced ({len(self.sites)} attentions)"
+        if not replaced:
+            return f"{counts}; {seconds}"
+        sparsity = sum(site.sparsity for site in replaced) / len(replaced)
+        profiles = f", profile {', '.join(self.profiles)}" if self.profiles else ""
+        return f"{counts}, grid {_grids(replaced)}, sparsity {sparsity:.1%}{profiles}; {seconds}"
 
     def measured(self, owners: Sequence[Owner]) -> GraphReport:
         """The same with the sums of what these owners have called so far."""
@@ -175,11 +191,10 @@ class Report:
             f"({len(sites)} attentions in {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)})"
         ]
         if replaced:
-            grids = dict.fromkeys("x".join(map(str, site.grid)) for site in replaced if site.grid)
             mean = sum(site.sparsity for site in replaced) / len(replaced)
             before, after = sum(s.dense_flops for s in sites), sum(s.flops for s in sites)
             lines.append(
-                f"grid {', '.join(grids)}; sparsity {mean:.1%}; all attention {before / 1e9:.1f} -> "
+                f"grid {_grids(replaced)}; sparsity {mean:.1%}; all attention {before / 1e9:.1f} -> "
                 f"{after / 1e9:.1f} GFLOP a call ({1 - after / max(before, 1):.1%} saved)"
             )
         dense = [
@@ -265,6 +280,10 @@ def _rows(sites: Iterable[SiteReport], more: bool = False) -> list[tuple[str, ..
         rows[key] = rows.get(key, 0) + 1
         first.setdefault(key, site.path or "(root)")
     return [(first[key] if n == 1 else f"{key[0]} (x{n})", *key[1:]) for key, n in rows.items()]
+
+
+def _grids(sites: Iterable[SiteReport]) -> str:
+    return ", ".join(dict.fromkeys("x".join(map(str, site.grid)) for site in sites if site.grid))
 
 
 def _pattern(path: str) -> str:
