@@ -23,6 +23,7 @@ from .classify_sites import classify_sites
 from .decode_positions import decode_positions
 from .find_attention import find_attention
 from .find_conditions import find_conditions
+from .reading.support import few_frames
 from .replace_attention import replace_attention
 from .site import (
     AttentionCall,
@@ -62,6 +63,7 @@ __all__ = [
     "Site",
     "TextTokens",
     "VideoSite",
+    "few_frames",
     "run_passes",
 ]
 

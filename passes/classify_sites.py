@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import fx
 
 from dynamicrad_compile.errors import GridError
+from dynamicrad_compile.plans.layout import MIN_FRAMES
 from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
 from .axes.concatenation import parts_of, same, segments_of, within
 from .axes.grids import Grids
 from .axes.labels import Axis, Label, Part, resolve
+from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
 from .graph import value_of
 from .reading.sharding import exchanged
-from .reading.support import UNRECORDED, unsupported
+from .reading.support import UNRECORDED, few_frames, unsupported
 from .site import (
     CROSS,
     OTHER_SELF,
@@ -39,7 +42,6 @@ from .site import (
     VideoSite,
 )
 
-MIN_FRAMES = 3  # two frames are a pair of images: there is no motion for a plan to follow
 NO_VIDEO_KEYS = f"{NOTHING}: its keys are a prompt or another short sequence, not video"
 ONE_FRAME = f"{NOTHING}: attention within one frame has no frames to skip"
 ONE_PLACE = f"{NOTHING}: attention across frames at one place is short"
@@ -52,7 +54,7 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
     """
     grids = Grids(gm, context.node_labels)
     for site in context.sites:
-        _classify(site, context.grid, grids)
+        _classify(site, context, grids)
         if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
             site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
@@ -86,8 +88,8 @@ def _video_site(site: Site) -> VideoSite | None:
     )
 
 
-def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) -> None:
-    trace = site.trace
+def _classify(site: Site, context: PassContext, grids: Grids) -> None:
+    trace, user_grid = site.trace, context.grid
     if trace is None:
         site.reason = Reason(
             "not_traced",
@@ -115,12 +117,12 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
     joined = [part for part in parts_of(query) if part.whole and grids.joined_axes(part.label)]
     if joined and grids.given_back(grids.joined_axes(joined[0].label)):
         parts = parts_of(query)
-        _set_video(site, parts, parts.index(joined[0]), user_grid, grids)
+        _set_video(site, parts, parts.index(joined[0]), context, grids)
         return
     videos = _video_parts(parts, user_grid, grids)
     chosen = videos[0] if len(videos) == 1 and not joined else grids.denoised(parts, videos)
     if chosen is not None:
-        _set_video(site, parts, chosen, user_grid, grids)
+        _set_video(site, parts, chosen, context, grids)
     elif videos:
         sizes = ", ".join("x".join(map(str, grids.size(parts[i].label) or ())) for i in videos)
         site.role = VIDEO
@@ -130,9 +132,8 @@ def _classify(site: Site, user_grid: tuple[int, int, int] | None, grids: Grids) 
         _classify_gridless(site, trace, parts, grids)
 
 
-def _set_video(
-    site: Site, parts: tuple[Part, ...], at: int, user_grid: tuple[int, int, int] | None, grids: Grids
-) -> None:
+def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContext, grids: Grids) -> None:
+    user_grid = context.grid
     axes = grids.axes(parts[at].label) or grids.joined_axes(parts[at].label)
     site.role = VIDEO
     site.grid = user_grid or (axes[0].size, axes[1].size, axes[2].size)
@@ -143,9 +144,13 @@ def _set_video(
         raise GridError(_grid_message(user_grid, parts[at].size, site))
     if user_grid is None and conflicts:
         site.reason = conflicts[0]
-    elif user_grid is None and axes[0].size < MIN_FRAMES:
-        text = f"only {axes[0].size} frames: images to be edited rather than a video (set `grid` if they are one)"
-        site.reason = Reason("few_frames", text, "set `grid` if they are a video")
+    elif user_grid is None and axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
+        site.reason = few_frames(axes[0].size)
+
+
+def _may_grow(axes: Label, context: PassContext) -> bool:
+    """Whether few frames of a grid may be many when the graph runs again."""
+    return is_read_at_run_time(axes) or isinstance(context.size_of(axes[0]), torch.SymInt)
 
 
 def _classify_unequal(

@@ -13,8 +13,13 @@ In a graph with symbolic sizes the plan is made when the graph runs, from the si
          %counts, %indices = dynamicrad.make_plan(%q, %f, %h, %w, text_before, %s, spec)
 
 Where the grid was read from the values of a position table, the plan holds only while the table shows that grid
-(see writing/table_plan). Where an axis is in no shape of a graph with symbolic sizes, those sizes become constants:
-another resolution compiles again. Whatever the case, no graph uses a plan that was made for a different grid.
+(see writing/table_plan), or with symbolic sizes
+
+         %counts, %indices = dynamicrad.plan_of_positions(%q, %table, dim, text_before, %s, spec)
+
+Where an axis is in no shape and no table of a graph with symbolic sizes, those sizes become constants: another
+resolution compiles again. So does a number of tokens for which another decision would have been made.
+Whatever the case, no graph uses a plan that was made for a different grid.
 """
 
 from __future__ import annotations
@@ -27,20 +32,25 @@ from torch import fx
 
 from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.cost import covariances
+from dynamicrad_compile.plans.layout import MIN_FRAMES
 from dynamicrad_compile.reporting.reason import FIX_SIZES, Reason
 
+from .axes.positions import PositionTable, table_of
 from .reading.masks import keys_node, without_hidden_rows
-from .site import PassContext, PlannedSite, Replacement
+from .reading.support import few_frames
+from .site import Dense, PassContext, PlannedSite, Replacement
 from .writing.control import Controls
 from .writing.operands import copy_origin, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
 from .writing.selection import select
-from .writing.sizes import RuntimeSizes, make_constant, runtime_sizes, symbolic_inputs
-from .writing.table_plan import grids_of, table_of
+from .writing.sizes import RuntimeSizes, hold_decisions, make_constant, runtime_sizes, symbolic_inputs, vary
+from .writing.table_plan import grids_of
 
 
 def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Rewrite the graph; returns the number of replaced sites."""
+    if not context.is_final:
+        hold_decisions(context)
     placed, homes = _placed(gm, context)
     if not placed:
         return 0
@@ -48,13 +58,7 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     writer = PlanWriter(gm, context, controls, homes)
     for planned in placed:
         planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))
-        table = table_of(planned.video)
-        if table is not None:
-            grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(planned))
-            context.notes.append(
-                f"the grid was read from the values of {table.node.name} and is looked up at each call: "
-                f"{grids} run sparse, other grids of as many tokens run dense"
-            )
+        context.notes += _how_planned(planned, homes.get(planned.video.node))
     done = [site.replacement for site in context.sites if site.replacement is not None]
     if context.covariance and not any(replacement.overhead for replacement in done):
         context.notes.append("option covariance does nothing here: no plan compensates (compensate is 0)")
@@ -64,11 +68,12 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
 def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedSite], dict[fx.Node, RuntimeSizes]]:
     """The sites whose plans can be placed in the graph, and where it holds the sizes of plans made when it runs."""
     planned = context.planned
-    sizes = symbolic_inputs(gm, context) if planned else []
+    one_grid = not context.is_final and any(isinstance(d, Dense) and d.this_grid for d in context.decisions.sites)
+    sizes = symbolic_inputs(gm, context) if planned or one_grid else []
     followed = [p for p in planned if p.spec is not None]
     found = {p.video.node: runtime_sizes(p.video, context, fixed_inputs=not sizes) for p in followed}
     homes = {node: where for node, where in found.items() if where is not None}
-    symbolic = bool(sizes) and len(homes) == len(planned)
+    symbolic = bool(sizes) and len(homes) == len(planned) and not one_grid
     if sizes and not symbolic:
         if context.is_final:
             names = ", ".join(sorted({str(size) for size in sizes}))
@@ -77,19 +82,43 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
                 p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES)
             return [], {}
         make_constant(sizes)
-    if symbolic:
-        context.notes.append("sizes are symbolic: plans are made when the graph runs, one for each grid it meets")
-    at_run_time = {p.video.node for p in planned if symbolic or p.video.site.data_dependent}
+    at_run_time = {
+        p.video.node
+        for p in planned
+        if p.video.site.data_dependent or (symbolic and vary(homes[p.video.node], p.video.call))
+    }
     for node in homes.keys() - at_run_time:
         del homes[node]
     placed = []
     for p in planned:
-        if p.video.site.data_dependent and p.video.node not in homes:
+        frames = p.video.grid[0]
+        if p.video.axes and frames < MIN_FRAMES and p.video.node not in homes:
+            p.video.site.reason = few_frames(frames)
+        elif p.video.site.data_dependent and p.video.node not in homes:
             text = f"its length depends on data, and {_why_fixed([p])}"
             p.video.site.reason = Reason("data_dependent_length", text, FIX_SIZES)
         else:
             placed.append(p)
     return placed, homes
+
+
+def _how_planned(planned: PlannedSite, where: RuntimeSizes | None) -> list[str]:
+    """What is to be said of a plan that follows the grid, or holds for one grid of several."""
+    table = table_of(planned.video.axes)
+    if where is not None and isinstance(where.grid, PositionTable):
+        return [
+            f"sizes are symbolic: the grid is read from the values of {where.grid.node.name} when the graph runs, one "
+            f"plan for each grid it meets; fewer than {MIN_FRAMES} frames run dense"
+        ]
+    if where is not None:
+        return ["sizes are symbolic: plans are made when the graph runs, one for each grid it meets"]
+    if table is None:
+        return []
+    grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(planned))
+    return [
+        f"the grid was read from the values of {table.node.name} and is looked up at each call: "
+        f"{grids} run sparse, other grids of as many tokens run dense"
+    ]
 
 
 def _why_fixed(planned: Sequence[PlannedSite]) -> str:

@@ -15,7 +15,7 @@ from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 from dynamicrad_compile.reporting.reason import Reason
 from dynamicrad_compile.runtime.pool import Slot
 
-from .axes.labels import Label
+from .axes.labels import Axis, Label, resolve
 from .graph import hint, value_of
 
 VIDEO = "video_self_attention"
@@ -187,13 +187,15 @@ class VideoSite:
 class PlannedSite:
     """A video self-attention with its plan.
 
-    table  the plans of all regimes, for the sizes at hand
-    spec   how to make them for other sizes; None where that can't be
+    table     the plans of all regimes, for the sizes at hand
+    spec      how to make them for other sizes; None where that can't be
+    at_least  fewer tokens than these would have stayed dense
     """
 
     video: VideoSite
     table: PlanTable
     spec: PlanSpec | None = None
+    at_least: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,10 +241,17 @@ class Control:
 
 @dataclass(frozen=True)
 class Dense:
-    """A decision to leave a video self-attention dense; asked: because the options say so."""
+    """A decision to leave a video self-attention dense.
+
+    asked      because the options say so
+    below      so many tokens would not have stayed dense; None: the number of tokens does not matter
+    this_grid  another grid might not have stayed dense
+    """
 
     reason: Reason
     asked: bool = False
+    below: int | None = None
+    this_grid: bool = False
 
 
 @dataclass(frozen=True)
@@ -301,6 +310,14 @@ class PassContext:
     slots: list[Slot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def size_of(self, axis: Axis) -> int | torch.SymInt:
+        """The size of an axis as the graph has it, symbolic where some shape shows it so."""
+        for node, labels in self.node_labels.items():
+            for dim, label in enumerate(labels):
+                if resolve(label) == (axis,) and isinstance(size := value_of(node).shape[dim], torch.SymInt):
+                    return size
+        return axis.size
 
 
 Pass = Callable[[torch.fx.GraphModule, PassContext], int]

@@ -46,8 +46,9 @@ def load_profile(name_or_path: str | os.PathLike[str] = "auto") -> Profile:
 def pick_profile(grid: tuple[int, int, int], heads: int, head_dim: int) -> tuple[Profile, str]:
     """The shipped profile that was tuned for attentions most like this one, and why it was picked.
 
-    grid is (frames, height, width) in latent tokens. Heads and head_dim must be those of [match]; of several the one
-    whose number of frames and of tokens in a frame are nearest, within a factor of REACH. Else "default".
+    grid is (frames, height, width) in latent tokens; 0 frames: any number. Heads and head_dim must be those of [match];
+    of several the one whose number of frames and of tokens in a frame are nearest, within a factor of REACH. Else
+    "default".
     """
     found: list[tuple[float, str]] = []
     frames, area = grid[0], grid[1] * grid[2]
@@ -55,7 +56,8 @@ def pick_profile(grid: tuple[int, int, int], heads: int, head_dim: int) -> tuple
         match = _load_shipped(name).match
         if match is None or match.head_dim != head_dim or heads not in match.heads:
             continue
-        gaps = (math.log(frames / match.grid[0]), math.log(area / (match.grid[1] * match.grid[2])))
+        wanted = frames or match.grid[0]
+        gaps = (math.log(wanted / match.grid[0]), math.log(area / (match.grid[1] * match.grid[2])))
         if max(map(abs, gaps)) <= math.log(REACH):
             found.append((sum(map(abs, gaps)), name))
     shape = f"{heads} heads of {head_dim} over {'x'.join(map(str, grid))}"

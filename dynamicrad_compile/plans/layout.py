@@ -12,6 +12,9 @@ import numpy as np
 
 from ..kernels.blocks import cdiv
 
+MIN_FRAMES = 3
+"""Two frames are a pair of images: there is no motion for a plan to follow."""
+
 
 @dataclass(frozen=True)
 class Segments:

@@ -7,33 +7,59 @@ sizes instead; tables are built once a grid on the host and kept, so a call cost
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from ..kernels.blocks import cdiv
+from .layout import MIN_FRAMES
 from .table import PlanSpec
 
 Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""What a graph reads of a table of P regimes and K criteria, for M = ceil(tokens / block) blocks: kv_counts int32
+[P, 1, M], kv_indices int32 [P, 1, M, M], kv_forced and kv_near int32 [P, 1, M], thresholds fp32 [P, 3 K]."""
+
+
+def full_table(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> Table:
+    """The table of `spec` for a grid, on the CPU; its indices as wide as any grid with as many tokens may need.
+
+    Fewer than MIN_FRAMES frames are no video: they are dense.
+    """
+    if grid[0] < MIN_FRAMES:
+        return dense_table(spec, math.prod(grid) + text_before + text_after)
+    table = spec.build(grid, text_before, text_after)
+    candidates, plan = table.candidates, table.plan
+    indices = torch.nn.functional.pad(plan.kv_indices, (0, plan.num_kv_blocks - plan.kv_indices.shape[-1]))
+    return plan.kv_counts, indices, candidates.kv_forced, candidates.kv_near, table.thresholds
+
+
+def dense_table(spec: PlanSpec, tokens: int) -> Table:
+    """The table that keeps all blocks of a sequence of so many tokens, on the CPU."""
+    counts, *rest = empty_table(spec, tokens, torch.empty(0, device="cpu"))
+    indices, forced, near, thresholds = (t.zero_() for t in rest)
+    return counts.fill_(counts.shape[-1]), indices, forced, near, thresholds
+
+
+def empty_table(spec: PlanSpec, tokens: int, like: torch.Tensor) -> Table:
+    """A table for a sequence of so many tokens, on the device of `like`, with nothing in it."""
+    blocks, regimes = cdiv(tokens, spec.block_size), len(spec.regimes)
+    counts, forced, near = (like.new_empty((regimes, 1, blocks), dtype=torch.int32) for _ in range(3))
+    indices = like.new_empty((regimes, 1, blocks, blocks), dtype=torch.int32)
+    return counts, indices, forced, near, like.new_empty((regimes, 3 * len(spec.criteria)), dtype=torch.float32)
 
 
 @functools.lru_cache(maxsize=16)
 def _on_device(spec: str, grid: tuple[int, int, int], text_before: int, text_after: int, device: torch.device) -> Table:
-    table = PlanSpec.from_json(spec).build(grid, text_before, text_after)
-    candidates = table.candidates.to(device)
-    plan = candidates.plan
-    indices = torch.nn.functional.pad(plan.kv_indices, (0, plan.num_kv_blocks - plan.kv_indices.shape[-1]))
-    return plan.kv_counts, indices, candidates.kv_forced, candidates.kv_near, table.thresholds.to(device)
+    counts, indices, *rest = full_table(PlanSpec.from_json(spec), grid, text_before, text_after)
+    forced, near, thresholds = (x.to(device) for x in rest)
+    return counts.to(device), indices.to(device), forced, near, thresholds
 
 
 @torch.library.custom_op("dynamicrad::make_plan", mutates_args=())
 def make_plan_op(
     like: torch.Tensor, frames: int, height: int, width: int, text_before: int, seq_len: int, spec: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The table of `spec` for a grid, on `like`'s device, with M = ceil(seq_len / block) and P regimes.
-
-    kv_counts int32 [P, 1, M], kv_indices int32 [P, 1, M, M], kv_forced and kv_near int32 [P, 1, M], thresholds fp32
-    [P, 3 K] for K criteria.
-    """
+    """The table of `spec` for a grid, on `like`'s device; see `Table`."""
     text_after = seq_len - text_before - frames * height * width
     table = _on_device(spec, (frames, height, width), text_before, text_after, like.device)
     counts, indices, forced, near, thresholds = (x.clone() for x in table)  # the graph may write over them
@@ -44,8 +70,4 @@ def make_plan_op(
 def _(
     like: torch.Tensor, frames: int, height: int, width: int, text_before: int, seq_len: int, spec: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    parsed = PlanSpec.from_json(spec)
-    blocks, regimes = cdiv(seq_len, parsed.block_size), len(parsed.regimes)
-    counts, forced, near = (like.new_empty((regimes, 1, blocks), dtype=torch.int32) for _ in range(3))
-    indices = like.new_empty((regimes, 1, blocks, blocks), dtype=torch.int32)
-    return counts, indices, forced, near, like.new_empty((regimes, 3 * len(parsed.criteria)), dtype=torch.float32)
+    return empty_table(PlanSpec.from_json(spec), seq_len, like)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
 from ..reporting.reason import Reason
 from .control import control_of
-from .gain import few_tokens, no_gain
+from .gain import few_tokens, if_it_pays
 from .planning import AS_ASKED, planned, takes_regimes, without_meaning
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
 
@@ -34,10 +34,9 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
                 notes[ignored] = None
             if takes_regimes(settings.pattern) and regimes.why:
                 (unmet if regimes.unmet else notes)[regimes.why] = None
-            dense, problem = no_gain(decision, settings)
+            decision, problem = if_it_pays(decision, settings)
             if problem:
                 unmet[problem] = None
-            decision = dense or decision
         decided.append(decision)
     unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]
     if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):

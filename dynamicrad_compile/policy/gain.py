@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -20,13 +21,16 @@ def few_tokens(site: VideoSite, limit: int) -> Dense:
     """Dense for want of tokens; limit: from how many on it pays."""
     text = f"{site.tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
     advice = "lower `min_tokens` to make it sparse all the same; it may be slower"
-    return Dense(Reason("few_tokens", text, advice))
+    return Dense(Reason("few_tokens", text, advice), below=limit)
 
 
-def no_gain(planned: PlannedSite, settings: Settings) -> tuple[Dense | None, str]:
-    """With min_tokens "auto": why sparse attention would not pay on this device, and why that can't be told."""
+def if_it_pays(planned: PlannedSite, settings: Settings) -> tuple[PlannedSite | Dense, str]:
+    """The planned site, or why sparse attention would not pay; and why that can't be told of this device.
+
+    Either says for which numbers of tokens it holds.
+    """
     if settings.min_tokens != "auto":
-        return None, ""
+        return replace(planned, at_least=settings.min_tokens), ""
     site = planned.video
     problem, gain, half = "", None, site.dtype != torch.float32
     tokens, sparsity = site.tokens, expected_sparsity(settings.profile, planned.spec, planned.table)
@@ -35,13 +39,21 @@ def no_gain(planned: PlannedSite, settings: Settings) -> tuple[Dense | None, str
         gain = crossover.expected_gain(arch, tokens, sparsity, site.shape[-1], half) if arch else None
     except CrossoverError as error:
         problem = f"min_tokens 'auto' is {MIN_TOKENS_AUTO}: {error}"
-    if gain is None and tokens < MIN_TOKENS_AUTO:
-        return few_tokens(site, MIN_TOKENS_AUTO), problem
-    if gain is not None and gain.ratio < crossover.MIN_GAIN:
+    if gain is None:
+        few = tokens < MIN_TOKENS_AUTO
+        return few_tokens(site, MIN_TOKENS_AUTO) if few else replace(planned, at_least=MIN_TOKENS_AUTO), problem
+    assert arch is not None
+    first = _first_length(crossover.load(), arch, sparsity, site.shape[-1], half)
+    if gain.ratio < crossover.MIN_GAIN:
         text = f"{tokens} tokens, {sparsity:.0%} sparse: expected {gain}, too little to pay"
         advice = "set `min_tokens=0` to make it sparse all the same; it would be slower by that table"
-        return Dense(Reason("no_gain", text, advice)), problem
-    return None, problem
+        # a pattern's sparsity may grow with the length: of twice as many tokens nothing is known
+        below = min(2 * tokens, first if first is not None and first > tokens else 2 * tokens)
+        return Dense(Reason("no_gain", text, advice), below=below), problem
+    return replace(planned, at_least=tokens if first is None else min(first, tokens)), problem
+
+
+_first_length = functools.lru_cache(maxsize=16)(crossover.first_length)
 
 
 def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable) -> float:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import PlanError
 from ..options import Options
-from ..passes import Dense, PlannedSite, VideoSite
+from ..passes import Dense, PlannedSite, VideoSite, few_frames
+from ..plans.layout import MIN_FRAMES
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.table import PlanSpec, RegimeSpec, balance_of
@@ -34,15 +35,19 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
 
 def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     """The option plan, if it fits the site. Raises PlanError where a function fails or gives what does not fit."""
+    frames = site.grid[0]
+    if site.axes and frames < MIN_FRAMES:
+        return Dense(few_frames(frames), this_grid=True)
     try:
         table = own.table(site.grid, site.text, site.shape[1], site.device)
     except PlanError as error:
         if own.follows_grid:
             raise
         advice = "give a plan for this sequence, or a function (grid, text_before, text_after) that makes one"
-        return Dense(Reason("plan_misfit", str(error), advice))
+        return Dense(Reason("plan_misfit", str(error), advice), this_grid=True)
     if table is None:
-        return Dense(Reason("plan_none", "the option plan gives None for its grid", AS_ASKED), asked=True)
+        reason = Reason("plan_none", "the option plan gives None for its grid", AS_ASKED)
+        return Dense(reason, asked=True, this_grid=True)
     return PlannedSite(site, table)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..options import Options
 from ..passes import Conditions, VideoSite
+from ..plans.layout import MIN_FRAMES
 from ..plans.own import OwnPlan
 from ..profiles import REGIMES, Profile, load_profile, pick_profile
 from ..profiles.parameters import Mode
@@ -81,10 +82,15 @@ class Regimes:
 
 
 def profile_for(site: VideoSite, wishes: Wishes) -> tuple[Profile, str]:
-    """The profile of a site, and why it was picked; '' where it was asked for."""
+    """The profile of a site, and why it was picked; '' where it was asked for.
+
+    Too few frames for a video say nothing of those that are to come in the same graph.
+    """
     if wishes.profile is not None:
         return wishes.profile, ""
-    return pick_profile(site.grid, heads=site.shape[1], head_dim=site.shape[-1])
+    frames, height, width = site.grid
+    grid = (frames if frames >= MIN_FRAMES else 0, height, width)
+    return pick_profile(grid, heads=site.shape[1], head_dim=site.shape[-1])
 
 
 def regimes_of(conditions: Conditions, wishes: Wishes) -> Regimes:

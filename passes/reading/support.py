@@ -18,6 +18,12 @@ SAME_DTYPE = "run the model in bfloat16, float16 or float32 throughout, or under
 Shape = tuple[int, ...]
 
 
+def few_frames(frames: int) -> Reason:
+    """Why so few frames are no video."""
+    text = f"only {frames} frames: images to be edited rather than a video (set `grid` if they are one)"
+    return Reason("few_frames", text, "set `grid` if they are a video")
+
+
 def unsupported(site: Site) -> Reason | None:
     """Why a video self-attention can't be replaced; None if it can."""
     call = site.call

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynamicrad_compile.plans import op as _registers_make_plan  # noqa: F401
+from dynamicrad_compile.plans import positions_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.runtime.account import new_stats, record
 from dynamicrad_compile.runtime.pool import Slot
 
+from ..axes.positions import PositionTable, table_of
 from ..graph import value_of
 from ..reading.layout import token_dim
 from ..site import PassContext, PlannedSite, VideoSite
 from .buffers import buffer_node, state_node
 from .control import Controls, PlanNodes
 from .sizes import Home, RuntimeSizes
-from .table_plan import guarded_plan, table_of
+from .table_plan import guarded_plan
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PlanWriter:
             num_kv = None if where else table.plan.num_kv_blocks
             with self.gm.graph.inserting_before(video.node):
                 nodes = self.controls.choose(self._nodes(planned, where), planned, num_kv)
-                counted = self.varies(planned) and not table.criteria
+                counted = (self.varies(planned) or (where and not self.is_final)) and not table.criteria
                 stats = self.record(nodes, planned, num_kv) if counted else ""
             self.written[key] = WrittenPlan(nodes, num_kv, stats)
         return self.written[key]
@@ -79,7 +80,7 @@ class PlanWriter:
         return self.controls.context.slots[-1].name
 
     def _nodes(self, planned: PlannedSite, where: RuntimeSizes | None) -> PlanNodes:
-        table = table_of(planned.video)
+        table = table_of(planned.video.axes)
         if where is not None:
             return self._runtime(planned, where)
         if table is not None:
@@ -102,17 +103,23 @@ class PlanWriter:
         def product(homes: Sequence[Home]) -> Any:
             return functools.reduce(lambda a, b: call(operator.mul, (a, b)), map(size, homes))
 
-        frames, height, width = map(size, where.grid)
+        table = where.grid if isinstance(where.grid, PositionTable) else None
+        grid: Sequence[Home] = where.grid if isinstance(where.grid, tuple) else ((where.grid.node, where.grid.dim),)
         length = size((query, token_dim(planned.video.call)))
+        if "t" in planned.video.call.layouts[0]:
+            length = call(operator.floordiv, (length, planned.video.call.sequences or 1))
         before: Any = 0
         if where.before is None:
-            before = call(operator.sub, (length, product(where.grid)))
+            before = call(operator.sub, (length, product(grid)))
         for piece in where.before or ():
             before = call(operator.add, (before, product(piece)))
         assert planned.spec is not None
-        spec = planned.spec.to_json()
-        table = call(torch.ops.dynamicrad.make_plan.default, (query, frames, height, width, before, length, spec))
-        return PlanNodes(*(call(operator.getitem, (table, i)) for i in range(len(planned.table.tensors()))))
+        rest = (before, length, planned.spec.to_json())
+        if table is not None:
+            made = call(torch.ops.dynamicrad.plan_of_positions.default, (query, table.node, table.dim, *rest))
+        else:
+            made = call(torch.ops.dynamicrad.make_plan.default, (query, *map(size, grid), *rest))
+        return PlanNodes(*(call(operator.getitem, (made, i)) for i in range(len(planned.table.tensors()))))
 
 
 def _length(video: VideoSite) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..axes.concatenation import parts_of
 from ..axes.labels import Axis, resolve
-from ..graph import specialise, value_of
-from ..site import CROSS, PassContext, VideoSite
+from ..axes.positions import PositionTable, table_of
+from ..graph import depends_on_data, specialise, value_of
+from ..reading.layout import token_dim
+from ..site import CROSS, AttentionCall, Dense, PassContext, VideoSite
 
 Home = tuple[fx.Node, int] | int
 
@@ -25,7 +28,7 @@ def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymI
     for site in context.sites:
         if site.trace is not None and site.role == CROSS:
             harmless.update(resolve(site.trace.key[-2]))
-    traces = [planned.video.trace for planned in context.planned]
+    traces = [video.trace for video in context.videos]
     for trace in traces:
         harmless.update(resolve(trace.query[0]))
     for trace in traces:
@@ -54,15 +57,37 @@ def make_constant(sizes: list[torch.SymInt]) -> None:
         specialise(size)
 
 
+def hold_decisions(context: PassContext) -> None:
+    """Guard what was decided by the number of tokens, where that is symbolic."""
+    for video, decision in zip(context.videos, context.decisions.sites, strict=True):
+        tokens = tokens_of(video.call)
+        limit = decision.below if isinstance(decision, Dense) else decision.at_least
+        if limit is not None and isinstance(tokens, torch.SymInt) and not depends_on_data(tokens):
+            bool(tokens < limit)
+
+
+def vary(where: RuntimeSizes, call: AttentionCall) -> bool:
+    """Whether a plan may change from call to call: a size of the grid, or the length of the sequence, is symbolic."""
+    homes: Iterable[Home] = where.grid if isinstance(where.grid, tuple) else [(where.grid.node, where.grid.dim)]
+    sizes = [value_of(home[0]).shape[home[1]] for home in homes if not isinstance(home, int)]
+    return any(isinstance(size, torch.SymInt) for size in (*sizes, tokens_of(call)))
+
+
+def tokens_of(call: AttentionCall) -> Any:
+    """The length of a call's sequence, as the graph has it."""
+    length = value_of(call.query).shape[token_dim(call)]
+    return length // call.sequences if "t" in call.layouts[0] and call.sequences else length
+
+
 @dataclass(frozen=True)
 class RuntimeSizes:
     """Where a graph holds the sizes of one site, as (node, dimension) pairs, or as numbers that it was compiled for.
 
-    grid     frames, height and width
+    grid     frames, height and width; or a table whose values show them
     before   axes whose products are the pieces in front of the video; None: whatever the video leaves of the sequence
     """
 
-    grid: tuple[Home, Home, Home]
+    grid: tuple[Home, Home, Home] | PositionTable
     before: tuple[tuple[Home, ...], ...] | None = ()
 
 
@@ -82,10 +107,15 @@ def runtime_sizes(video: VideoSite, context: PassContext, fixed_inputs: bool) ->
     for axis in video.axes:
         if fixed_inputs and axis.table is None:
             homes.setdefault(axis, axis.size)
-    if len(video.axes) != 3 or any(axis not in homes for axis in video.axes):
+    grid: tuple[Home, Home, Home] | PositionTable
+    table = table_of(video.axes)
+    if len(video.axes) == 3 and all(axis in homes for axis in video.axes):
+        frames, height, width = (homes[axis] for axis in video.axes)
+        grid = (frames, height, width)
+    elif table is not None:
+        grid = table
+    else:
         return None
-    frames, height, width = (homes[axis] for axis in video.axes)
-    grid = (frames, height, width)
     if not video.text.before:
         return RuntimeSizes(grid)
     if not video.text.after:

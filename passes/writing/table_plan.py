@@ -15,8 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ..axes.positions import PositionTable, columns_of
-from ..site import PlannedSite, VideoSite
+from dynamicrad_compile.plans.positions import columns_of
+
+from ..axes.positions import PositionTable
+from ..site import PlannedSite
 from .control import PlanNodes
 
 
@@ -24,11 +26,6 @@ def grids_of(planned: PlannedSite) -> list[tuple[int, int, int]]:
     """The grids that get sparse attention in a graph whose grid was read from a table."""
     frames, height, width = grid = planned.video.grid
     return [grid] if height == width or planned.spec is None else [grid, (frames, width, height)]
-
-
-def table_of(video: VideoSite) -> PositionTable | None:
-    """The table from which the site's grid was read, None if it was in a shape."""
-    return next((axis.table for axis in video.axes if axis.table is not None), None)
 
 
 def guarded_plan(

@@ -1,0 +1,131 @@
+"""dynamicrad::plan_of_positions: the plan table of the grid that a position table shows when the graph runs.
+
+In regional compilation a graph with a symbolic number of tokens sees its grid only in the values of an input. For each
+number of tokens a `Book` holds the grids met so far with their plans on the device. At a call the device compares the
+table with them and takes the plan of the one that it shows, or dense attention; so no grid ever gets another's plan,
+whatever the host knows, and in a captured CUDA graph too.
+
+The host reads a table when a number of tokens is new, and when a table shows no grid of the book. On a GPU it learns of
+the latter from a flag in its own memory, without waiting: such a grid runs dense until the flag has arrived, a few
+layers of its first step. There a grid and its transpose are entered together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from .op import Table, dense_table, empty_table, full_table
+from .positions import Decoded, columns_of, decode_table, first_in_line, shows
+from .table import PlanSpec
+
+MAX_READS = 16
+"""A book that has read so many tables reads no more: what it does not know runs dense."""
+
+
+class _Pages(NamedTuple):
+    """K grids; columns and lines of `shows`; and the tensors of a `Table`, each [K + 1, ...]: the last is dense."""
+
+    grids: tuple[Decoded, ...]
+    columns: torch.Tensor
+    lines: torch.Tensor
+    plans: tuple[torch.Tensor, ...]
+
+
+class Book:
+    """The grids met so far in tables [tokens, columns] of one kind and device, and their plans.
+
+    spec    how plans are made
+    text    tokens of the sequence before and after the video
+    device  of the plans
+    """
+
+    def __init__(
+        self, spec: PlanSpec, tokens: int, text: tuple[int, int], device: torch.device, table_device: torch.device
+    ):
+        self.spec, self.tokens, self.text, self.device, self.table_device = spec, tokens, text, device, table_device
+        self.reads = 0
+        self.pages = self._written(())
+        self.missed: torch.Tensor | None = None
+        if table_device.type == "cuda":
+            with torch.inference_mode(False):
+                self.missed = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=True)
+
+    def plan(self, table: torch.Tensor) -> Table:
+        """Plan of the grid that a table [tokens, columns] shows."""
+        if self.missed is None:
+            at = self._place(table)
+            if at is None and self._read(table):
+                at = self._place(table)
+            plans = [t[-1 if at is None else at].clone() for t in self.pages.plans]
+        else:
+            if not torch.cuda.is_current_stream_capturing() and (not self.reads or bool(self.missed)):
+                self._read(table)
+            pages = self.pages
+            shown = shows(table, pages.columns, pages.lines)
+            if not torch.cuda.is_current_stream_capturing():
+                self.missed.copy_(shown.any().logical_not(), non_blocking=True)
+            chosen = torch.nn.functional.pad(shown, (0, 1), value=True).int().argmax()[None]
+            plans = [t.index_select(0, chosen)[0] for t in pages.plans]
+        counts, indices, forced, near, thresholds = plans
+        return counts, indices, forced, near, thresholds
+
+    def _place(self, table: torch.Tensor) -> int | None:
+        shown = shows(table, self.pages.columns, self.pages.lines)
+        return int(shown.int().argmax()) if bool(shown.any()) else None
+
+    def _read(self, table: torch.Tensor) -> bool:
+        """Enter the grid that a table shows; False if it is in the book, or none, or the book is full."""
+        if self.reads >= MAX_READS:
+            return False
+        self.reads += 1
+        found = decode_table(table.detach(), single_frame=True)
+        if found is None or found in self.pages.grids:
+            return False
+        frames, height, width = found.grid
+        transposed = [] if self.missed is None else [Decoded((frames, width, height), found.columns)]
+        self.pages = self._written(dict.fromkeys((*self.pages.grids, found, *transposed)))
+        return True
+
+    def _written(self, found: Iterable[Decoded]) -> _Pages:
+        grids = tuple(found)
+        with torch.inference_mode(False), torch.device("cpu"):
+            columns = torch.tensor([one.columns for one in grids], dtype=torch.int64).reshape(-1, 3).T.contiguous()
+            lines = torch.empty(self.tokens, 3, len(grids), dtype=torch.int64)
+            for k, one in enumerate(grids):
+                lines[..., k] = first_in_line(one.grid)
+            tables = [full_table(self.spec, one.grid, *self.text) for one in grids]
+            tables.append(dense_table(self.spec, self.tokens + sum(self.text)))
+            plans = [torch.stack(same).to(self.device) for same in zip(*tables, strict=True)]
+        return _Pages(grids, columns.to(self.table_device), lines.to(self.table_device), tuple(plans))
+
+
+@functools.lru_cache(maxsize=32)
+def _book(
+    spec: str, tokens: int, columns: int, text: tuple[int, int], device: torch.device, table_device: torch.device
+) -> Book:
+    return Book(PlanSpec.from_json(spec), tokens, text, device, table_device)
+
+
+@torch.library.custom_op("dynamicrad::plan_of_positions", mutates_args=())
+def plan_of_positions_op(
+    like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The table of `spec` for the grid that a position table with its tokens along `dim` shows; see `op.Table`.
+
+    The sequence of seq_len tokens has text_before tokens in front of the video. Plans are on `like`'s device.
+    """
+    rows = columns_of(table, dim)
+    tokens, columns = rows.shape
+    text = (text_before, seq_len - text_before - tokens)
+    return _book(spec, tokens, columns, text, like.device, table.device).plan(rows)
+
+
+@plan_of_positions_op.register_fake
+def _(
+    like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return empty_table(PlanSpec.from_json(spec), seq_len, like)
