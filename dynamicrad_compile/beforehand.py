@@ -52,7 +52,7 @@ def usable_device(name: str, error: type[DynamicRadError] = DynamicRadError) -> 
     import torch
 
     try:
-        if torch.empty(1, device=name).is_meta:
+        if torch.empty(1, device=name, dtype=torch.float32).is_meta:
             raise RuntimeError("meta tensors hold no values")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as problem:
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0].removesuffix(".")

@@ -96,7 +96,7 @@ def _has_no_values(a: Attention) -> bool:
 
 def _pairs(a: Attention, keys: Tensor) -> int:
     """(query, key) pairs of rows that read `keys` [B or 1, H or 1, Mq] each; the last row may be ragged."""
-    rows = torch.full((keys.shape[2],), a.block_q)
+    rows = torch.full((keys.shape[2],), a.block_q, dtype=torch.int64, device="cpu")
     rows[-1] = a.q.shape[2] - (keys.shape[2] - 1) * a.block_q
     repeats = a.q.shape[0] * a.q.shape[1] // (keys.shape[0] * keys.shape[1])
     return repeats * int((keys * rows).sum())
@@ -112,7 +112,7 @@ def kept_pairs(a: Attention) -> int:
     if _has_no_values(a):
         return batch * heads * q_len * min(a.kv_indices.shape[-1] * a.block_kv, kv_len)
     counts, ids = in_range(a.kv_counts.cpu().long(), a.kv_indices.cpu(), m_k)
-    active = torch.arange(ids.shape[-1]) < counts[..., None]
+    active = torch.arange(ids.shape[-1], device="cpu") < counts[..., None]
     holds_tail = (active & (ids == m_k - 1)).any(-1)
     keys = counts * a.block_kv - torch.where(holds_tail, m_k * a.block_kv - kv_len, 0)
     return _pairs(a, torch.where(counts >= m_k, kv_len, keys))

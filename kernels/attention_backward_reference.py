@@ -27,7 +27,9 @@ def block_sparse_attention_backward_reference(
     dtype, (batch, heads, q_len, _), (kv_heads, kv_len) = k.dtype, q.shape, k.shape[1:3]
     scale, block_kv = a.factor, a.block_kv
     q, k, v, grad_out, grad_lse = (x.double() for x in (q, k, v, grad_out, grad_lse))
-    usable = torch.ones(batch, kv_len, dtype=torch.bool) if a.kv_mask is None else a.kv_mask.expand(batch, -1)
+    usable = (
+        torch.ones(batch, kv_len, dtype=torch.bool, device="cpu") if a.kv_mask is None else a.kv_mask.expand(batch, -1)
+    )
     active = token_mask(a.kv_counts, a.kv_indices, a.block_q, block_kv, q_len, kv_len) & usable[:, None, None]
     bias = torch.where(active, 0.0, float("-inf")).double().expand(batch, heads, -1, -1)
     keys, values = k, v

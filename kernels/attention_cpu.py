@@ -70,7 +70,7 @@ def _heads(a: Attention, weight: float, out: Tensor, lse: Tensor, buffers: list[
         usable = torch.zeros(n_kv * a.block_kv, dtype=torch.bool, device="cpu")
         usable[:kv_len] = True if a.kv_mask is None else a.kv_mask
         usable = usable.view(n_kv, a.block_kv)
-    norms, means, fill_means = torch.empty(kv_heads, device="cpu"), None, []
+    norms, means, fill_means = torch.empty(kv_heads, device="cpu", dtype=torch.float32), None, []
     workers.run(fill_q + fill_k + fill_v, buffers)
     if n_kv > 0:
         if weight > 0:

@@ -43,7 +43,7 @@ class BlockMeans:
         self.sources, self.valid = (keys, values), valid
         self.keys, self.values = (buffers.get(name, heads, padded, dim) for name in ("mean_keys", "mean_values"))
         if valid is None:
-            counts = torch.full((self.n_kv,), self.block, device="cpu")
+            counts = torch.full((self.n_kv,), self.block, dtype=torch.int64, device="cpu")
             counts[-1] = kv_len - (self.n_kv - 1) * self.block
         else:
             counts = valid.sum(-1)

@@ -70,7 +70,7 @@ def _piece(work: Work, head: int, ids: list[int], buffers: Buffers) -> _Piece:
     if ids[-1] - ids[0] == blocks - 1:
         picked, index = [x[ids[0] : ids[-1] + 1] for x in sources], None
     else:
-        index = torch.tensor(ids, device="cpu")
+        index = torch.tensor(ids, dtype=torch.int64, device="cpu")
         shapes = ((blocks, width),) * 2 + ((blocks, work.block_q),) * 2
         picked = [
             torch.index_select(x, 0, index, out=buffers.get(f"piece{i}", *shape))

@@ -51,8 +51,12 @@ def candidate_rows(s: Selection) -> Iterator[Row]:
     plans, plan_heads, rows = s.kv_counts.shape
     n_kv = -(-kv_len // s.block_kv)
     for b in range(batch):
-        every = torch.ones(q_len, dtype=torch.bool)
-        usable = torch.ones(kv_len, dtype=torch.bool) if s.kv_mask is None else s.kv_mask[b % s.kv_mask.shape[0]]
+        every = torch.ones(q_len, dtype=torch.bool, device="cpu")
+        usable = (
+            torch.ones(kv_len, dtype=torch.bool, device="cpu")
+            if s.kv_mask is None
+            else s.kv_mask[b % s.kv_mask.shape[0]]
+        )
         for h in range(heads):
             keys = [_block(s.k[b, h // rep], j, s.block_kv, usable) for j in range(n_kv)]
             for i in range(rows):
@@ -98,7 +102,7 @@ def choose(row: Row, thresholds: tuple[float, float], criterion: str) -> list[in
                 kept.add(j)
                 mass += shares[j]
         else:
-            size = torch.tensor(threshold, dtype=torch.float32) * len(group)  # rounded as in the kernels
+            size = torch.tensor(threshold, dtype=torch.float32, device="cpu") * len(group)  # rounded as in the kernels
             kept |= set(best_first[: math.ceil(float(size))])
     if not kept and n:
         kept = {max(range(n), key=lambda j: (row.scores[j], -j))}
@@ -108,8 +112,8 @@ def choose(row: Row, thresholds: tuple[float, float], criterion: str) -> list[in
 def select_blocks_reference(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(counts int32 [B, H, Mq], indices int32 [B, H, Mq, W]) of the op's arguments."""
     s = Selection(*args, **kwargs)
-    counts = torch.zeros(*s.q.shape[:2], s.kv_counts.shape[2], dtype=torch.int32)
-    indices = torch.zeros(*counts.shape, s.kv_indices.shape[3], dtype=torch.int32)
+    counts = torch.zeros(*s.q.shape[:2], s.kv_counts.shape[2], dtype=torch.int32, device="cpu")
+    indices = torch.zeros(*counts.shape, s.kv_indices.shape[3], dtype=torch.int32, device="cpu")
     for row in candidate_rows(s):
         if row.dense:
             counts[row.where] = -(-s.k.shape[2] // s.block_kv)
@@ -117,5 +121,5 @@ def select_blocks_reference(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, to
         near, far = s.thresholds[row.where[0] % s.thresholds.shape[0]].tolist()
         kept = [row.ids[j] for j in choose(row, (near, far), s.criterion)]
         counts[row.where] = len(kept)
-        indices[row.where][: len(kept)] = torch.tensor(kept, dtype=torch.int32)
+        indices[row.where][: len(kept)] = torch.tensor(kept, dtype=torch.int32, device="cpu")
     return counts, indices

@@ -78,7 +78,7 @@ def attention_row(case: Case) -> Row:
     plan = make_plan("dynamicrad", case.grid, case.block_size, sparsity=case.sparsity).to(case.device)
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, case.heads, plan.q_len, case.head_dim)
-    q, k, v = torch.randn(shape, generator=generator).to(case.device, case.dtype)
+    q, k, v = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(case.device, case.dtype)
     calls = {
         "dense": lambda: scaled_dot_product_attention(q, k, v),
         "sparse": lambda: block_sparse_attention(q, k, v, plan),
@@ -96,7 +96,7 @@ def step_row(case: Case) -> Row:
     plan = make_plan("dynamicrad", case.grid, case.block_size, sparsity=case.sparsity)
     torch.manual_seed(0)
     model = _Block(case.heads, case.head_dim).eval().to(case.device, case.dtype)
-    video = torch.randn(1, _Block.CHANNELS, *case.grid).to(case.device, case.dtype)
+    video = torch.randn(1, _Block.CHANNELS, *case.grid, dtype=torch.float32, device="cpu").to(case.device, case.dtype)
     options: dict[str, Any] = {
         "pattern": "dynamicrad",
         "mode": "static_ratio",

@@ -116,7 +116,9 @@ def _op() -> Iterator[Finding]:
 
     # Tokens that fill no whole block; a plan that keeps everything equals dense attention.
     plan = make_plan("dense", grid=(3, 5, 7), block_size=64)
-    sample = torch.randn(3, 1, 2, plan.q_len, 64, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(
+        3, 1, 2, plan.q_len, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     dense = torch.nn.functional.scaled_dot_product_attention(*sample.double())
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         name = f"dynamicrad::block_sparse_attention on {device}"

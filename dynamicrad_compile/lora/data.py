@@ -108,7 +108,7 @@ def collate(clips: Sequence[Clip]) -> Batch:
     return Batch(
         torch.stack([clip.latents for clip in clips]),
         {name: torch.stack([clip.conditions[name] for clip in clips]) for name in first.conditions},
-        None if None in labels else torch.tensor(labels, dtype=torch.int64),
+        None if None in labels else torch.tensor(labels, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -119,7 +119,7 @@ def order(length: int, seed: int, first: int, stop: int) -> Iterator[int]:
         if place // length != epoch:
             epoch = place // length
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            permutation = torch.randperm(length, generator=generator).tolist()
+            permutation = torch.randperm(length, generator=generator, device="cpu").tolist()
         yield permutation[place % length]
 
 

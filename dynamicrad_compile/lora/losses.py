@@ -46,10 +46,19 @@ def draw_levels(count: int, loss: Loss, generator: torch.Generator, dense_level:
     Where inference is dense above `dense_level` (option dense_timestep), one call can't be both: its levels are all on
     the side on which the first one is.
     """
-    levels = shifted((torch.rand((), generator=generator) + torch.arange(count) / count) % 1.0, loss.shift)
+    levels = shifted(
+        (
+            torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
+            + torch.arange(count, dtype=torch.float32, device="cpu") / count
+        )
+        % 1.0,
+        loss.shift,
+    )
     while dense_level is not None and bool(((levels >= dense_level) != (levels[0] >= dense_level)).any()):
         other = (levels >= dense_level) != (levels[0] >= dense_level)
-        levels[other] = shifted(torch.rand(int(other.sum()), generator=generator), loss.shift)
+        levels[other] = shifted(
+            torch.rand(int(other.sum()), generator=generator, dtype=torch.float32, device="cpu"), loss.shift
+        )
     return levels
 
 
@@ -74,13 +83,13 @@ def held_out_losses(
     are spread evenly over 0..1 before the shift, and the clips stand between each other's. `prepare` moves a batch to
     device and dtype.
     """
-    found = torch.zeros(count, levels, dtype=torch.float64)
+    found = torch.zeros(count, levels, dtype=torch.float64, device="cpu")
     for i in range(count):
         batch = prepare(collate([clips[i]]))
         for j in range(levels):
             generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + 1009 * i + j)
-            u = torch.tensor([(j + ((i + 0.5) * 0.618034) % 1.0) / levels])
-            noise = torch.randn(batch.latents.shape, generator=generator)
+            u = torch.tensor([(j + ((i + 0.5) * 0.618034) % 1.0) / levels], dtype=torch.float32, device="cpu")
+            noise = torch.randn(batch.latents.shape, generator=generator, dtype=torch.float32, device="cpu")
             question = ask(batch, shifted(u, loss.shift), noise, loss)
             found[i, j] = (call(batch, question).float() - question.target).square().mean().double()
     return found

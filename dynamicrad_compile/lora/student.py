@@ -90,8 +90,10 @@ class Student:
     def regimes(self, batch: Batch, generator: torch.Generator, jitter: bool = True) -> Tensor:
         """The regime of each clip of a batch, int64 [B], by [regimes]; `jitter` False leaves out its jitter."""
         source, count = self.settings.regimes.source, len(batch.latents)
-        anything = torch.randint(len(REGIMES), (count,), generator=generator)
-        jittered = (torch.rand(count, generator=generator) < self.settings.regimes.jitter) & jitter
+        anything = torch.randint(len(REGIMES), (count,), generator=generator, device="cpu")
+        jittered = (
+            torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") < self.settings.regimes.jitter
+        ) & jitter
         if source == "random":
             return anything
         if source == "label":
@@ -106,7 +108,7 @@ class Student:
                 raise LoraError(f"regimes.source = 'router', and no condition is called one of {PROMPT}.")
             found = self.router.predict(prompt, mask if self.router.masked else None).cpu()
         else:
-            found = torch.full((count,), REGIMES.index(source))
+            found = torch.full((count,), REGIMES.index(source), dtype=torch.int64, device="cpu")
         return torch.where(jittered, anything, found)
 
     def predict(self, batch: Batch, question: Question, regimes: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class _Training:
         student.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
-        sums = torch.zeros(2, device=accelerator.device)
+        sums = torch.zeros(2, device=accelerator.device, dtype=torch.float32)
         for part in range(train.accumulate):
             batch = next(loader).to(accelerator.device, self.dtype)
             call = (step * train.accumulate + part) * accelerator.num_processes + accelerator.process_index
@@ -180,7 +180,12 @@ class _Training:
         weights, student = self.settings.loss, self.student
         regimes = student.regimes(batch, generator)
         levels = draw_levels(len(batch.latents), weights, generator, student.dense_level)
-        question = ask(batch, levels, torch.randn(batch.latents.shape, generator=generator), weights)
+        question = ask(
+            batch,
+            levels,
+            torch.randn(batch.latents.shape, generator=generator, dtype=torch.float32, device="cpu"),
+            weights,
+        )
         taught = None
         if weights.distill:
             with self.accelerator.autocast():

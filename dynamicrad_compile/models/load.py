@@ -70,6 +70,10 @@ def _filled(name: str, value: Any, dtype: torch.dtype, device: str) -> Any:
         return value
     if value.is_floating_point():
         keep = name in ("", "timestep")
-        value = torch.full_like(value, 500.0) if name == "timestep" else torch.randn(value.shape)
+        value = (
+            torch.full_like(value, 500.0)
+            if name == "timestep"
+            else torch.randn(value.shape, dtype=torch.float32, device="cpu")
+        )
         value = value.to(torch.float32 if keep else dtype)
     return value.to(device)

@@ -38,11 +38,11 @@ class Family:
 
 
 def _floats(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape)
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def _ones(*shape: int) -> torch.Tensor:
-    return torch.ones(*shape, dtype=torch.long)
+    return torch.ones(*shape, dtype=torch.long, device="cpu")
 
 
 def _video(config: Config, size: Latents, channels: str = "in_channels") -> torch.Tensor:
@@ -173,8 +173,10 @@ def _kandinsky5(config: Config, size: Latents) -> Inputs:
         "timestep": _floats(1),
         "encoder_hidden_states": _floats(1, 256, config["in_text_dim"]),
         "pooled_projections": _floats(1, config["in_text_dim2"]),
-        "visual_rope_pos": [torch.arange(n) for n in (size.frames, size.height // patch_h, size.width // patch_w)],
-        "text_rope_pos": torch.arange(256),
+        "visual_rope_pos": [
+            torch.arange(n, device="cpu") for n in (size.frames, size.height // patch_h, size.width // patch_w)
+        ],
+        "text_rope_pos": torch.arange(256, device="cpu"),
     }
 
 

@@ -35,7 +35,7 @@ def full_table(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, tex
 
 def dense_table(spec: PlanSpec, tokens: int) -> Table:
     """The table that keeps all blocks of a sequence of so many tokens, on the CPU."""
-    counts, *rest = empty_table(spec, tokens, torch.empty(0, device="cpu"))
+    counts, *rest = empty_table(spec, tokens, torch.empty(0, dtype=torch.float32, device="cpu"))
     indices, forced, near, thresholds = (t.zero_() for t in rest)
     return counts.fill_(counts.shape[-1]), indices, forced, near, thresholds
 

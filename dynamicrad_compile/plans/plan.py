@@ -96,7 +96,7 @@ class BlockPlan:
     @property
     def sparsity(self) -> float:
         """Share of dense attention that is skipped, in 0..1, over all regimes and heads; compensation counts."""
-        weights = torch.tensor(self.compensate, device=self.kv_counts.device)[:, None, None]
+        weights = torch.tensor(self.compensate, dtype=torch.float32, device=self.kv_counts.device)[:, None, None]
         return 1.0 - float(cost.computed(self.kv_counts, weights, self.num_kv_blocks, self.block_kv))
 
     def compensation(self) -> torch.Tensor | None:

@@ -85,8 +85,8 @@ def _one_axis_each(table: torch.Tensor, grid: Triple) -> list[int | None] | None
 def first_in_line(grid: Triple) -> torch.Tensor:
     """int64 [tokens, 3]: for each token, and each axis, the first token with the same place on that axis."""
     frames, height, width = grid
-    places = (torch.arange(frames) * height * width, torch.arange(height) * width, torch.arange(width))
-    return torch.stack(torch.meshgrid(*places, indexing="ij"), -1).reshape(-1, 3)
+    f, h, w = (torch.arange(n, device="cpu") for n in (frames, height, width))
+    return torch.stack(torch.meshgrid(f * height * width, h * width, w, indexing="ij"), -1).reshape(-1, 3)
 
 
 def shows(table: torch.Tensor, columns: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:

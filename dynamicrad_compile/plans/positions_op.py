@@ -92,9 +92,10 @@ class Book:
 
     def _written(self, found: Iterable[Decoded]) -> _Pages:
         grids = tuple(found)
-        with torch.inference_mode(False), torch.device("cpu"):
-            columns = torch.tensor([one.columns for one in grids], dtype=torch.int64).reshape(-1, 3).T.contiguous()
-            lines = torch.empty(self.tokens, 3, len(grids), dtype=torch.int64)
+        with torch.inference_mode(False):
+            columns = torch.tensor([one.columns for one in grids], dtype=torch.int64, device="cpu")
+            columns = columns.reshape(-1, 3).T.contiguous()
+            lines = torch.empty(self.tokens, 3, len(grids), dtype=torch.int64, device="cpu")
             for k, one in enumerate(grids):
                 lines[..., k] = first_in_line(one.grid)
             tables = [full_table(self.spec, one.grid, *self.text) for one in grids]

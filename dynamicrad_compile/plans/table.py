@@ -104,7 +104,9 @@ class PlanTable:
     @staticmethod
     def of(plan: BlockPlan) -> PlanTable:
         """The table of a plan from which nothing is to be selected."""
-        return PlanTable(Candidates.forced(plan), torch.zeros(len(plan.kv_counts), 0), ())
+        return PlanTable(
+            Candidates.forced(plan), torch.zeros(len(plan.kv_counts), 0, dtype=torch.float32, device="cpu"), ()
+        )
 
     @property
     def plan(self) -> BlockPlan:
@@ -139,7 +141,7 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
             own = criterion == regime.criterion and near is not None and far is not None
             row += [near, far, 1.0] if own else [keep_all, keep_all, 0.0]  # type: ignore[list-item]
         thresholds.append(row)
-    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32), spec.criteria)
+    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria)
 
 
 def balance_of(criterion: str, near: float, far: float) -> float:

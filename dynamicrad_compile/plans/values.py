@@ -45,7 +45,7 @@ def _check_rows(counts: Tensor, indices: Tensor, blocks: int, where: str) -> Non
             f"row of kv_indices has room for, or {blocks}, all blocks. {MEND}"
         )
     # The ids of a dense row are not read.
-    listed = torch.arange(width) < torch.where(counts < blocks, counts, 0)[:, None]
+    listed = torch.arange(width, device="cpu") < torch.where(counts < blocks, counts, 0)[:, None]
     outside = listed & ((indices < 0) | (indices >= blocks))
     for row, place in outside.nonzero()[:1].tolist():
         raise PlanError(
@@ -53,7 +53,7 @@ def _check_rows(counts: Tensor, indices: Tensor, blocks: int, where: str) -> Non
             f"in 0..{blocks - 1}. {MEND}"
         )
     if bool((listed[:, 1:] & (indices[:, 1:] <= indices[:, :-1])).any()):
-        ids = torch.where(listed, indices, blocks + torch.arange(width)).sort(-1).values
+        ids = torch.where(listed, indices, blocks + torch.arange(width, device="cpu")).sort(-1).values
         for row, place in (ids[:, 1:] == ids[:, :-1]).nonzero()[:1].tolist():
             raise PlanError(
                 f"kv_indices of query block {row}{where} lists block {ids[row, place]} twice; expected different ids "

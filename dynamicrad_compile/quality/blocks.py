@@ -25,7 +25,7 @@ def block_sums(x: Tensor, block: int, dim: int) -> Tensor:
 
 def block_counts(length: int, block: int) -> Tensor:
     """int64 [M]: tokens of each block."""
-    return torch.arange(length).div(block, rounding_mode="floor").bincount()
+    return torch.arange(length, device="cpu").div(block, rounding_mode="floor").bincount()
 
 
 def block_mass(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> Tensor:
@@ -65,9 +65,9 @@ def random_mask(shape: tuple[int, int, int, int], budget: int, seed: int) -> Ten
     if rows != columns:
         raise PlanError(f"random blocks need as many query as key blocks, got {rows} and {columns}.")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(shape, generator=generator)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     drawn.diagonal(0, -2, -1).fill_(2.0)
-    share = torch.arange(rows + 1) * budget // rows
+    share = torch.arange(rows + 1, device="cpu") * budget // rows
     rank = drawn.argsort(-1, descending=True).argsort(-1)
     return (rank < share.diff().clamp(min=1)[:, None]).view(batch, heads, rows, columns)
 

@@ -68,7 +68,7 @@ def feature_distance(clips: Tensor, reference: Tensor) -> Tensor:
     """fp64 [N]: distance of each clip to its reference, 0 for equal ones, at most 4; symmetric."""
     if clips.shape != reference.shape:
         raise DynamicRadError(f"clips and reference must agree, got {list(clips.shape)} and {list(reference.shape)}.")
-    total = torch.zeros(len(clips), dtype=torch.float64)
+    total = torch.zeros(len(clips), dtype=torch.float64, device="cpu")
     for a, b in zip(feature_maps(clips), feature_maps(reference), strict=True):
         difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
         total += difference.square().sum(1).flatten(1).mean(1).double()

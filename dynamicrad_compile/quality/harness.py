@@ -164,7 +164,10 @@ def make_clips(
         sparsity = run.sparsity()
     seconds = (time.perf_counter() - start) / len(prompts)
     clips = torch.cat(made).clamp(0.0, 1.0)
-    numbers = {"sparsity": torch.tensor(sparsity, dtype=torch.float64), "seconds": torch.tensor(seconds)}
+    numbers = {
+        "sparsity": torch.tensor(sparsity, dtype=torch.float64, device="cpu"),
+        "seconds": torch.tensor(seconds, dtype=torch.float32, device="cpu"),
+    }
     with whole_file(file) as partial:
         safetensors.save_file({"clips": clips.half(), **numbers}, partial)
     return clips.half().float(), sparsity, seconds

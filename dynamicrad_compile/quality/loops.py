@@ -53,14 +53,17 @@ def loop_score(clips: Tensor) -> LoopScore:
     coarse = _coarse(clips)
     n = coarse.shape[1]
     distance = torch.cdist(coarse, coarse) / coarse.shape[2] ** 0.5
-    pairs = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)
+    pairs = torch.triu(torch.ones(n, n, dtype=torch.bool, device="cpu"), 1)
     duplicates = (3.0 * (distance[:, pairs] < DUPLICATE).double().mean(1)).clamp(max=1.0)
     still = (distance.diagonal(1, 1, 2) < STILL).double().mean(1)
     repetition, lag = _repetition(distance)
     repetition = torch.maximum(repetition, still)
     periodicity = torch.maximum(_periodicity(coarse), still)
     parts = {"repetition": repetition, "duplicates": duplicates, "periodicity": periodicity, "stillness": still}
-    total = sum((WEIGHTS[name] * part for name, part in parts.items()), torch.zeros(len(clips), dtype=torch.float64))
+    total = sum(
+        (WEIGHTS[name] * part for name, part in parts.items()),
+        torch.zeros(len(clips), dtype=torch.float64, device="cpu"),
+    )
     return LoopScore(**parts, score=100.0 * (1.0 - total), lag=lag)
 
 
@@ -75,7 +78,7 @@ def _repetition(distance: Tensor) -> tuple[Tensor, Tensor]:
     n = distance.shape[1]
     by_lag = torch.stack([distance.diagonal(lag, 1, 2).mean(1) for lag in range(n - 1)], dim=1)
     away = by_lag.cummax(1).values
-    lags = torch.arange(max(3, -(-n // 10)), n - 1)
+    lags = torch.arange(max(3, -(-n // 10)), n - 1, device="cpu")
     depth = 1.0 - by_lag[:, lags] / away[:, lags - 1].clamp(min=1e-12)
     depth = torch.where(away[:, lags - 1] > STILL, depth, 0.0)
     best = depth.max(1)
@@ -87,7 +90,7 @@ def _periodicity(coarse: Tensor) -> Tensor:
     centred = coarse - coarse.mean(1, keepdim=True)
     power = torch.fft.rfft(centred, dim=1).abs().square().sum(2)[:, 1:]
     total = power.sum(1)
-    result = torch.zeros(len(coarse), dtype=torch.float64)
+    result = torch.zeros(len(coarse), dtype=torch.float64, device="cpu")
     top = power.shape[1]
     for k in range(2, top // 2 + 1):
         chance = len(range(k, top + 1, k)) / top

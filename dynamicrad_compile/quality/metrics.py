@@ -58,7 +58,7 @@ def ssim(clips: Tensor, reference: Tensor) -> Tensor:
         size = f"{SSIM_PIXELS}x{SSIM_PIXELS}"
         raise DynamicRadError(f"SSIM needs frames of at least {size} pixels, got {list(a.shape[-2:])}.")
     settings: dict[str, Any] = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    result = torch.empty(len(a), dtype=torch.float64)
+    result = torch.empty(len(a), dtype=torch.float64, device="cpu")
     for n in range(len(a)):
         frames = zip(a[n].numpy(), b[n].numpy(), strict=True)
         result[n] = np.mean(

@@ -67,7 +67,7 @@ def from_pipeline(pipe: Any, prompts: Sequence[str], **call: Any) -> Subject:
             clips = pipe(list(prompts), generator=generators, output_type="pt", **{**call, **extra}).frames
         finally:
             pipe.transformer = model
-        return torch.as_tensor(clips).float().cpu()
+        return torch.as_tensor(clips, dtype=torch.float32).cpu()
 
     compiled = torch.compile(model, backend="dynamicrad", options={"pattern": "dense", "inner": "eager"})
     generate(compiled, prompts[:1], [0], num_inference_steps=1)

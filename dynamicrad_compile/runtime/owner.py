@@ -62,7 +62,9 @@ def _is_made_by_torch(module: torch.nn.Module) -> bool:
 
 
 def _is_internal(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith((_TORCH, "<"))
+    """Whether a frame is PyTorch's, or the rest of a function behind a graph break, which its first part calls."""
+    code = frame.f_code
+    return code.co_filename.startswith((_TORCH, "<")) or code.co_name.startswith("torch_dynamo_resume_in")
 
 
 def _object(first: list[Any]) -> Owner:

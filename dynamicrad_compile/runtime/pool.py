@@ -48,7 +48,7 @@ class ClockWatch:
         if clock.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return 0
         if self._seen is None:
-            self._seen = torch.zeros((), dtype=torch.float32, pin_memory=True)
+            self._seen = torch.zeros((), dtype=torch.float32, pin_memory=True, device="cpu")
         seen = int(self._seen)
         self._seen.copy_(clock[JUMPS], non_blocking=True)
         return seen

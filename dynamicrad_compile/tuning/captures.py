@@ -76,7 +76,9 @@ def record_attention(
         if not q.shape[1] == k.shape[1] == v.shape[1] or q.shape[-1] != v.shape[-1]:
             raise DynamicRadError(f"site {place.site} has fewer key heads than query heads, or values of another size.")
         stretch = 1.0 if scale is None else scale * math.sqrt(q.shape[-1])  # the tuner's scale is 1 / sqrt(head_dim)
-        for number, rank in enumerate(torch.rand(q.shape[0] * q.shape[1], generator=generator).tolist()):
+        for number, rank in enumerate(
+            torch.rand(q.shape[0] * q.shape[1], generator=generator, dtype=torch.float32, device="cpu").tolist()
+        ):
             met += 1
             if len(kept) == heads and rank <= kept[0][0]:
                 continue

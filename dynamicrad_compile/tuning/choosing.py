@@ -35,13 +35,13 @@ class Choice:
         plan = candidates.plan
         blocks = plan.num_kv_blocks
         counts, indices = plan.kv_counts[0, 0], plan.kv_indices[0, 0].long()
-        place = torch.arange(indices.shape[1])
+        place = torch.arange(indices.shape[1], device="cpu")
         member = place < counts[:, None]
         forced = place < candidates.kv_forced[0, 0][:, None]
         near = (place < candidates.kv_near[0, 0][:, None]) & ~forced
         dense = counts >= blocks
         kind = torch.where(forced, 1, torch.where(near, 2, 3)).where(member, 0)
-        table = torch.zeros(len(counts), blocks + 1, dtype=torch.long)
+        table = torch.zeros(len(counts), blocks + 1, dtype=torch.long, device="cpu")
         table.scatter_(1, torch.where(member, indices, blocks), kind)
         table = table[:, :blocks]
         table[dense] = 1

@@ -57,13 +57,15 @@ def published_proxy(
     frames, height, width = grid
     generator = torch.Generator().manual_seed(seed)
     shape = (heads, height * width, head_dim)
-    x = torch.randn(shape, generator=generator)
-    video = torch.empty(heads, frames, height * width, head_dim)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    video = torch.empty(heads, frames, height * width, head_dim, dtype=torch.float32, device="cpu")
     for frame in range(frames):
         if frame:
-            x = (1.0 - noise) * x + noise * torch.randn(shape, generator=generator)
+            x = (1.0 - noise) * x + noise * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         video[:, frame] = x
-    text = torch.randn(heads, text_before + text_after, head_dim, generator=generator)
+    text = torch.randn(
+        heads, text_before + text_after, head_dim, generator=generator, dtype=torch.float32, device="cpu"
+    )
     tokens = torch.cat([text[:, :text_before], video.flatten(1, 2), text[:, text_before:]], dim=1)
     tokens = F.normalize(tokens, dim=-1) * math.sqrt(head_dim)
     return tokens, tokens, tokens
@@ -87,8 +89,13 @@ def video_proxy(
     scene = _Scene(grid, MOTIONS[_known_motion(motion)], seed)
     video = slice(text_before, text_before + grid[0] * grid[1] * grid[2])
     total = video.stop + text_after
-    q, k, v = (torch.randn(heads, total, head_dim, generator=scene.generator) for _ in range(3))
-    sinks = torch.tensor([*range(video.start), *range(video.stop, total)] or [*range(grid[1] * grid[2])])
+    q, k, v = (
+        torch.randn(heads, total, head_dim, generator=scene.generator, dtype=torch.float32, device="cpu")
+        for _ in range(3)
+    )
+    sinks = torch.tensor(
+        [*range(video.start), *range(video.stop, total)] or [*range(grid[1] * grid[2])], dtype=torch.int64, device="cpu"
+    )
     for head in range(heads):
         kind = HEAD_KINDS[head % len(HEAD_KINDS)]
         features = scene.features(kind, head_dim - 1)
@@ -96,7 +103,7 @@ def video_proxy(
             mixed = F.normalize(x[head, :, 1:], dim=-1)
             mixed[video] = features + 0.35 * mixed[video]
             x[head, :, 1:] = F.normalize(mixed, dim=-1)
-        rows = torch.randint(video.start, video.stop, (64,), generator=scene.generator)
+        rows = torch.randint(video.start, video.stop, (64,), generator=scene.generator, device="cpu")
         some_keys = k[head, :: 1 + total // SHARPNESS_KEYS, 1:]
         sharp, norm = _sharpness(q[head, rows, 1:] @ some_keys.T, MASS[kind])
         for x in (q, k):
@@ -125,21 +132,21 @@ class _Scene:
         self.generator = torch.Generator().manual_seed(seed)
         frames, height, width = grid
         self.size = math.sqrt(height * width)
-        t, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+        t, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device="cpu") for n in grid), indexing="ij")
         self.position = torch.stack([t, y, x], dim=-1).flatten(0, 2)
-        layer = torch.zeros(grid, dtype=torch.long)
+        layer = torch.zeros(grid, dtype=torch.long, device="cpu")
         place = torch.stack([y, x], dim=-1)
         for index in range(self.LAYERS):
             angle, fast, cy, cx, radius = self._uniform(5).tolist()
             speed = motion.speed * self.size * (0.5 + fast)
-            moved = torch.arange(frames)[:, None, None] * speed
+            moved = torch.arange(frames, device="cpu")[:, None, None] * speed
             here = torch.stack([y - moved * math.sin(math.tau * angle), x - moved * math.cos(math.tau * angle)], dim=-1)
             if index == 0:
                 place = here
                 continue
-            center = torch.tensor([cy * height, cx * width])
+            center = torch.tensor([cy * height, cx * width], dtype=torch.float32, device="cpu")
             # An object that leaves on one side comes back on the other.
-            extent = torch.tensor([float(height), float(width)])
+            extent = torch.tensor([float(height), float(width)], dtype=torch.float32, device="cpu")
             offset = (here - center + extent / 2) % extent - extent / 2
             inside = offset.square().sum(-1).sqrt() < (0.1 + 0.15 * radius) * self.size
             layer[inside] = index
@@ -153,27 +160,29 @@ class _Scene:
         """Unit vectors [tokens, dim] whose products say how much two tokens attend."""
         if kind == "local":
             reach = max(1.0, 0.06 * self.size)
-            return self._fourier(self.position / torch.tensor([0.8, reach, reach]), dim)
+            return self._fourier(
+                self.position / torch.tensor([0.8, reach, reach], dtype=torch.float32, device="cpu"), dim
+            )
         if kind == "temporal":
             reach = max(0.8, 0.03 * self.size)
             time = self.position[:, :1] / max(1.0, 0.5 * self.grid[0])
             apart = 10.0 * self.layer[:, None].float()
             return self._fourier(torch.cat([time, self.place / reach, apart], dim=1), dim)
-        mixing = torch.randn(self.COARSE, dim, generator=self.generator)
+        mixing = torch.randn(self.COARSE, dim, generator=self.generator, dtype=torch.float32, device="cpu")
         return F.normalize(self.coarse @ mixing, dim=-1)
 
     def values(self, dim: int) -> torch.Tensor:
         """What a token gives, [tokens, dim]: a mixture of its fine and coarse texture, variance 1."""
         content = torch.cat([self.fine, self.coarse], dim=1)
-        mixing = torch.randn(content.shape[1], dim, generator=self.generator)
+        mixing = torch.randn(content.shape[1], dim, generator=self.generator, dtype=torch.float32, device="cpu")
         return content @ mixing / math.sqrt(content.shape[1])
 
     def _uniform(self, count: int) -> torch.Tensor:
-        return torch.rand(count, generator=self.generator)
+        return torch.rand(count, generator=self.generator, dtype=torch.float32, device="cpu")
 
     def _fourier(self, scaled: torch.Tensor, dim: int) -> torch.Tensor:
         """Random Fourier features: <f(a), f(b)> is about exp(-|a - b|^2 / 2)."""
-        frequency = torch.randn(scaled.shape[1], dim, generator=self.generator)
+        frequency = torch.randn(scaled.shape[1], dim, generator=self.generator, dtype=torch.float32, device="cpu")
         phase = math.tau * self._uniform(dim)
         return torch.cos(scaled @ frequency + phase) * math.sqrt(2.0 / dim)
 
@@ -185,12 +194,12 @@ class _Scene:
         frames, height, width = self.grid
         rows, columns = (max(2, round(2 * n / cell)) for n in (height, width))
         shape = (self.LAYERS, rows, columns, channels)
-        field = torch.randn(shape, generator=self.generator)
+        field = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         per_frame = height * width
-        result = torch.empty(frames * per_frame, channels)
+        result = torch.empty(frames * per_frame, channels, dtype=torch.float32, device="cpu")
         for frame in range(frames):
             if frame:
-                news = torch.randn(shape, generator=self.generator)
+                news = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
                 field = math.sqrt(1.0 - fresh) * field + math.sqrt(fresh) * news
             span = slice(frame * per_frame, (frame + 1) * per_frame)
             result[span] = _bilinear(field, self.layer[span], self.place[span] / cell)
@@ -203,7 +212,7 @@ def _bilinear(field: torch.Tensor, layer: torch.Tensor, place: torch.Tensor) -> 
     fraction = place - low
     rows, columns = field.shape[1:3]
     y, x = low.long().unbind(-1)
-    total = torch.zeros(len(place), field.shape[-1])
+    total = torch.zeros(len(place), field.shape[-1], dtype=torch.float32, device="cpu")
     for dy in (0, 1):
         for dx in (0, 1):
             weight = (fraction[:, 0] if dy else 1 - fraction[:, 0]) * (fraction[:, 1] if dx else 1 - fraction[:, 1])

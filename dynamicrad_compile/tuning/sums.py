@@ -21,10 +21,10 @@ def sample_rows(tokens: int, rows: int | None, seed: int) -> torch.Tensor:
     The mean over these rows is an unbiased estimate of the mean over all rows.
     """
     if rows is None or rows >= tokens:
-        return torch.arange(tokens)
+        return torch.arange(tokens, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    parts = torch.arange(rows, dtype=torch.float64)
-    drawn = (parts + torch.rand(rows, generator=generator, dtype=torch.float64)) * (tokens / rows)
+    parts = torch.arange(rows, dtype=torch.float64, device="cpu")
+    drawn = (parts + torch.rand(rows, generator=generator, dtype=torch.float64, device="cpu")) * (tokens / rows)
     return drawn.long().clamp_(max=tokens - 1)
 
 
@@ -44,14 +44,14 @@ class BlockSums:
         pad = blocks * block - tokens
         scale = 1.0 / math.sqrt(dim)
         self.row_block = rows // block
-        self.counts = torch.full((blocks,), block)
+        self.counts = torch.full((blocks,), block, dtype=torch.int64, device="cpu")
         self.counts[-1] = block - pad
         self.q_mean, self.k_mean, self.values = (self._mean(x, block, pad) for x in (q, k, v))
-        self.table = torch.empty(heads, len(rows), blocks, dim + 1)
-        self.pooled = torch.empty(heads, len(rows), blocks)
+        self.table = torch.empty(heads, len(rows), blocks, dim + 1, dtype=torch.float32, device="cpu")
+        self.pooled = torch.empty(heads, len(rows), blocks, dtype=torch.float32, device="cpu")
         for head in range(heads):
             keys = F.pad(k[head], (0, 0, 0, pad))
-            ones = F.pad(torch.ones(tokens, 1), (0, 0, 0, pad))
+            ones = F.pad(torch.ones(tokens, 1, dtype=torch.float32, device="cpu"), (0, 0, 0, pad))
             values = torch.cat([F.pad(v[head], (0, 0, 0, pad)), ones], dim=1).view(blocks, block, dim + 1)
             for low in range(0, len(rows), 512):
                 part = slice(low, low + 512)

@@ -270,6 +270,34 @@ def test_what_is_handed_to_a_graph_is_static_for_cuda_graphs(models, inputs, mon
     assert set(range(number - added, number)) <= static
 
 
+class Late(torch.nn.Module):
+    """Everything lies behind a graph break, in a function that Dynamo makes, which is given no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.time = torch.nn.Linear(2, 32)
+
+    def forward(self, hidden_states, timestep):
+        weight, bias = self.time.weight, self.time.bias
+        hidden_states = hidden_states * 1.0
+        torch._dynamo.graph_break()
+        time = torch.nn.functional.linear(torch.stack([timestep.sin(), timestep.cos()], 1), weight, bias)
+        q = (hidden_states.flatten(2).transpose(1, 2) + time[:, None]).unflatten(2, (2, -1)).transpose(1, 2)
+        return (torch.nn.functional.scaled_dot_product_attention(q, q, q),)
+
+
+def test_behind_a_graph_break(models):
+    models = Late(), Late()
+    inputs = dict(hidden_states=torch.randn(1, 32, 5, 6, 8), timestep=torch.tensor([0.0]))
+    a, b = (torch.compile(m, backend="dynamicrad", options=dict(OPTIONS, dense_steps=2)) for m in models)
+    found = []
+    for timestep in STEPS:
+        run(a, inputs, timestep)
+        found.append(is_dense(b, models[1], inputs, timestep))
+    assert found == GATED
+    assert len(drad.report(a).replaced) == len(drad.report(b).replaced) == 1
+
+
 class TwoOfAKind(torch.nn.Module):
     """Two experts of equal code, one for the noisy steps, as in Wan 2.2."""
 

@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
             if len(ids) > TEXT_TOKENS:
                 raise ValueError(f"a caption may have {TEXT_TOKENS} words, got {len(ids)}: {caption!r}.")
             rows.append(ids + [PAD] * (TEXT_TOKENS - len(ids)))
-        return torch.tensor(rows, device=self.word.weight.device)
+        return torch.tensor(rows, dtype=torch.int64, device=self.word.weight.device)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of word ids [batch, TEXT_TOKENS]."""
@@ -153,7 +153,10 @@ def sample(
     """
     device = text.word.weight.device
     shape = (1, 3, frames, *size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(captions))]
+    noise = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float32, device="cpu")
+        for i in range(len(captions))
+    ]
     video = torch.cat(noise).to(device)
     guided = guidance_scale != 1
     embeds = text.encode([*captions, *[""] * len(captions)] if guided else captions)
