@@ -21,13 +21,11 @@ INTEGERS = {"arange", "randint", "randperm"}
 
 def factories(tree):
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and isinstance(node.func.value, ast.Name)
-        ):
-            if node.func.value.id == "torch" and node.func.attr in FLOATS | VALUES | INTEGERS:
-                yield node.func.attr, node.lineno, {keyword.arg for keyword in node.keywords}
+        function = node.func if isinstance(node, ast.Call) else None
+        if not isinstance(function, ast.Attribute) or ast.unparse(function.value) != "torch":
+            continue
+        if function.attr in FLOATS | VALUES | INTEGERS:
+            yield function.attr, node.lineno, {keyword.arg for keyword in node.keywords}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
