@@ -60,6 +60,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     context = PassContext(
         decide=lambda sites, conditions: policy.decide(sites, conditions, wishes),
         grid=options.grid,
+        override_grid=options.override_grid,
         training=_is_training(example_inputs),
         example_inputs=example_inputs,
         qk_int8=options.qk_dtype == "int8",

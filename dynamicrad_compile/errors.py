@@ -23,7 +23,7 @@ class PlanError(DynamicRadError, ValueError):
 
 
 class GridError(DynamicRadError, ValueError):
-    """The token grid given by the user does not fit the sequence length found in the graph."""
+    """The token grid given by the user does not fit the sequence length of the graph, or is not the one it shows."""
 
 
 class CrossoverError(DynamicRadError, ValueError):

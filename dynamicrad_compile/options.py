@@ -84,7 +84,11 @@ class Options(BaseModel):
     """Leading frames that every query may read; None = the profile's."""
 
     grid: tuple[int, int, int] | None = None
-    """(frames, height, width) of the video in latent tokens after patchifying; None = traced from the graph."""
+    """(frames, height, width) of the video in latent tokens after patchifying; None = traced from the graph. One that
+    the graph contradicts is an error."""
+
+    override_grid: bool = False
+    """`grid` counts even where the graph shows another one."""
 
     block_size: BlockSize | None = None
     """Tokens of a query block and of a key block; None = the profile's, for a mask as option plan the one that fits."""
@@ -135,6 +139,13 @@ class Options(BaseModel):
         if len(grid) != 3 or min(grid) < 1 or grid != given or any(isinstance(n, bool) for n in given):
             raise ValueError("expected three positive integers: (frames, height, width) in latent tokens")
         return grid
+
+    @field_validator("override_grid")
+    @classmethod
+    def _of_a_grid(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("grid", ()) is None:
+            raise ValueError("there is no grid: give the one that is meant")
+        return value
 
     call_state: bool = Field(default=False, repr=False, exclude=True)
     """Clock and regimes are kept beside the graphs. Set by drad.compile, which does that, and by nobody else."""

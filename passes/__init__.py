@@ -71,7 +71,7 @@ __all__ = [
 def run_passes(gm: fx.GraphModule, context: PassContext) -> int:
     """Run all passes on a graph, in place; returns the number of replaced sites.
 
-    Raises GridError if the user's grid does not fit.
+    Raises GridError if the user's grid does not fit, or the graph shows another one.
     """
     context.watch("captured", gm, context)
     regions = open_regions(gm)

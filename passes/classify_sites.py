@@ -50,7 +50,7 @@ ONE_PLACE = f"{NOTHING}: attention across frames at one place is short"
 def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
     """Fill role, grid, text and reason of every site; returns the number of video self-attentions.
 
-    Raises GridError if the user's grid fits no sequence of the graph that could be video.
+    Raises GridError if the user's grid fits no sequence of the graph that could be video, or is not the one it shows.
     """
     grids = Grids(gm, context.node_labels)
     for site in context.sites:
@@ -135,16 +135,18 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
 def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContext, grids: Grids) -> None:
     user_grid = context.grid
     axes = grids.axes(parts[at].label) or grids.joined_axes(parts[at].label)
-    site.role = VIDEO
-    site.grid = user_grid or (axes[0].size, axes[1].size, axes[2].size)
-    site.grid_axes = () if user_grid else axes
-    site.text = TextTokens(sum(p.size for p in parts[:at]), sum(p.size for p in parts[at + 1 :]))
+    sizes = (axes[0].size, axes[1].size, axes[2].size) if axes else None
     conflicts = [axis.conflict for axis in resolve(parts[at].label) if axis.conflict]
-    if user_grid and math.prod(user_grid) != parts[at].size:
-        raise GridError(_grid_message(user_grid, parts[at].size, site))
-    if user_grid is None and conflicts:
+    site.role = VIDEO
+    site.grid = user_grid or sizes
+    # A grid that is the traced one follows the graph as that does: other sizes, and what a table shows.
+    site.grid_axes = axes if site.grid == sizes and not (user_grid and conflicts) else ()
+    site.text = TextTokens(sum(p.size for p in parts[:at]), sum(p.size for p in parts[at + 1 :]))
+    if user_grid:
+        _check_fit(context, parts[at], site, grids)
+    elif conflicts:
         site.reason = conflicts[0]
-    elif user_grid is None and axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
+    elif axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
         site.reason = few_frames(axes[0].size)
 
 
@@ -213,13 +215,34 @@ def _check_user_grid(grid: tuple[int, int, int], sites: list[Site]) -> None:
         raise GridError(_grid_message(grid, length, longest))
 
 
+def _check_fit(context: PassContext, part: Part, site: Site, grids: Grids) -> None:
+    """Raise GridError unless the part has as many tokens as the user's grid, and the graph does not show another."""
+    grid = context.grid
+    assert grid is not None
+    if math.prod(grid) != part.size:
+        raise GridError(_grid_message(grid, part.size, site))
+    shown = "" if context.override_grid else grids.contradiction(part.label, grid)
+    if shown:
+        raise GridError(
+            f"grid {_by(grid)} contradicts the graph: the {part.size} video tokens of the attention at "
+            f"{_place(site)} are {shown}. Leave `grid` out to have it traced, or set `override_grid` if you mean it."
+        )
+
+
 def _grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
-    shape = " x ".join(map(str, grid))
     return (
-        f"grid {shape} = {math.prod(grid)} tokens does not fit the {length} video tokens of the attention at "
-        f"{site.path or site.node.name}. Give the latent grid after patchifying (frames, height, width), "
+        f"grid {_by(grid)} = {math.prod(grid)} tokens does not fit the {length} video tokens of the attention at "
+        f"{_place(site)}. Give the latent grid after patchifying (frames, height, width), "
         "or leave `grid` out to have it traced."
     )
+
+
+def _by(grid: tuple[int, int, int]) -> str:
+    return " x ".join(map(str, grid))
+
+
+def _place(site: Site) -> str:
+    return site.path or site.node.name
 
 
 def _length(parts: tuple[Part, ...]) -> int:

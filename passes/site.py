@@ -117,7 +117,7 @@ class Site:
     trace               None where tracing did not reach
     reason              why it stays dense; None if nothing speaks against replacing it
     grid, text          of a video, whether it is replaced or not
-    grid_axes           the three axes of its grid; () where the user gave it
+    grid_axes           the three axes of its grid; () where the user alone knows it
     """
 
     node: fx.Node
@@ -150,7 +150,7 @@ class VideoSite:
     dtype  of the computation
     device of the query
     trace  of its site
-    axes   the three axes of its grid; () where the user gave it
+    axes   the three axes of its grid; () where the user alone knows it
     """
 
     site: Site
@@ -287,6 +287,7 @@ class PassContext:
     qk_int8       scores from queries and keys rounded to int8
     covariance    compensation by means and covariances
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
+    override_grid  the user's grid counts even where the graph shows another one
     watch         sees the graph before the first pass ("captured") and after each, by its name
 
     The rest is what the passes find: sites, those of them that are videos, and of these the planned ones; and what they
@@ -300,6 +301,7 @@ class PassContext:
     qk_int8: bool = False
     covariance: bool = False
     is_final: bool = False
+    override_grid: bool = False
     watch: Watch = lambda step, gm, context: None
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)

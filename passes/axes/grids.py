@@ -8,6 +8,7 @@ graph gives them back in that order. They are in raster order if no tensor had t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
@@ -59,6 +60,27 @@ class Grids:
             return Reason("tiled_order", text, KEEP_ORDER)
         axes = _three(label)
         return self._refusal(axes) if len(axes) == 3 else None
+
+    def contradiction(self, label: Label, grid: tuple[int, int, int]) -> str:
+        """The sizes of a label's axes, where it is certain that its tokens are no such grid; "" where it is not.
+
+        Axes may be products of the grid's, as in a latent with all frames below each other.
+        """
+        axes = self.axes(label) or self.joined_axes(label)
+        sizes = [axis.size for axis in axes]
+        for axis in () if axes else _three(label):
+            if axes and not self._are_two(axes[-1], axis):
+                sizes[-1] *= axis.size
+            else:
+                sizes.append(axis.size)
+            axes = (*axes, axis)
+        allowed = {math.prod(grid[d:]) for d in range(3)}
+        fits = all(math.prod(sizes[d:]) in allowed for d in range(len(sizes)))
+        return "" if fits else " x ".join(map(str, sizes))
+
+    def _are_two(self, a: Axis, b: Axis) -> bool:
+        """Whether it is certain that neighbours in a sequence are two axes, and not one that a reshape cut up."""
+        return not (a.conflict or b.conflict) and (_roots(a) != _roots(b) or self._told_apart(a, b))
 
     def given_back(self, axes: Label) -> bool:
         """Whether one output of the graph has all these axes."""

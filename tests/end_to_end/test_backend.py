@@ -101,9 +101,19 @@ def test_wrong_grid_names_both_numbers():
         call(compiled, kwargs)
 
 
+def test_a_grid_that_the_graph_contradicts_is_refused():
+    model, kwargs, _ = make("wan_t2v")
+    message = r"grid 5 x 8 x 6 contradicts the graph: .* 240 .* blocks.0.attn1 are 5 x 6 x 8\. .*override_grid"
+    with pytest.raises(BackendCompilerFailed, match=message):
+        call(compile_sparse(model, grid=(5, 8, 6)), kwargs)
+    torch._dynamo.reset()
+    with pytest.raises(drad.GridError, match=message):
+        drad.rewrite(torch.export.export(model, (), kwargs), {**OPTIONS, "grid": (5, 8, 6)})
+
+
 def test_given_grid_overrides_the_trace():
     model, kwargs, expected = make("wan_t2v")
-    compiled = compile_sparse(model, grid=(3, 8, 10), sparsity=0.6)
+    compiled = compile_sparse(model, grid=(3, 8, 10), override_grid=True, sparsity=0.6)
     report = check_sparse(compiled, model, kwargs, {**expected, "grid": (3, 8, 10)})
     assert {site.grid for site in report.replaced} == {(3, 8, 10)}
 
@@ -114,6 +124,7 @@ def test_given_grid_overrides_the_trace():
         (dict(spasity=0.5), "unknown option 'spasity'. Did you mean 'sparsity'"),
         (dict(sparsity=1.5), "sparsity = 1.5"),
         (dict(grid=(5, 6)), "three positive integers"),
+        (dict(override_grid=True), "override_grid = True: there is no grid"),
         (dict(block_size=100), "block_size = 100"),
         (dict(profile="no-such"), "no profile is called 'no-such'"),
         (dict(dense_steps=-1), "dense_steps = -1"),
@@ -156,6 +167,24 @@ def test_regional_compilation_reads_the_grid_from_the_rope_table(name):
     report = drad.report(model)
     assert {site.grid for site in report.replaced} == {(5, 6, 8)}
     assert "5x6x8 and 5x8x6 run sparse" in report.summary()
+
+
+def test_regional_compilation_with_a_grid_that_the_rope_table_contradicts():
+    model, kwargs, _ = make("wan_t2v")
+    model.compile_repeated_blocks(backend="dynamicrad", options={**OPTIONS, "grid": (5, 8, 6)})
+    with pytest.raises(BackendCompilerFailed, match=r"grid 5 x 8 x 6 contradicts the graph.* are 5 x 6 x 8"):
+        call(model, kwargs)
+
+
+def test_a_given_grid_is_looked_for_at_every_call():
+    """One compiled block serves every grid of as many tokens: another one than the given gets no plan of that."""
+    model, kwargs, _ = make("wan_t2v")
+    eager, _, _ = make("wan_t2v")
+    model.compile_repeated_blocks(backend="dynamicrad", options={**OPTIONS, "grid": (5, 6, 8), "sparsity": 0.6})
+    call(model, kwargs)
+    _, other, expected = make("wan_t2v", f=5, h=4, w=12)
+    assert expected["grid"] == (5, 4, 12)
+    assert relative_error(call(model, other), call(eager, other)) < 1e-5
 
 
 def test_regional_compilation_with_a_grid():

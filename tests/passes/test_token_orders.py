@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.tokens import DIM, GRID, LATENTS, check_video, only, rotate, sites
+from torch._dynamo.exc import BackendCompilerFailed
 
 
 def put_in_order(order):
@@ -60,6 +61,32 @@ def zigzag(m, x):
     video = m.patch(x)
     rows = [video[:, :, :, i].flip(-1) if i % 2 else video[:, :, :, i] for i in range(3)]
     return m.attend(torch.stack(rows, 3).flatten(2).transpose(1, 2))
+
+
+def folded(m, x):
+    """All frames below each other: 4 * 6 rows of 10."""
+    return m.attend(m.patch(x.reshape(1, 3, 4, 6, 10)).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("how", "latents", "right", "wrong"),
+    [
+        (lambda m, x: m.attend(m.tokens(x)), LATENTS, GRID, [(4, 5, 3), (3, 4, 5), (2, 6, 5)]),
+        (put_in_order((0, 2, 1)), LATENTS, (4, 5, 3), []),
+        (tiles, LATENTS, None, [(4, 2, 4), (2, 4, 4)]),
+        (folded, torch.randn(1, 3, 24, 10), GRID, [(4, 5, 3), (5, 4, 3)]),
+        (lambda m, x: m.attend(x), torch.randn(1, 60, DIM), (3, 5, 4), []),
+        (lambda m, x: m.attend(m.tokens(x)), torch.randn(1, 3, 1, 24, 10), (1, 12, 5), [(4, 5, 3)]),
+    ],
+    ids=["raster", "swapped", "tiles", "frames below each other", "packed", "picture"],
+)
+def test_a_given_grid_must_be_what_the_graph_shows(how, latents, right, wrong):
+    if right is not None:
+        assert only(how, latents, grid=right).grid == right
+    for grid in wrong:
+        torch._dynamo.reset()
+        with pytest.raises(BackendCompilerFailed, match=f"grid {' x '.join(map(str, grid))} contradicts the graph"):
+            only(how, latents, grid=grid)
 
 
 @pytest.mark.parametrize("how", [backwards, serpentine, zigzag], ids=lambda f: f.__name__)

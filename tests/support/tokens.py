@@ -34,12 +34,12 @@ class Tokens(nn.Module):
         return self.how(self, *args)
 
 
-def sites(how, *args):
-    return sites_of(capture(Tokens(how), *args))
+def sites(how, *args, grid=None):
+    return sites_of(capture(Tokens(how), *args, grid=grid))
 
 
-def only(how, *args):
-    (site,) = sites(how, *args)
+def only(how, *args, grid=None):
+    (site,) = sites(how, *args, grid=grid)
     return site
 
 
