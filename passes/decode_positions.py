@@ -9,6 +9,8 @@ an input, and Dynamo shows its real values at compile time (how they are read: d
 One such graph serves every grid with as many tokens, without being compiled again. So the table is looked at
 each time the graph runs: a grid without a plan in the graph gets dense attention, never another grid's plan. Where the
 number of tokens is symbolic the plan is made when the graph runs, and a single frame may be followed by a video.
+
+Pictures of one size, which lie in a sequence as frames do, are told by their times and stay dense.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dynamicrad_compile.plans.positions import columns_of, decode_table
+from dynamicrad_compile.plans.positions import Decoded, are_frames, columns_of, decode_table, times_of
+from dynamicrad_compile.reporting.reason import Reason
 
 from .axes.concatenation import parts_of
 from .axes.labels import Axis, resolve
 from .axes.positions import PositionTable
 from .graph import value_of
 from .site import PassContext
+
+MIN_FRAMES = 5  # pictures to be edited may have the numbers 0, 1, 2, 3, as frames have
+IF_VIDEO = "set `grid` if they are a video"
 
 
 def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
@@ -52,11 +58,28 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
 
 def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: PassContext) -> int:
     varies = isinstance(value_of(node).shape[dim], torch.SymInt)
-    decoded = decode_table(columns_of(value.detach(), dim), single_frame=varies)
+    table = columns_of(value.detach(), dim)
+    decoded = decode_table(table, single_frame=varies)
     if decoded is None:
         return 0
+    doubt = _doubt(table, decoded, varies)
     axis.factors = tuple(Axis(size, axis.source, axis) for size in decoded.grid)
     for factor in axis.factors:
         factor.blank, factor.feature = axis.blank, axis.feature
-        factor.table = PositionTable(node, dim, decoded.columns, decoded.grid, varies)
+        factor.table = PositionTable(node, dim, decoded, varies)
+        factor.conflict = factor.conflict or doubt
     return 1
+
+
+def _doubt(table: torch.Tensor, decoded: Decoded, varies: bool) -> Reason | None:
+    """Why the frames that a table shows may be pictures."""
+    frames, numbers = decoded.grid[0], ""
+    if decoded.numbers and frames > 1:
+        numbers = f" (numbers {', '.join(f'{t:g}' for t in times_of(table, decoded).tolist())})"
+    if not are_frames(table, decoded):
+        text = f"{frames} pictures of one size{numbers}: in time they do not follow each other as frames do"
+        return Reason("pictures", text, IF_VIDEO)
+    if numbers and frames < MIN_FRAMES and not varies:
+        text = f"only {frames} frames{numbers}, and nothing but positions says so: they may be pictures to be edited"
+        return Reason("frames_or_pictures", text, IF_VIDEO)
+    return None

@@ -5,6 +5,8 @@ number of tokens a `Book` holds the grids met so far with their plans on the dev
 table with them and takes the plan of the one that it shows, or dense attention; so no grid ever gets another's plan,
 whatever the host knows, and in a captured CUDA graph too.
 
+Pictures of one size, which a table shows as it does frames but for their times, run dense (`positions.are_frames`).
+
 The host reads a table when a number of tokens is new, and when a table shows no grid of the book. On a GPU it learns of
 the latter from a flag in its own memory, without waiting: such a grid runs dense until the flag has arrived, a few
 layers of its first step. There a grid and its transpose are entered together.
@@ -19,7 +21,16 @@ from typing import NamedTuple
 import torch
 
 from .op import Table, dense_table, empty_table, full_table
-from .positions import Decoded, columns_of, decode_table, first_in_line, shows
+from .positions import (
+    Decoded,
+    are_frames,
+    columns_of,
+    decode_table,
+    first_in_line,
+    go_on,
+    previous_frame,
+    shows,
+)
 from .table import PlanSpec
 
 MAX_READS = 16
@@ -27,12 +38,19 @@ MAX_READS = 16
 
 
 class _Pages(NamedTuple):
-    """K grids; columns and lines of `shows`; and the tensors of a `Table`, each [K + 1, ...]: the last is dense."""
+    """K grids; what `shows` and `go_on` take; and the tensors of a `Table`, each [K + 1, ...]: the last is dense."""
 
     grids: tuple[Decoded, ...]
     columns: torch.Tensor
     lines: torch.Tensor
+    previous: torch.Tensor
+    ordered: torch.Tensor
     plans: tuple[torch.Tensor, ...]
+
+    def shown(self, table: torch.Tensor) -> torch.Tensor:
+        """bool [K]: of which grids a table [tokens, columns] shows the frames."""
+        frames = go_on(table, self.columns[0], self.previous, self.ordered)
+        return shows(table, self.columns, self.lines) & frames
 
 
 class Book:
@@ -65,7 +83,7 @@ class Book:
             if not torch.cuda.is_current_stream_capturing() and (not self.reads or bool(self.missed)):
                 self._read(table)
             pages = self.pages
-            shown = shows(table, pages.columns, pages.lines)
+            shown = pages.shown(table)
             if not torch.cuda.is_current_stream_capturing():
                 self.missed.copy_(shown.any().logical_not(), non_blocking=True)
             chosen = torch.nn.functional.pad(shown, (0, 1), value=True).int().argmax()[None]
@@ -74,7 +92,7 @@ class Book:
         return counts, indices, forced, near, thresholds
 
     def _place(self, table: torch.Tensor) -> int | None:
-        shown = shows(table, self.pages.columns, self.pages.lines)
+        shown = self.pages.shown(table)
         return int(shown.int().argmax()) if bool(shown.any()) else None
 
     def _read(self, table: torch.Tensor) -> bool:
@@ -83,10 +101,10 @@ class Book:
             return False
         self.reads += 1
         found = decode_table(table.detach(), single_frame=True)
-        if found is None or found in self.pages.grids:
+        if found is None or found in self.pages.grids or not are_frames(table.detach(), found):
             return False
         frames, height, width = found.grid
-        transposed = [] if self.missed is None else [Decoded((frames, width, height), found.columns)]
+        transposed = [] if self.missed is None else [found._replace(grid=(frames, width, height))]
         self.pages = self._written(dict.fromkeys((*self.pages.grids, found, *transposed)))
         return True
 
@@ -96,12 +114,15 @@ class Book:
             columns = torch.tensor([one.columns for one in grids], dtype=torch.int64, device="cpu")
             columns = columns.reshape(-1, 3).T.contiguous()
             lines = torch.empty(self.tokens, 3, len(grids), dtype=torch.int64, device="cpu")
+            previous = torch.empty(self.tokens, len(grids), dtype=torch.int64, device="cpu")
             for k, one in enumerate(grids):
-                lines[..., k] = first_in_line(one.grid)
+                lines[..., k], previous[:, k] = first_in_line(one.grid), previous_frame(one.grid)
+            ordered = torch.tensor([one.ordered for one in grids], dtype=torch.bool, device="cpu")
             tables = [full_table(self.spec, one.grid, *self.text) for one in grids]
             tables.append(dense_table(self.spec, self.tokens + sum(self.text)))
             plans = [torch.stack(same).to(self.device) for same in zip(*tables, strict=True)]
-        return _Pages(grids, columns.to(self.table_device), lines.to(self.table_device), tuple(plans))
+        of_table = (x.to(self.table_device) for x in (columns, lines, previous, ordered))
+        return _Pages(grids, *of_table, tuple(plans))  # type: ignore[call-arg]
 
 
 @functools.lru_cache(maxsize=32)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from dynamicrad_compile.plans.positions import Decoded
+
 from .labels import Label
 
 
@@ -15,15 +17,13 @@ class PositionTable:
 
     node      placeholder of the table
     dim       its dimension of tokens
-    columns   columns (of the other dimensions, flattened) that change with frame, row and column of the grid
-    grid      (frames, height, width) at compile time
+    shown     its grid, and the columns that tell it (of the other dimensions, flattened), at compile time
     varies    the graph serves other numbers of tokens too: the grid is known only when it runs
     """
 
     node: fx.Node
     dim: int
-    columns: tuple[int, int, int]
-    grid: tuple[int, int, int]
+    shown: Decoded
     varies: bool = False
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from dynamicrad_compile.plans.positions import columns_of
+from dynamicrad_compile.plans.positions import columns_of, follow, in_order
 
 from ..axes.positions import PositionTable
 from ..site import PlannedSite
@@ -55,14 +55,20 @@ def guarded_plan(
 
 
 def _shows(graph: fx.Graph, table: PositionTable, grid: tuple[int, int, int]) -> fx.Node:
-    """Node of a bool scalar: each of the table's three columns varies with its own axis of `grid` alone."""
+    """Node of a bool scalar: each of the table's three columns varies with its own axis of `grid` alone, by frames."""
     call = graph.call_function
     value = call(columns_of, (table.node, table.dim))
-    checks = []
-    for d, column in enumerate(table.columns):
+    checks, lines = [], []
+    for d, column in enumerate(table.shown.columns):
         cube = call(torch.reshape, (call(torch.select, (value, 1, column)), grid))
         line = call(operator.getitem, (cube, tuple(slice(None) if k == d else slice(0, 1) for k in range(3))))
         checks.append(call(torch.all, (call(torch.eq, (cube, line)),)))
+        lines.append(call(torch.flatten, (line,)))
         rest = call(torch.narrow, (line, d, 1, grid[d] - 1))
         checks.append(call(torch.all, (call(torch.ne, (rest, call(torch.narrow, (line, d, 0, 1)))),)))
+    # Pictures of one size are no frames.
+    if table.shown.numbers:
+        checks.append(call(follow, tuple(lines)))
+    elif table.shown.ordered:
+        checks.append(call(in_order, (lines[0],)))
     return functools.reduce(lambda a, b: call(torch.logical_and, (a, b)), checks)

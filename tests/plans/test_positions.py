@@ -9,7 +9,7 @@ import torch
 
 from dynamicrad_compile.plans import positions_op
 from dynamicrad_compile.plans.op import dense_table, full_table
-from dynamicrad_compile.plans.positions import decode_table, first_in_line, shows
+from dynamicrad_compile.plans.positions import are_frames, decode_table, first_in_line, shows
 from dynamicrad_compile.plans.positions_op import MAX_READS, Book, plan_of_positions_op
 from dynamicrad_compile.plans.table import PlanSpec, RegimeSpec
 from dynamicrad_compile.profiles.parameters import StaticRatio
@@ -102,3 +102,52 @@ def test_the_operator_is_well_behaved():
     with torch.inference_mode():
         plan_of_positions_op(*arguments[:4], 251, arguments[5])
     plan_of_positions_op(*arguments[:4], 251, arguments[5])
+
+
+def at_times(times, kind):
+    """A table of 6 x 8 places at each time: the three numbers of a token, or their sines and cosines."""
+    numbers = torch.cartesian_prod(torch.tensor(times).float(), torch.arange(6.0), torch.arange(8.0))
+    if kind == "numbers":
+        return numbers
+    angles = (numbers[:, :, None] * 0.1 ** torch.arange(1 if kind == "one frequency" else 4)).flatten(1)
+    both = torch.cat([angles.cos(), angles.sin()], 1)
+    return both.bfloat16() if kind == "bf16" else both
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ((0, 1, 2, 3, 4), True),
+        ((0, 1, 2), True),
+        ((0, 0.04, 0.37, 0.7, 1.03), True),  # a first frame that lasts shorter
+        ((7, 8, 9, 10, 11, 12), True),
+        ((4, 3, 2, 1, 0), True),
+        ((0, 1, 2, 3, -1), False),
+        ((0, 1, 1, 1, 1), False),
+        ((0, 1, 2, 3, 4, 10), False),  # a video and a picture
+        ((0, 1, -1), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["numbers", "sines", "bf16"])
+def test_frames_follow_each_other_in_time(times, expected, kind):
+    values = at_times(times, kind)
+    found = decode_table(values)
+    assert found.grid == (len(times), 6, 8)
+    assert are_frames(values, found) == expected
+
+
+def test_a_single_frequency_is_enough():
+    for times, expected in (((0, 1, 2, 3, 4), True), ((0, 1, 2, 3, -1), False)):
+        values = at_times(times, "one frequency")
+        assert are_frames(values, decode_table(values)) == expected
+
+
+@pytest.mark.parametrize("kind", ["numbers", "sines"])
+def test_pictures_run_dense_before_and_after_a_video_of_the_same_size(kind):
+    video = at_times((0, 1, 2, 3, 4), kind)
+    book = Book(SPEC, len(video), (0, 0), CPU, CPU)
+    dense, sparse = dense_table(SPEC, 240)[0], full_table(SPEC, (5, 6, 8), 0, 0)[0]
+    for times in ((0, 1, 2, 3, -1), (0, 1, 1, 1, 1)):
+        for values, wanted in ((at_times(times, kind), dense), (video, sparse), (at_times(times, kind), dense)):
+            assert torch.equal(book.plan(values)[0], wanted)
