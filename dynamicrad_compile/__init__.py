@@ -14,6 +14,7 @@ from .capture import explain
 from .captured import report
 from .compiling import compile
 from .errors import (
+    DerivativeError,
     DynamicRadError,
     ExportError,
     GridError,
@@ -51,6 +52,7 @@ _LAZY = {
 
 __all__ = [
     "BlockPlan",
+    "DerivativeError",
     "DynamicRadError",
     "ExportError",
     "GridError",

@@ -22,6 +22,10 @@ class PlanError(DynamicRadError, ValueError):
     """A block plan can't be built, or does not fit the tensors it is used with."""
 
 
+class DerivativeError(DynamicRadError, NotImplementedError):
+    """A derivative is asked for that the block-sparse ops do not have: forward mode, or a second one."""
+
+
 class GridError(DynamicRadError, ValueError):
     """The token grid given by the user does not fit the sequence length of the graph, or is not the one it shows."""
 

@@ -17,7 +17,8 @@ from dynamicrad_compile.errors import PlanError
 from . import attention_backward_cpu
 from .attention_arguments import Attention, Results, check, kept_pairs, mean_pairs
 from .checks import require
-from .define import HAS_TRITON, Autograd, define, parameters_of
+from .define import HAS_TRITON, define, parameters_of
+from .derivatives import Autograd, no_second
 from .means import means_of
 
 if HAS_TRITON:
@@ -73,7 +74,16 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(_checked(arguments)[0])
 
 
-define("block_sparse_attention_backward", PARAMETERS, TRIPLE, cuda=_on_cuda, kernels=KERNELS, cpu=_on_cpu, fake=_fake)
+define(
+    "block_sparse_attention_backward",
+    PARAMETERS,
+    TRIPLE,
+    cuda=_on_cuda,
+    kernels=KERNELS,
+    cpu=_on_cpu,
+    fake=_fake,
+    autograd=no_second("block_sparse_attention"),
+)
 
 
 def autograd_through(backward_op: str) -> Autograd:

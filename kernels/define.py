@@ -11,12 +11,15 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynamicrad_compile.errors import PlanError
+
+from . import derivatives
+from .derivatives import Autograd
 
 try:
     import triton  # noqa: F401
@@ -25,13 +28,6 @@ try:
 except ImportError:
     HAS_TRITON = False
 """Whether kernels can be launched; modules of ops import theirs only if so."""
-
-
-class Autograd(NamedTuple):
-    """What `register_autograd` takes."""
-
-    backward: Callable[..., Any]
-    setup: Callable[..., None]
 
 
 def parameters_of(fields: Any) -> list[inspect.Parameter]:
@@ -102,8 +98,7 @@ def define(
     op.register_kernel("cpu")(on_cpu)  # saves eager code the second dispatch
     for definition in (op, opaque):
         definition.register_fake(fake)
-        if autograd is not None:
-            definition.register_autograd(autograd.backward, setup_context=autograd.setup)
+        derivatives.register(definition, name, autograd)
 
 
 PAIR = tuple[Tensor, Tensor]

@@ -26,6 +26,7 @@ from .attention_backward_op import (
     split,
 )
 from .define import HAS_TRITON, PAIR, define, parameters_of
+from .derivatives import no_second
 from .means import means_of
 
 if HAS_TRITON:
@@ -91,6 +92,7 @@ define(
     kernels=BACKWARD,
     cpu=_backward_on_cpu,
     fake=_backward_fake,
+    autograd=no_second("means_attention"),
 )
 define(
     "means_attention",

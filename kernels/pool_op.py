@@ -17,7 +17,8 @@ from dynamicrad_compile.errors import PlanError
 
 from .blocks import cdiv, valid_counts
 from .checks import DTYPES, require
-from .define import HAS_TRITON, PAIR, Autograd, define, parameters_of
+from .define import HAS_TRITON, PAIR, define, parameters_of
+from .derivatives import Autograd
 
 if HAS_TRITON:
     from .pool_triton import KERNELS, launch_pooling

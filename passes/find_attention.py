@@ -27,6 +27,7 @@ from .reading.layout import layout_of_rank, plain_shape
 from .reading.library_attention import read_library_attention
 from .reading.multihead_attention import read_multihead_attention
 from .reading.softmax_attention import read_softmax_attention
+from .reading.transforms import inside_transforms, transformed
 from .reading.writes import Positions
 from .site import AttentionCall, PassContext, Site
 from .writing.checkpoints import higher_order_name, nested_graphs
@@ -57,11 +58,12 @@ _SIGNATURE = inspect.Signature(
 
 def find_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Append a `Site` for each attention call; returns how many were found."""
-    positions = Positions(gm.graph)
+    positions, inside = Positions(gm.graph), inside_transforms(gm.graph)
     for node in gm.graph.nodes:
         call = _read(gm, node, positions)
         if call is not None:
-            context.sites.append(_site(node, call))
+            refusal = transformed(node, inside)
+            context.sites.append(_site(node, dataclasses.replace(call, refusal=refusal) if refusal else call))
         else:
             context.sites.extend(_hidden_sites(gm, node))
     return len(context.sites)

@@ -28,6 +28,7 @@ from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_ran
 from .graph import depends_on_data, hint, value_of
 from .operators.mode import AxisMode
 from .reading.layout import output_labels, plain_labels
+from .reading.transforms import inside_transforms
 from .site import PassContext, Site, Trace
 
 
@@ -58,7 +59,7 @@ class _Tracer(fx.Interpreter):
         self.axis_mode = axis_mode
         self.sites: dict[fx.Node, Site] = {site.node: site for site in context.sites}
         self.streams: dict[fx.Node, Stream | None] = {}
-        self.vmap_depth = 0
+        self.inside = inside_transforms(gm.graph)
         self.data_dependent_graph = any(depends_on_data(value_of(n)) for n in gm.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -67,11 +68,11 @@ class _Tracer(fx.Interpreter):
             return self._note(n, self._recorded(n, kind="input"))
         if n.op == "output":
             return None
-        if n in self.sites:
+        if n in self.sites and n not in self.inside:
             self.context.node_labels[n] = []  # several outputs: no dimensions, but a place in the order
             return self._note(n, self._run_attention(n))
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if self._inside_vmap(n) or any(leaf is UNKNOWN_VALUE for leaf in _leaves((args, kwargs))):
+        if n in self.inside or any(leaf is UNKNOWN_VALUE for leaf in _leaves((args, kwargs))):
             return self._recorded(n)
         if "assert" in n.name or "_check" in n.name or n.name == "_guards_fn":  # they judge stand-ins
             return None
@@ -84,14 +85,6 @@ class _Tracer(fx.Interpreter):
                 self.context.notes.append(f"{n.name} ({n.target}) can't be traced: {type(error).__name__}: {error}")
             return self._recorded(n)
         return self._note(n, tree_map(self._fake, value))
-
-    def _inside_vmap(self, n: fx.Node) -> bool:
-        """Whether a node is a part of a written out vmap (FlexAttention builds its masks so); none of it is run."""
-        if getattr(n.target, "__module__", "") != "torch._functorch.predispatch":
-            return self.vmap_depth > 0
-        name = getattr(n.target, "__name__", "")
-        self.vmap_depth += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
-        return True
 
     def _note(self, n: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
