@@ -14,7 +14,26 @@ from typing import Any
 
 import torch
 
-Owner = tuple["weakref.ref[Any]", ...]
+
+class Ref(weakref.ref[Any]):
+    """A weak reference that is hashed and compared by identity: what it refers to may be compared by value."""
+
+    __slots__ = ("number",)
+    number: int
+
+    def __new__(cls, value: Any) -> Ref:
+        made = super().__new__(cls, value)
+        made.number = id(value)
+        return made
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Ref) and self.number == other.number and self() is other())
+
+
+Owner = tuple[Ref, ...]
 """The modules that a function was called with, or the object whose method it is; () for a function without any."""
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -27,7 +46,7 @@ def owner_of(frame: FrameType | None) -> Owner:
         values = list(_given(frame))
         modules = [value for value in values if isinstance(value, torch.nn.Module) and not _is_made_by_torch(value)]
         if modules:
-            return tuple(map(weakref.ref, modules))
+            return tuple(map(Ref, modules))
         if not _is_internal(frame):
             return _object(values[:1])
         frame = frame.f_back
@@ -72,6 +91,6 @@ def _object(first: list[Any]) -> Owner:
     if not first or isinstance(first[0], torch.Tensor) or not hasattr(first[0], "__dict__"):
         return ()
     try:
-        return (weakref.ref(first[0]),)
+        return (Ref(first[0]),)
     except TypeError:
         return ()

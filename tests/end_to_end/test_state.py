@@ -8,6 +8,7 @@ import gc
 import pickle
 import threading
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -321,9 +322,9 @@ def test_experts_compiled_in_place(models, inputs):
 def test_a_function_and_a_method(models, inputs):
     model = models[0]
 
+    @dataclass  # compared by value, so that it has no hash
     class Pipe:
-        def __init__(self, transformer):
-            self.transformer = transformer
+        transformer: torch.nn.Module
 
         def step(self, **kwargs):
             return self.transformer(**kwargs)
