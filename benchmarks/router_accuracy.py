@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/router_accuracy.py
 
 For both heads: cross-validated accuracy by group, confusion, accuracy by language and style, then the same on
-tests/data/router_holdout.jsonl, which is never fitted; last the time of `route` at the shapes of real encoders.
+tests/data/router_holdout.jsonl, which is never fitted, and what is out of reach; last the time of `route` at the shapes
+of real encoders.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dynamicrad_compile.routing.encoders import minilm_encoder
 from dynamicrad_compile.routing.fit import fit_router
 from dynamicrad_compile.runtime.router import CLASSES, Router, route
 
+OTHER_SCRIPTS = ["สุนัขวิ่งในสวน", "გამარჯობა ძაღლი გარბის", "Ένας σκύλος τρέχει στο πάρκο", "כלב רץ בפארק", "🙂🙂🙂"]
 HOLDOUT = Path(__file__).parents[1] / "tests" / "data" / "router_holdout.jsonl"
 SHAPES = {"UMT5-XXL, Wan": (1, 512, 4096), "T5-XXL, CogVideoX": (2, 226, 4096), "MiniLM": (1, 64, 384)}
 
@@ -56,6 +58,16 @@ def table(name: str, prompts: list[Prompt], called: torch.Tensor) -> None:
     )
 
 
+def out_of_reach(router: Router, encoder: Memory, parts: dict[str, list[Prompt]]) -> None:
+    """Print what share of prompts, empty ones, scripts that the corpus lacks, and noise is called high unread."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = {name: encoder([prompt.text for prompt in prompts]) for name, prompts in parts.items()}
+    embeds |= {"empty": encoder(["", "  ", "."]), "other scripts": encoder(OTHER_SCRIPTS)}
+    embeds["random embeddings"] = torch.randn(1000, router.embedding_dim, generator=generator)
+    shares = (f"{name} {float((~router.knows(x)).float().mean()):.1%}" for name, x in embeds.items())
+    print("out of reach: " + ", ".join(shares))
+
+
 def microseconds(call: Callable[[], object], seconds: float = 1.0) -> float:
     """Median time of a call."""
     call()
@@ -73,7 +85,7 @@ def overhead(device: str) -> None:
     for name, (batch, tokens, channels) in SHAPES.items():
         embeds = torch.randn(batch, tokens, channels, dtype=torch.bfloat16, device=device)
         kernel = (torch.randn(3, 4096), torch.zeros(3), torch.randn(256, channels), torch.zeros(256))
-        kernel += (torch.randn(4096, 256),)
+        kernel += (torch.randn(4096, 256), torch.ones(4096), torch.randn(2, channels))
         for head, tensors in (("linear", (torch.randn(3, channels), torch.zeros(3))), ("kernel", kernel)):
             moved = [tensor.to(device) for tensor in tensors]
             row = []
@@ -110,6 +122,7 @@ def main() -> None:
             print(f"\n{router.report()}\nclasses {CLASSES}, confusion [true][called]")
             for name, prompts in parts.items():
                 table(name, prompts, router.predict(encoder([prompt.text for prompt in prompts])).cpu())
+            out_of_reach(router, encoder, parts)
     overhead(arguments.device)
 
 

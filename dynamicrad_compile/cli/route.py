@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts:
         embeds, mask = as_encoder(source)[0](args.prompts)
         scores = router.scores(embeds, mask).tolist()
-        for prompt, regime, row in zip(args.prompts, router.predict(embeds, mask).tolist(), scores, strict=True):
+        regimes, known = router.predict(embeds, mask).tolist(), router.knows(embeds, mask).tolist()
+        for prompt, regime, row, sure in zip(args.prompts, regimes, scores, known, strict=True):
             details = " ".join(f"{name} {score:+.2f}" for name, score in zip(CLASSES, row, strict=True))
+            details += "" if sure else ", unlike what the router was fitted to"
             print(f"{CLASSES[regime]:4s} ({details})  {prompt}")
     return 0

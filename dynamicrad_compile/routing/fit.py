@@ -5,6 +5,8 @@ Features are what `route` computes, the mean over tokens normalised to length 1,
             its width is the median distance. Better by 2 to 3 points than linear, see docs/router.md.
     linear  multinomial logistic regression (scikit-learn), on features scaled by 1 / sqrt(C) so that regularisation
             means the same for every encoder.
+Abstention: a prompt farther from the nearest one of the fit than nearly all held-out prompts are (see `space`), or
+nearest to one in a language that the encoder can't read, is called high.
 Decision: mid's score gets an offset, the one of least cost on out-of-fold scores, where a neighbouring regime costs 1
 and a confusion of low and high costs `EXTREME_COST`. Languages that the encoder can't read don't count in that choice.
 """
@@ -18,18 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import RouterError
 from ..optional import optional
 from ..runtime.router import CLASSES, SAFE_REGIME, Router, pooled
 from .corpus import Prompt, PromptSource, load_prompts
 from .encoders import Encode, as_encoder
-
-Array = NDArray[Any]
+from .space import BLANK, Array, Space, distances, reach_of, standard
 
 REGULARISATIONS = {"kernel": (0.1, 0.3, 1.0), "linear": (0.3, 1.0, 3.0, 10.0)}
-KERNEL_DIM = 256
 MID_OFFSETS = tuple(round(0.02 * step, 2) for step in range(16))  # times the spread of the scores
 EXTREME_COST = 5.0
 READABLE = 0.75  # accuracy below which a language counts as one that the encoder can't read
@@ -71,7 +70,8 @@ def fit_router(
     written = np.array([index for index, prompt in enumerate(corpus) if not prompt.composed])
     composed = np.array([index for index, prompt in enumerate(corpus) if prompt.composed], dtype=int)
     groups = np.array([prompt.group or f"prompt {index}" for index, prompt in enumerate(corpus)])
-    classifier = HEADS[head](features, labels)
+    space = Space(features)
+    classifier = HEADS[head](features, labels, space)
     splitter = model_selection.StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     splits = list(splitter.split(features[written], labels[written], groups[written]))
     if any(len(np.unique(labels[written[train]])) < len(CLASSES) for train, _ in splits):
@@ -83,13 +83,23 @@ def fit_router(
         margins = scored[strength] = np.zeros((len(written), len(CLASSES)))
         for train, test in splits:
             margins[test] = classifier.margins(np.concatenate([written[train], composed]), written[test], strength)
-    counts = _readable(kept, np.mean([truth == margins.argmax(1) for margins in scored.values()], axis=0))
+    right = np.mean([truth == margins.argmax(1) for margins in scored.values()], axis=0)
+    languages = _readable(kept, right)
+    readable = np.array([prompt.language in languages for prompt in corpus])
+    counts = readable[written]
     candidates = [(strength, step * float(scored[strength].std())) for strength in scored for step in MID_OFFSETS]
     costs = [_cost(truth[counts], decide(scored[strength], offset)[counts]) for strength, offset in candidates]
     strength, offset = candidates[int(np.argmin(np.round(costs, 9)))]
-    called = decide(scored[strength], offset)
+    novelty, near_readable = np.zeros(len(written)), np.zeros(len(written), bool)
+    for train, test in splits:
+        rows = np.concatenate([written[train], composed])
+        novelty[test], near_readable[test] = space.novelty(rows, written[test], readable)
+    limit = reach_of(novelty, near_readable, counts)
+    abstains = (novelty >= limit) | ~near_readable
+    called = np.where(abstains, SAFE_REGIME, decide(scored[strength], offset))
 
-    tensors = classifier.tensors(strength)
+    blank = blank_features(encode, features.shape[1])
+    tensors = space.with_reach(classifier.tensors(strength), limit, readable, blank)
     tensors["bias"] = tensors["bias"] + offset * MID + TIE_TO_SAFE * (np.arange(len(CLASSES)) == SAFE_REGIME)
     confusion = [[int(((truth == i) & (called == j)).sum()) for j in range(3)] for i in range(3)]
     return Router(
@@ -101,6 +111,8 @@ def fit_router(
         prompts=len(corpus),
         regularisation=strength,
         mid_offset=round(offset, 4),
+        abstained=round(float(abstains[counts].mean()), 4),
+        unreadable=sorted({prompt.language for prompt in corpus} - languages),
         masked=masked,
         date=datetime.date.today().isoformat(),
         packages=_versions(),
@@ -117,8 +129,8 @@ def check_fit(prompts: PromptSource | None = None, folds: int = 5) -> None:
 class _Linear:
     """Multinomial logistic regression on standardised features [N, C]."""
 
-    def __init__(self, features: Array, labels: Array) -> None:
-        self.center, self.scale = _standard(features)
+    def __init__(self, features: Array, labels: Array, space: Space | None = None) -> None:
+        self.center, self.scale = standard(features)
         self.scale = self.scale * np.sqrt(features.shape[1])
         self.inputs, self.labels = (features - self.center) / self.scale, labels
 
@@ -139,17 +151,10 @@ class _Linear:
 class _Kernel:
     """Kernel ridge regression on one-hot labels: solve (K + strength I) weight = labels - 1/3."""
 
-    def __init__(self, features: Array, labels: Array) -> None:
-        center, scale = _standard(features)
-        inputs = (features - center) / scale
-        _, axes = np.linalg.eigh(inputs.T @ inputs)
-        axes = axes[:, ::-1][:, : min(KERNEL_DIM, len(labels))]
-        points = inputs @ axes
-        width = np.median(_distances(points[::4], points[::4])) / 2
-        self.projection = (axes / scale[:, None]).T / np.sqrt(width)
-        self.shift = -self.projection @ center
-        self.centers = points / np.sqrt(width)
-        self.kernel = np.exp(-_distances(self.centers, self.centers)).astype(np.float32)
+    def __init__(self, features: Array, labels: Array, space: Space | None = None) -> None:
+        self.space = space or Space(features)
+        points = self.space.points
+        self.kernel = np.exp(-distances(points, points)).astype(np.float32)
         self.targets = (np.eye(len(CLASSES))[labels] - 1 / len(CLASSES)).astype(np.float32)
 
     def _fit(self, rows: Array, strength: float) -> Array:
@@ -163,38 +168,21 @@ class _Kernel:
     def tensors(self, strength: float) -> dict[str, Array]:
         weight = self._fit(np.arange(len(self.targets)), strength).T
         bias = np.zeros(len(CLASSES))
-        return {
-            "weight": np.ascontiguousarray(weight),
-            "bias": bias,
-            "projection": self.projection,
-            "shift": self.shift,
-            "centers": self.centers,
-        }
+        return {"weight": np.ascontiguousarray(weight), "bias": bias, **self.space.tensors()}
 
 
 HEADS: dict[str, Any] = {"kernel": _Kernel, "linear": _Linear}
 MID = np.array([0.0, 1.0, 0.0])
 
 
-def _standard(features: Array) -> tuple[Array, Array]:
-    """Mean and spread of the channels; dead channels stay small."""
-    spread = features.std(0)
-    return features.mean(0), np.maximum(spread, 0.01 * spread.mean())
-
-
-def _distances(a: Array, b: Array) -> Array:
-    """Squared distances [len(a), len(b)]."""
-    return np.asarray(np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0))
-
-
-def _readable(prompts: list[Prompt], right: Array) -> Array:
-    """bool [N]: prompts of languages that the encoder can read; languages with few prompts are taken together."""
+def _readable(prompts: list[Prompt], right: Array) -> set[str]:
+    """Languages that the encoder can read, all if none; those with few prompts are taken together."""
     names = np.array([prompt.language for prompt in prompts])
     values, counts = np.unique(names, return_counts=True)
     rare = values[counts < 20]
-    names = np.where(np.isin(names, rare), "other", names)
-    read = [name for name in np.unique(names) if right[names == name].mean() >= READABLE]
-    return np.isin(names, read) if read else np.ones(len(names), bool)
+    merged = np.where(np.isin(names, rare), "other", names)
+    read = [name for name in np.unique(merged) if right[merged == name].mean() >= READABLE]
+    return set(names[np.isin(merged, read)].tolist()) or set(names.tolist())
 
 
 def encode_prompts(encode: Encode, texts: Sequence[str], batch_size: int, progress: bool) -> tuple[Array, bool]:
@@ -216,6 +204,19 @@ def encode_prompts(encode: Encode, texts: Sequence[str], batch_size: int, progre
     if len(features) > 1 and (np.ptp(features, axis=0) < 1e-9).all():
         raise RouterError("the encoder gives the same embedding for every prompt.")
     return features, masked
+
+
+def blank_features(encode: Encode, channels: int) -> Array:
+    """Features [n, C] of texts that say nothing, as far as the encoder takes them."""
+    found = []
+    for text in BLANK:
+        try:
+            embeds, mask = encode([text])
+        except Exception:  # of an encoder of the user's own: then it never meets such a prompt
+            continue
+        found.append(pooled(embeds, mask)[:1].double().cpu().numpy())
+    features = np.concatenate([np.empty((0, channels)), *found])
+    return features[np.isfinite(features).all(1)]
 
 
 def decide(margins: Array, mid_offset: float) -> Array:

@@ -6,7 +6,6 @@ Weights are fitted to an encoder by `dynamicrad_compile.routing.fit.fit_router`.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from dataclasses import dataclass, field, fields, replace
@@ -23,18 +22,16 @@ from ..profiles import REGIMES
 
 CLASSES = REGIMES
 SAFE_REGIME = CLASSES.index("high")  # the least sparse: the regime that loses least when the prompt says nothing
-SCHEMA = 1
-TENSORS = {"weight": 2, "bias": 1, "projection": 2, "shift": 1, "centers": 2}  # name: dimensions
+SCHEMAS = (1, 2)
+"""Of files: 2 has `reach` and `spread`, 1 has not."""
+TENSORS = {"weight": 2, "bias": 1, "projection": 2, "shift": 1, "centers": 2, "reach": 1, "spread": 2}
+"""Names and numbers of dimensions."""
+ABOUT_REACH = ("abstained", "unreadable")
+"""What is known of a router only where it has a reach."""
 
 
 def motion_scores(
-    embeds: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    projection: Tensor | None = None,
-    shift: Tensor | None = None,
-    centers: Tensor | None = None,
+    embeds: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, *rest: Tensor, **named: Tensor
 ) -> Tensor:
     """Scores fp32 [B, 3] of prompt embeddings; NaN in rows that have no token or a value that isn't finite.
 
@@ -44,12 +41,38 @@ def motion_scores(
     Kernel: score = weight . exp(-|projection x + shift - centers|^2) + bias,
             weight fp32 [3, M], projection [K, C], shift [K], centers [M, K].
     """
+    return _judged(embeds, mask, weight, bias, *rest, **named)[0]
+
+
+def _judged(
+    embeds: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    projection: Tensor | None = None,
+    shift: Tensor | None = None,
+    centers: Tensor | None = None,
+    reach: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores, and whether the prompt is within reach of what the router was fitted to; None where that is not known.
+
+    The distance is that of z = projection x + shift from the nearest center n, and of x from the subspace that z is in:
+    |z - centers_n|^2 + |spread_0 x + spread_1|^2 - |z|^2 < reach_n, with reach fp32 [M], spread [2, C].
+    """
     unit = pooled(embeds, mask)
     if projection is None or centers is None:
-        return torch.nn.functional.linear(unit, weight, bias)
+        return torch.nn.functional.linear(unit, weight, bias), None
     z = torch.nn.functional.linear(unit, projection, shift)
-    distance = z.square().sum(-1, keepdim=True) + centers.square().sum(-1) - 2 * (z @ centers.t())
-    return torch.nn.functional.linear(torch.exp(-distance), weight, bias)
+    length = z.square().sum(-1)
+    distance = length.unsqueeze(-1) + centers.square().sum(-1) - 2 * (z @ centers.t())
+    if reach is None or spread is None:
+        return torch.nn.functional.linear(torch.exp(-distance), weight, bias), None
+    is_linear = weight.shape[1] == projection.shape[1]
+    scores = torch.nn.functional.linear(unit if is_linear else torch.exp(-distance), weight, bias)
+    whole = (unit * spread[0] + spread[1]).square().sum(-1)
+    limit = reach.index_select(0, distance.argmin(-1))
+    return scores, distance.amin(-1) + whole - length < limit
 
 
 def pooled(embeds: Tensor, mask: Tensor | None) -> Tensor:
@@ -69,11 +92,14 @@ def pooled(embeds: Tensor, mask: Tensor | None) -> Tensor:
 def route(embeds: Tensor, mask: Tensor | None, *head: Tensor) -> Tensor:
     """Regime int64 [B] of each prompt; arguments as for `motion_scores`, `head` is `Router.tensors`.
 
-    A prompt without a token or with a value that isn't finite gives the safe regime, high. No host sync, static shapes.
+    A prompt without a token or with a value that isn't finite, and one out of the router's reach, give the safe regime,
+    high. No host sync, static shapes.
     """
-    scores = motion_scores(embeds, mask, *head)
-    finite = scores.abs().sum(-1) < float("inf")
-    return torch.where(finite, scores.argmax(-1), SAFE_REGIME)
+    scores, known = _judged(embeds, mask, *head)
+    usable = scores.abs().sum(-1) < float("inf")
+    if known is not None:
+        usable = usable & known
+    return torch.where(usable, scores.argmax(-1), SAFE_REGIME)
 
 
 @dataclass(eq=False)
@@ -81,13 +107,16 @@ class Router:
     """A motion classifier for one text encoder.
 
     weight, bias, and for a kernel head projection, shift, centers: fp32, shapes in `motion_scores`; standardisation and
-    the decision rule are folded into them. What `fit_router` measured:
+    the decision rule are folded into them. With reach and spread, and then projection, shift and centers for a linear
+    head too, prompts unlike those of the fit are called high. What `fit_router` measured:
     accuracy         share of correct regimes, cross-validated by group, on the written prompts
     confusion        the same as counts, [true][called], in the order of `classes`
     accuracy_by      {"language": {"zh": ...}, "style": {...}}
     regularisation   strength that cross-validation chose: C of the logistic regression, or the kernel's ridge
     mid_offset       what was added to mid's score so that low and high are hardly ever confused
     masked           the encoder gave a token mask; then `route` needs it too
+    abstained        share of held-out prompts, in languages that the encoder can read, that are out of reach
+    unreadable       languages whose prompts are out of reach because the encoder can't read them
     """
 
     weight: Tensor
@@ -95,6 +124,8 @@ class Router:
     projection: Tensor | None = None
     shift: Tensor | None = None
     centers: Tensor | None = None
+    reach: Tensor | None = None
+    spread: Tensor | None = None
     encoder: str = "unknown"
     accuracy: float | None = None
     confusion: list[list[int]] = field(default_factory=list)
@@ -105,6 +136,8 @@ class Router:
     masked: bool = False
     date: str = ""
     packages: dict[str, str] = field(default_factory=dict)
+    abstained: float | None = None
+    unreadable: list[str] = field(default_factory=list)
 
     classes = CLASSES
 
@@ -112,6 +145,8 @@ class Router:
         hidden = (self.projection, self.shift, self.centers)
         if any(tensor is None for tensor in hidden) != all(tensor is None for tensor in hidden):
             raise RouterError("projection, shift and centers come together or not at all.")
+        if (self.reach is None) != (self.spread is None) or (self.reach is not None and self.projection is None):
+            raise RouterError("reach and spread come together, with projection, shift and centers, or not at all.")
         for name, dims in TENSORS.items():
             value = getattr(self, name)
             if value is None and name not in ("weight", "bias"):
@@ -126,25 +161,18 @@ class Router:
         if shapes["weight"][0] != len(CLASSES) or shapes["bias"] != [len(CLASSES)]:
             raise RouterError(f"the router's weight must be [3, ...] and its bias [3], got {shapes}.")
         if self.projection is not None:
-            inner, wide = shapes["projection"][0], shapes["weight"][1]
-            if shapes["shift"] != [inner] or shapes["centers"] != [wide, inner]:
+            (inner, channels), many = shapes["projection"], shapes["centers"][0]
+            wanted = {"shift": [inner], "centers": [many, inner], "reach": [many], "spread": [2, channels]}
+            wide = channels if self.head == "linear" else many
+            if shapes["weight"][1] != wide or any(shapes.get(name, wanted[name]) != wanted[name] for name in wanted):
                 raise RouterError(f"the router's tensors don't fit together: {shapes}.")
-
-    def __eq__(self, other: object) -> bool:
-        """Whether they route alike. Dynamo asks at each call of a model whose graph another one has compiled."""
-        return isinstance(other, Router) and (self is other or self._digest == other._digest)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        parts = [(tuple(t.shape), t.cpu().numpy().tobytes()) for t in self.tensors()]
-        return hashlib.sha256(repr((parts, self.masked)).encode()).hexdigest()
 
     @property
     def head(self) -> str:
         """linear or kernel."""
-        return "linear" if self.projection is None else "kernel"
+        if self.projection is None or (self.reach is not None and self.weight.shape[1] == self.projection.shape[1]):
+            return "linear"
+        return "kernel"
 
     @property
     def embedding_dim(self) -> int:
@@ -152,7 +180,7 @@ class Router:
         return int((self.weight if self.projection is None else self.projection).shape[1])
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What `route` takes after embeds and mask: (weight, bias) or (weight, bias, projection, shift, centers)."""
+        """What `route` takes after embeds and mask: the first 2, 5 or all of `TENSORS`."""
         found = (getattr(self, name) for name in TENSORS)
         return tuple(tensor for tensor in found if tensor is not None)
 
@@ -171,6 +199,12 @@ class Router:
         self._check(embeds, mask)
         return motion_scores(embeds, mask, *(tensor.to(embeds.device) for tensor in self.tensors()))
 
+    def knows(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """bool [B]: whether a prompt is within reach; True where the router has no reach."""
+        self._check(embeds, mask)
+        scores, known = _judged(embeds, mask, *(tensor.to(embeds.device) for tensor in self.tensors()))
+        return torch.ones_like(scores[:, 0], dtype=torch.bool) if known is None else known
+
     def report(self) -> str:
         """Accuracy, confusion matrix and accuracy by language and style, as text."""
         accuracy = "accuracy unknown" if self.accuracy is None else f"cross-validated accuracy {self.accuracy:.1%}"
@@ -179,6 +213,11 @@ class Router:
         ]
         if self.regularisation is not None:
             lines.append(f"regularisation {self.regularisation:g}, offset of mid {self.mid_offset:+.2f}")
+        if self.reach is None:
+            lines.append("prompts unlike all of the fit are called by chance; fitted anew, it calls them high")
+        elif self.abstained is not None:
+            unread = f"; languages that the encoder can't read: {', '.join(self.unreadable)}" if self.unreadable else ""
+            lines.append(f"high because unlike all of the fit: {self.abstained:.1%} of held-out prompts{unread}")
         if self.confusion:
             lines.append("true \\ called " + "".join(f"{name:>7s}" for name in CLASSES))
             for name, row in zip(CLASSES, self.confusion, strict=True):
@@ -194,8 +233,10 @@ class Router:
             {name: getattr(self, name).cpu().contiguous() for name in TENSORS if getattr(self, name) is not None}
         )
         known = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in TENSORS}
+        if self.reach is None:
+            known = {name: value for name, value in known.items() if name not in ABOUT_REACH}
         table = {
-            "schema": SCHEMA,
+            "schema": SCHEMAS[self.reach is not None],
             "classes": list(CLASSES),
             "embedding_dim": self.embedding_dim,
             **{name: value for name, value in known.items() if value is not None},
@@ -216,10 +257,10 @@ class Router:
             table = tomllib.loads(notes.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RouterError(f"{notes} is not valid TOML: {error}.") from None
-        expected = {"schema": SCHEMA, "classes": list(CLASSES)}
-        for key, value in expected.items():
-            if table.get(key) != value:
-                raise RouterError(f"{notes}: {key} must be {value!r}, found {table.get(key)!r}. Fit the router again.")
+        for key, allowed in (("schema", SCHEMAS), ("classes", (list(CLASSES),))):
+            if table.get(key) not in allowed:
+                wanted = " or ".join(map(repr, allowed))
+                raise RouterError(f"{notes}: {key} must be {wanted}, found {table.get(key)!r}. Fit the router again.")
         blob = weights.read_bytes()
         if hashlib.sha256(blob).hexdigest() != table.get("weights_sha256"):
             raise RouterError(f"{weights} is not the file that {notes.name} describes. Fit and save the router again.")
@@ -228,7 +269,7 @@ class Router:
         except Exception as error:
             raise RouterError(f"{weights} is not a safetensors file: {error}.") from None
         if not {"weight", "bias"} <= set(tensors) <= set(TENSORS):
-            raise RouterError(f"{weights} must hold {list(TENSORS)} or the first two, found {sorted(tensors)}.")
+            raise RouterError(f"{weights} must hold {list(TENSORS)} or the first two or five, found {sorted(tensors)}.")
         known = {item.name for item in fields(cls)} - set(TENSORS)
         unknown = set(table) - known - {"schema", "classes", "embedding_dim", "weights_sha256"}
         if unknown:

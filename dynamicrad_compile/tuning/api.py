@@ -15,7 +15,7 @@ from ..profiles import REGIMES, Profile
 from ..profiles.loader import parse_profile
 from .captures import read_capture
 from .journal import Journal
-from .output import package_versions, profile_tables
+from .output import package_versions, profile_tables, unreached
 from .pictures import plot_convergence, plot_pareto
 from .search import Runner, Winners, anything, check_optimizer, count_evaluations, search
 from .task import DEFAULT_OPTIMIZER, MODES, Task
@@ -56,7 +56,8 @@ def tune(
     optimizer   name in Nevergrad's registry
     workers     processes; the search asks for as many points at once, so its result depends on it
     captures    files of `record_attention`: the search is on that attention, and on no proxies unless they are named.
-                A third of each regime's files is held out; a regime without files takes all. head_dim is theirs
+                A third of each regime's files is held out, none of a single one; a regime without files takes
+                all. head_dim is theirs
     proxies     without captures the default is "published" and "video", and head_dim 128
     header      keys for the [profile] table, such as description and dense_layers; the name is that of the file
     match       the [match] table: what the profile is for (heads, layers, ...); grid and head_dim are filled in
@@ -101,7 +102,8 @@ def tune(
     header = {"name": path.stem, "description": "", **(header or {})}
 
     def written(winners: Winners) -> str:
-        return to_toml(profile_tables(task, winners, header, match, _source(task)))
+        source = "; ".join(filter(None, (_source(task), unreached(task, winners))))
+        return to_toml(profile_tables(task, winners, header, match, source))
 
     check_optimizer(task)
     parse_profile(written(anything(task)), str(path))
@@ -114,7 +116,7 @@ def tune(
         for plot, file in zip((plot_convergence, plot_pareto), picture_files(path), strict=True):
             plot(journal, task, file)
     if progress:
-        print(summary(winners), file=sys.stderr)
+        print(summary(task, winners), file=sys.stderr)
     return profile
 
 
@@ -135,14 +137,17 @@ def picture_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.stem}_convergence.png"), path.with_name(f"{path.stem}_pareto.png")
 
 
-def summary(winners: Winners) -> str:
-    """A table of losses and sparsities: tuned, and held out."""
+def summary(task: Task, winners: Winners) -> str:
+    """A table of losses and sparsities: tuned, and held out; then what to know of them."""
     lines = [f"{'regime':6s} {'mode':18s} {'loss':>9s} {'sparsity':>9s} {'held out':>9s} {'sparsity':>9s}"]
     for (regime, mode), found in winners.tuned.items():
-        held = winners.held_out[regime, mode]
-        lines.append(
-            f"{regime:6s} {mode:18s} {found.loss:9.3f} {found.sparsity:9.4f} {held.loss:9.3f} {held.sparsity:9.4f}"
-        )
+        held = winners.held_out.get((regime, mode))
+        unseen = f"{held.loss:9.3f} {held.sparsity:9.4f}" if held else f"{'-':>9s} {'-':>9s}"
+        lines.append(f"{regime:6s} {mode:18s} {found.loss:9.3f} {found.sparsity:9.4f} {unseen}")
+    if seen := [regime for regime in REGIMES if not task.holds_out(regime)]:
+        lines.append(f"nothing is held out of {', '.join(seen)}: one capture. Record at least two runs of a regime.")
+    if lacking := unreached(task, winners):
+        lines.append(f"{lacking}. There are {task.blocks} blocks of {task.block_size} tokens: try smaller blocks.")
     return "\n".join(lines)
 
 

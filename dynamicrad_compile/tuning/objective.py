@@ -53,7 +53,7 @@ class Evaluation:
 class Objective:
     """Evaluates parameters for one regime of motion. Building it computes the block sums of all draws.
 
-    With `held_out` on the draws and captures that no search sees.
+    With `held_out` on the draws and captures that no search sees, if there are any (`Task.holds_out`).
     """
 
     def __init__(self, task: Task, regime: str, held_out: bool = False) -> None:

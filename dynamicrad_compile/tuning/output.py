@@ -13,8 +13,10 @@ from ..profiles import REGIMES
 from .search import Winners
 from .task import Task
 
-# dynamic_threshold is the profile's mode if its losses are lower by this factor in the geometric mean of the regimes.
+# dynamic_threshold is the profile's mode if its losses, held-out ones where there are any, are lower by this factor in
+# the geometric mean of the regimes.
 WORTH_SELECTING = 0.95
+REACHED = 0.005  # a target is reached where so much is lacking: less than what other content selects
 PACKAGES = ("dynamicrad-compile", "nevergrad", "torch", "numpy")
 
 
@@ -29,11 +31,22 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def unreached(task: Task, winners: Winners) -> str:
+    """Which winners skip less than the target, in words; '' if none does."""
+    found = [
+        f"{regime} {mode} {found.sparsity:.4f}"
+        for (regime, mode), found in winners.tuned.items()
+        if found.sparsity < task.sparsity - REACHED
+    ]
+    return f"target sparsity {task.sparsity:g} not reached: {', '.join(found)}" if found else ""
+
+
 def better_mode(winners: Winners) -> str:
     """The mode that "auto" means: dynamic_threshold only where it is better by enough to pay for its selection."""
+    judged = {**winners.tuned, **winners.held_out}
     ratios = [
-        math.log(max(found.loss, 1e-9) / max(winners.held_out[regime, "static_ratio"].loss, 1e-9))
-        for (regime, mode), found in winners.held_out.items()
+        math.log(max(found.loss, 1e-9) / max(judged[regime, "static_ratio"].loss, 1e-9))
+        for (regime, mode), found in judged.items()
         if mode == "dynamic_threshold"
     ]
     if ratios and math.exp(sum(ratios) / len(ratios)) < WORTH_SELECTING:

@@ -119,7 +119,10 @@ class Runner:
 
 @dataclass(frozen=True)
 class Winners:
-    """The best evaluation of every search, by (regime, mode), the same on draws that no search saw, and the sweeps."""
+    """The best evaluation of every search, by (regime, mode), the same on what no search saw, and the sweeps.
+
+    Regimes of which all was searched on are not in `held_out`.
+    """
 
     tuned: dict[tuple[str, str], Evaluation]
     held_out: dict[tuple[str, str], Evaluation]
@@ -136,7 +139,8 @@ def anything(task: Task) -> Winners:
 
 def count_evaluations(task: Task) -> int:
     """Evaluations of a whole run of `search`."""
-    return len(task.searches) * (task.budget + len(SWEEP) + 1)
+    held_out = sum(task.holds_out(regime) for regime, _ in task.searches)
+    return len(task.searches) * (task.budget + len(SWEEP)) + held_out
 
 
 def search(task: Task, runner: Runner) -> Winners:
@@ -157,9 +161,10 @@ def search(task: Task, runner: Runner) -> Winners:
                 jobs.append(Job(task, "sweep", regime, mode, index, parameters=scaled))
             sweeps[regime, mode] = runner.run(jobs)
     for regime, mode in task.searches:
-        (held_out[regime, mode],) = runner.run(
-            [Job(task, "held_out", regime, mode, 0, parameters=best[regime, mode].parameters)]
-        )
+        if task.holds_out(regime):
+            (held_out[regime, mode],) = runner.run(
+                [Job(task, "held_out", regime, mode, 0, parameters=best[regime, mode].parameters)]
+            )
     return Winners(best, held_out, sweeps)
 
 

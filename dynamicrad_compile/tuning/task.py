@@ -153,14 +153,18 @@ class Task:
     def captures_of(self, regime: str, held_out: bool) -> list[tuple[int, Capture]]:
         """(number, capture) of a regime, or all where it has none: those searched on, or those held out.
 
-        A third is held out, at least one; where there is a single one, that one.
+        A third is held out, at least one; where there is a single one, none.
         """
         numbered = list(enumerate(self.captures))
         own = [entry for entry in numbered if entry[1].regime == regime] or numbered
         if len(own) == 1:
-            return own
+            return [] if held_out else own
         cut = len(own) - max(1, len(own) // 3)
         return own[cut:] if held_out else own[:cut]
+
+    def holds_out(self, regime: str) -> bool:
+        """Whether the searches of a regime leave something unseen: proxies draw anew, of captures there must be two."""
+        return self.proxies != ("captured",) or bool(self.captures_of(regime, held_out=True))
 
     def sampled_rows(self, proxy: str) -> int:
         """Query rows that a head of a proxy is judged by."""

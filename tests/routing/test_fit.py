@@ -76,6 +76,60 @@ def test_fit_and_predict(head):
     assert router.predict(torch.zeros(1, 4, 64)).tolist() == [2]
 
 
+@pytest.mark.parametrize("channels", [16, 64, 512])
+@pytest.mark.parametrize("head", ["kernel", "linear"])
+def test_what_is_unlike_the_fit_is_high(head, channels):
+    encode = lambda texts: bag_of_words(texts, channels)  # noqa: E731
+    router = fit_router(encode, toy_prompts(), head=head, progress=False)
+    legitimate = encode([text for text, _ in toy_prompts(60)])
+    assert float(router.knows(legitimate).float().mean()) > 0.95
+    assert router.abstained < 0.05
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(100, 12, channels, generator=generator)
+    others = encode([f"word{index} thing{index * 7}" for index in range(20)])
+    for unlike in (random, random.abs(), 100 * random, random[:, :1], others, torch.zeros(3, 12, channels)):
+        assert not bool(router.knows(unlike).any())
+        assert router.predict(unlike).unique().tolist() == [2]
+
+
+def test_an_empty_prompt_is_high_where_the_encoder_gives_it_an_embedding():
+    start = torch.randn(64, generator=torch.Generator().manual_seed(1))
+
+    def with_start(texts):
+        return torch.cat([0.3 * start.expand(len(texts), 1, 64), bag_of_words(texts)], dim=1)
+
+    router = fit_router(with_start, toy_prompts(), progress=False)
+    assert router.predict(with_start(["", "city still still still"])).tolist() == [2, 0]
+    assert router.knows(with_start(["", "city still still still"])).tolist() == [False, True]
+
+
+def test_languages_that_the_encoder_cannot_read_are_high():
+    """The same words in a language whose letters the encoder takes for noise: labels can't be told there."""
+    foreign = [
+        Prompt(f"zz{index} qq{index * 3} zz{index % 5}", index % 3, language="xx", group=f"x{index}")
+        for index in range(60)
+    ]
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(2))
+
+    def encode(texts):
+        return bag_of_words(texts) + torch.tensor([text.startswith("zz") for text in texts])[:, None, None] * noise
+
+    known = [Prompt(text, CLASSES.index(label), language="en") for text, label in toy_prompts()]
+    router = fit_router(encode, [*known, *foreign], progress=False)
+    assert router.unreadable == ["xx"]
+    assert router.predict(encode([f"zz{index} qq{index}" for index in range(100, 130)])).unique().tolist() == [2]
+    assert router.predict(encode(["tower calm calm calm", "park drifting drifting drifting"])).tolist() == [0, 1]
+    assert "can't read: xx" in router.report()
+
+
+@pytest.mark.parametrize("channels", [59, 60, 61])
+def test_heads_are_told_apart_with_as_many_prompts_as_channels(channels, tmp_path):
+    encode = lambda texts: bag_of_words(texts, channels)  # noqa: E731
+    for head in ("kernel", "linear"):
+        router = fit_router(encode, toy_prompts(), head=head, progress=False)
+        assert Router.load(router.save(tmp_path / head)).head == head
+
+
 @pytest.mark.parametrize("head", ["kernel", "linear"])
 def test_folded_tensors_give_the_scores_of_the_model(head):
     """The tensors in the graph against the classifier on standardised features."""
@@ -289,6 +343,10 @@ def test_real_encoder():
     assert router.accuracy > 0.86
     assert router.confusion[0][2] + router.confusion[2][0] < 0.02 * len(corpus)
     holdout = [prompt for prompt in load_prompts(HOLDOUT) if prompt.language == "en"]
+    assert router.abstained < 0.03
+    assert float(router.knows(*encoder([prompt.text for prompt in holdout])).float().mean()) > 0.97
+    assert router.predict(torch.randn(50, 9, 384)).unique().tolist() == [2]
+    assert router.predict(*encoder([""])).tolist() == [2]
     truth = torch.tensor([prompt.label for prompt in holdout])
     called = router.predict(*encoder([prompt.text for prompt in holdout]))
     assert float((called == truth).float().mean()) > 0.88

@@ -185,6 +185,69 @@ def test_save_and_load(router, tmp_path, suffix):
     assert "95.0%" in loaded.report()
 
 
+def with_reach(head):
+    """A router of 5 centers in 6 channels, the last of which nothing is in reach of."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    reach = torch.tensor([4.0, 4.0, 4.0, 4.0, -9.0])
+    weight = draw(3, 5 if head == "kernel" else 6)
+    return Router(weight, draw(3), draw(4, 6), draw(4), draw(5, 4), reach, draw(2, 6), abstained=0.01)
+
+
+@pytest.mark.parametrize("head", ["kernel", "linear"])
+def test_reach_is_the_distance_from_the_nearest_center(head):
+    router = with_reach(head)
+    assert router.head == head
+    assert router.embedding_dim == 6
+    embeds = torch.randn(400, 6)
+    unit = (embeds / embeds.norm(dim=1, keepdim=True)).double()
+    z = unit @ router.projection.double().T + router.shift.double()
+    apart = torch.cdist(z, router.centers.double()).square()
+    beside = (unit * router.spread[0] + router.spread[1]).square().sum(1) - z.square().sum(1)
+    known = apart.amin(1) + beside < router.reach.double()[apart.argmin(1)]
+    assert 0 < int(known.sum()) < 400
+    assert torch.equal(router.knows(embeds), known)
+    assert torch.equal(router.predict(embeds), torch.where(known, router.scores(embeds).argmax(-1), SAFE_REGIME))
+
+
+@pytest.mark.parametrize("head", ["kernel", "linear"])
+def test_a_router_with_a_reach_saves_exports_and_compiles(head, tmp_path):
+    router = with_reach(head)
+    loaded = Router.load(router.save(tmp_path / "r"))
+    embeds = torch.randn(200, 3, 6)
+    assert "schema = 2" in (tmp_path / "r.toml").read_text()
+    assert loaded.abstained == 0.01
+    assert torch.equal(loaded.predict(embeds), router.predict(embeds))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for index, tensor in enumerate(router.tensors()):
+                self.register_buffer(f"part{index}", tensor)
+
+        def forward(self, embeds):
+            return route(embeds, None, *self.buffers())
+
+    program = torch.export.export(Model(), (embeds,))
+    assert torch.equal(program.module()(embeds), router.predict(embeds))
+    assert not {n for n in map(str, (node.target for node in program.graph.nodes)) if "item" in n or "nonzero" in n}
+    assert torch.equal(torch.compile(Model(), backend="aot_eager", fullgraph=True)(embeds), router.predict(embeds))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(Model().eval(), (embeds,), tmp_path / "r.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "r.onnx"))
+    (regimes,) = session.run(None, {session.get_inputs()[0].name: embeds.numpy()})
+    assert regimes.tolist() == router.predict(embeds).tolist()
+
+
+def test_a_router_saved_before_there_was_a_reach_still_loads(router, tmp_path):
+    file = router.save(tmp_path / "old")
+    assert "schema = 1" in file.with_suffix(".toml").read_text()
+    loaded = Router.load(file)
+    assert loaded.knows(torch.randn(4, 3, 16)).tolist() == [True] * 4
+    assert "fitted anew" in loaded.report()
+
+
 def test_broken_files(router, tmp_path):
     file = router.save(tmp_path / "r")
     notes = file.with_suffix(".toml")
@@ -219,5 +282,9 @@ def test_wrong_inputs(router):
         router.predict(torch.randn(2, 16), torch.ones(2, 1))
     with pytest.raises(RouterError, match="weight must be"):
         Router(torch.zeros(4, 16), torch.zeros(3))
+    with pytest.raises(RouterError, match="reach and spread come together"):
+        Router(torch.zeros(3, 4), torch.zeros(3), reach=torch.zeros(1), spread=torch.zeros(2, 4))
+    with pytest.raises(RouterError, match="don't fit together"):
+        dataclasses.replace(with_reach("kernel"), reach=torch.zeros(4))
     with pytest.raises(RouterError, match="aren't finite"):
         Router(torch.full((3, 4), float("nan")), torch.zeros(3))

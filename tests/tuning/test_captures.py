@@ -130,7 +130,8 @@ def test_a_third_of_a_regime_is_held_out(tmp_path):
         for regime in ("low", "mid", "high")
         for held_out in (False, True)
     }
-    assert numbers[("low", False)] == numbers[("low", True)] == [0]
+    assert (numbers[("low", False)], numbers[("low", True)]) == ([0], [])
+    assert [task.holds_out(regime) for regime in ("low", "mid", "high")] == [False, True, True]
     assert (numbers[("mid", False)], numbers[("mid", True)]) == ([1], [2])
     assert (numbers[("high", False)], numbers[("high", True)]) == ([0, 1], [2])  # none of its own: all
     assert Objective(task, "mid").names == [("captured", 1)]
@@ -150,13 +151,17 @@ def test_heads_count_alike_whatever_their_size():
     assert sums.error(mask, 0.5) == pytest.approx(float(found.mean()) / sums.variance, rel=1e-4)
 
 
-def test_search_on_captures(tmp_path):
+def test_search_on_captures(tmp_path, capsys):
     files = [record(tmp_path / f"{regime}.safetensors", regime, heads=3) for regime in ("low", "high")]
     match = {"heads": [2], "layers": 3}
-    profile = drad.tune(GRID, tmp_path / "a.toml", captures=files, progress=False, pictures=False, match=match, **SMALL)
+    profile = drad.tune(GRID, tmp_path / "a.toml", captures=files, pictures=False, match=match, **SMALL)
     assert "6 heads of 16 captured in 2 runs of a model" in profile.provenance.source
     assert "proxy" not in profile.provenance.source
     assert profile.match.head_dim == 16
+    err = capsys.readouterr().err
+    assert "nothing is held out of low, high: one capture" in err
+    assert "low_static_ratio_held_out" not in profile.provenance.loss
+    assert "mid_static_ratio_held_out" in profile.provenance.loss
     record(files[0], "low", heads=3, seed=9)
     with pytest.raises(OptionsError, match="another task: captures was"):
         drad.tune(

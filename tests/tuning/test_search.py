@@ -126,6 +126,15 @@ def test_a_mistake_leaves_nothing_that_blocks_the_corrected_command(capsys, tmp_
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_target_that_no_plan_reaches_is_said(capsys, tmp_path):
+    """60 tokens are one block of 128: nothing can be skipped."""
+    settings = {**SMALL, "block_size": 128, "proxies": ("published",), "modes": ("static_ratio",)}
+    profile = drad.tune((3, 4, 5), tmp_path / "x.toml", pictures=False, **settings)
+    said = "target sparsity 0.8 not reached: low static_ratio 0.0000, mid"
+    assert said in capsys.readouterr().err
+    assert said in profile.provenance.source
+
+
 def test_a_header_that_no_profile_has_is_told_before_the_search(tmp_path):
     with pytest.raises(drad.ProfileError, match="dense_layers = -1"):
         drad.tune(GRID, tmp_path / "x.toml", header={"dense_layers": -1}, progress=False, **SMALL)
