@@ -8,6 +8,7 @@ import torch
 
 from .noting import with_notes
 from .options import Options
+from .plans.own import SharedMask
 from .runtime.beside import CallNotes, PinnedState
 from .runtime.router import Router
 
@@ -37,6 +38,8 @@ def compile(
     if mode is not None and options and parsed.inner == "inductor":  # torch.compile takes a mode or options, not both
         options["inner_options"] = {**torch._inductor.list_mode_options(mode), **parsed.inner_options}
         mode = None
+    if isinstance(parsed.plan, torch.Tensor):
+        options["plan"] = SharedMask(parsed.plan)
     notes: CallNotes | PinnedState | None = state
     if notes is None and (
         parsed.router or parsed.dense_steps or parsed.dense_timestep is not None or parsed.refresh_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,10 +22,26 @@ EXPECTED = (
 )
 
 
+class SharedMask:
+    """A block mask that can be compared with another one, as Dynamo does to see whether two models may share graphs."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask = mask
+        self._key = (tuple(mask.shape), hashlib.sha256(mask.numpy().tobytes()).digest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedMask) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
 def checked(value: Any) -> Any:
     """The value, if it can be a plan whatever the site: arrays as tensors, all on the CPU. Raises PlanError."""
     if isinstance(value, BlockPlan):
         return _checked_plan(value.to("cpu"))
+    if isinstance(value, SharedMask):
+        return value.mask
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):

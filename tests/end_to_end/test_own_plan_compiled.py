@@ -202,3 +202,19 @@ def test_an_exported_program_with_dynamic_frames_stays_dense():
     assert len(report.replaced) == 2
     with masked_dense(options["plan"]), torch.no_grad():
         assert relative_error(module(**kwargs)[0], call(model, kwargs)) < 1e-5
+
+
+def test_models_of_equal_code_with_a_mask_each():
+    import copy
+
+    model, kwargs, _ = make("wan_t2v")
+    other = copy.deepcopy(model)
+    near = (torch.arange(15)[:, None] - torch.arange(15)).abs() < 3
+    compiled = [drad.compile(m, **{**OPTIONS, "inner": "eager", "plan": mask}) for m, mask in
+                ((model, near), (other, near.clone().numpy()), (model, torch.ones_like(near)))]  # fmt: skip
+    compiled.append(copy.deepcopy(compiled[0]))
+    outputs = [call(one, kwargs) for one in compiled]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[3])
+    assert relative_error(outputs[2], call(model, kwargs)) < 1e-5
+    assert relative_error(outputs[0], outputs[2]) > 1e-4
