@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from .noting import notes_of
 from .reporting.report import GraphReport, Report
 from .runtime.owner import Owner, alive
+from .runtime.pool import MIXED_CALLS
+from .runtime.state import GraphState
 
 NOT_OURS = (
     "it is not compiled with this backend. Use torch.compile(model, backend='dynamicrad') or "
@@ -54,7 +57,10 @@ def report(compiled: Any) -> Report:
     Raises TypeError for anything else.
     """
     if isinstance(compiled, torch.nn.Module) or inspect.isroutine(compiled):
-        return Report(_graphs(compiled), why_empty=NOT_CALLED if _is_ours(compiled) else NOT_OURS)
+        graphs = _graphs(compiled)
+        if graphs and notes_of(compiled).mixed:
+            graphs[-1].notes.append(MIXED_CALLS)
+        return Report(graphs, why_empty=NOT_CALLED if _is_ours(compiled) else NOT_OURS)
     if not hasattr(compiled, "__dict__"):
         raise TypeError(
             "expected a compiled model, function or method, or an object that holds compiled models, like a pipeline; "
@@ -69,14 +75,17 @@ def _graphs(compiled: Any) -> list[GraphReport]:
     holders, code = _holders(compiled), _code(compiled)
     given = _options_of(compiled)
 
-    def mine(owner: Owner) -> bool:
-        return any(id(value) in holders for value in alive(owner))
+    def is_mine(owner: Owner, state: GraphState) -> bool:
+        if owner and holders:
+            return any(id(value) in holders for value in alive(owner))
+        return code in state.codes
 
     found = []
     for one in list(_captured.values()):
         if given is not _ANY and not _equal(one.options, given):
             continue
-        owners = [owner for owner in one.report.state.owners() if mine(owner) or code in one.report.state.codes]
+        state = one.report.state
+        owners = [owner for owner in state.owners() if is_mine(owner, state)]
         if owners:
             found.append(one.report.measured(owners))
     return found
@@ -95,9 +104,8 @@ def _holders(compiled: Any) -> dict[int, Any]:
 
 
 def _code(compiled: Any) -> tuple[str, int] | None:
-    """File and line of a function that is no method of a module."""
-    function = _original(compiled)
-    code = getattr(function, "__code__", None)
+    """File and line of a function; None for anything else, a method too."""
+    code = getattr(_original(compiled), "__code__", None) if inspect.isfunction(_original(compiled)) else None
     return (code.co_filename, code.co_firstlineno) if isinstance(code, CodeType) else None
 
 
@@ -176,8 +184,8 @@ def _options_of(compiled: Any) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether Dynamo would take two options for the same; tensors among them can't be compared."""
+    """Whether Dynamo would take two options for the same; tensors and arrays among them can't be compared."""
     try:
         return one is other or bool(one == other)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False

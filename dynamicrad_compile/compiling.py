@@ -59,4 +59,4 @@ def compile(
 
 def captures_data_dependent(compiled: Any) -> bool:
     """Whether something was compiled by `drad.compile`."""
-    return hasattr(getattr(compiled, "forward", compiled), "dynamicrad_capture")
+    return hasattr(getattr(compiled, "forward", compiled), "dynamicrad_notes")

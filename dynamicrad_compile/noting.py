@@ -30,8 +30,14 @@ def with_notes(function: Any, original: Callable[..., Any], notes: CallNotes | P
         with run_with(state or CallState()), torch._dynamo.config.patch(CAPTURE):
             return function(*args, **kwargs)
 
-    captured.dynamicrad_capture = True  # type: ignore[attr-defined]
+    captured.dynamicrad_notes = notes if isinstance(notes, CallNotes) else CallNotes()  # type: ignore[attr-defined]
     return captured
+
+
+def notes_of(compiled: Any) -> CallNotes:
+    """What is noted of the calls of a model or function of drad.compile; nothing, of any other."""
+    found = getattr(getattr(compiled, "forward", compiled), "dynamicrad_notes", None)
+    return found if isinstance(found, CallNotes) else CallNotes()
 
 
 def _reader(function: Callable[..., Any]) -> Callable[[Any, Any], tuple[torch.Tensor | None, ...]]:

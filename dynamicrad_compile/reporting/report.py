@@ -140,7 +140,7 @@ class GraphReport:
             known = [total for total in totals if total is not None]
             return replace(site, stats=torch.stack(known).sum(0)) if known else site
 
-        notes = [*self.notes, MIXED_CALLS] if any(pool.mixed for pool in pools) else self.notes
+        notes = [*self.notes, *[MIXED_CALLS][: any(pool.mixed for pool in pools)]]
         return replace(self, sites=[summed(site) for site in self.sites], notes=notes)
 
 

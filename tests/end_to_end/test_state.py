@@ -16,6 +16,7 @@ from support.graphs import compile_sparse, drad, first_output, make, relative_er
 from support.marks import INNER, slow
 
 from dynamicrad_compile.captured import _captured
+from dynamicrad_compile.noting import notes_of
 from dynamicrad_compile.runtime.router import Router
 
 STEPS = (900.0, 700.0, 500.0, 300.0)
@@ -99,8 +100,10 @@ def test_requests_in_one_thread(models, inputs, compiler):
     assert "jump back and forth" not in str(drad.report(compiled))
 
 
-def test_requests_that_are_mixed_are_said(models, inputs, caplog):
-    compiled = fast(models[0], dense_steps=2)
+@pytest.mark.parametrize("compiler", ["torch.compile", "drad.compile"])
+def test_requests_that_are_mixed_are_said(models, inputs, caplog, compiler):
+    options = dict(OPTIONS, dense_steps=2)
+    compiled = drad.compile(models[0], **options) if compiler == "drad.compile" else fast(models[0], dense_steps=2)
     one = drad.generation()
     for _, timestep in interleaved((one, one)):
         run(compiled, inputs, timestep)
@@ -112,12 +115,11 @@ def test_requests_that_are_mixed_are_said(models, inputs, caplog):
 @pytest.mark.parametrize("steps", [STEPS, (900.0, 400.0), (300.0,), tuple(range(40))], ids=len)
 def test_generations_one_after_another_are_not_mixed(models, inputs, steps):
     compiled = drad.compile(lambda x, timestep: x, **OPTIONS, dense_steps=1)
-    notes = next(c.cell_contents for c in compiled.__closure__ if type(c.cell_contents).__name__ == "CallNotes")
     for _ in range(4):
         for timestep in steps:
             for _ in range(2):
                 compiled(torch.zeros(1), torch.tensor([float(timestep)]))
-    assert not notes.mixed
+    assert not notes_of(compiled).mixed
 
 
 @pytest.fixture(scope="module")
