@@ -10,10 +10,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import PlanError
 from ..kernels.blocks import cdiv
+
+MAX_BLOCKS = 10_000
+"""Blocks of a sequence that a pattern is made for: it looks at every pair of them, in 3 to 6 s for so many."""
 
 MIN_FRAMES = 3
 """Two frames are a pair of images: there is no motion for a plan to follow."""
+
+
+def too_long(tokens: int, block_size: int) -> str:
+    """Why no pattern is made for a sequence of so many tokens; "" if it is."""
+    blocks = cdiv(tokens, block_size)
+    if blocks <= MAX_BLOCKS:
+        return ""
+    return (
+        f"{tokens} tokens are {blocks} blocks of {block_size}, more than the {MAX_BLOCKS} that a plan may have. "
+        "Take larger blocks (block_size, up to 256) or a shorter or smaller video."
+    )
 
 
 @dataclass(frozen=True)
@@ -36,12 +51,17 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """A token grid in a sequence with text. Lengths are in tokens."""
+    """A token grid in a sequence with text. Lengths are in tokens. Raises PlanError for more than MAX_BLOCKS blocks."""
 
     grid: tuple[int, int, int]
     block_size: int
     text_before: int = 0
     text_after: int = 0
+
+    def __post_init__(self) -> None:
+        problem = too_long(self.seq_len, self.block_size)
+        if problem:
+            raise PlanError(f"grid {' x '.join(map(str, self.grid))}: {problem}")
 
     @property
     def frames(self) -> int:

@@ -40,8 +40,8 @@ def make_plan(
     If `sparsity` is None or one of these is given, what is None comes from the profile's regime; otherwise the profile
     is not read.
 
-    The plan's tensors are int32 on the CPU. Raises PlanError for an unknown pattern or parameter and for
-    values out of their range, ProfileError if the profile can't be loaded.
+    The plan's tensors are int32 on the CPU. Raises PlanError for an unknown pattern or parameter, for values out of
+    their range and for more than `layout.MAX_BLOCKS` blocks, ProfileError if the profile can't be loaded.
     """
     if pattern not in PATTERNS:
         raise PlanError(

@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..kernels.blocks import cdiv
-from .layout import MIN_FRAMES
+from .layout import MIN_FRAMES, too_long
 from .table import PlanSpec
 
 Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -23,10 +23,11 @@ Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 def full_table(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> Table:
     """The table of `spec` for a grid, on the CPU; its indices as wide as any grid with as many tokens may need.
 
-    Fewer than MIN_FRAMES frames are no video: they are dense.
+    Fewer than MIN_FRAMES frames are no video: they are dense, as are sequences that are too long for a pattern.
     """
-    if grid[0] < MIN_FRAMES:
-        return dense_table(spec, math.prod(grid) + text_before + text_after)
+    tokens = math.prod(grid) + text_before + text_after
+    if grid[0] < MIN_FRAMES or too_long(tokens, spec.block_size):
+        return dense_table(spec, tokens)
     table = spec.build(grid, text_before, text_after)
     candidates, plan = table.candidates, table.plan
     indices = torch.nn.functional.pad(plan.kv_indices, (0, plan.num_kv_blocks - plan.kv_indices.shape[-1]))

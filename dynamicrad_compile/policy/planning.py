@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import PlanError
 from ..options import Options
 from ..passes import Dense, PlannedSite, VideoSite, few_frames
-from ..plans.layout import MIN_FRAMES
+from ..plans.layout import MIN_FRAMES, too_long
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.table import PlanSpec, RegimeSpec, balance_of
@@ -30,6 +30,9 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
     spec = _specification(PATTERNS[settings.pattern], settings, wishes.options, regimes.names)
+    problem = too_long(site.tokens, spec.block_size)
+    if problem:
+        return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
     return PlannedSite(site, spec.build(site.grid, *site.text), spec)
 
 

@@ -164,6 +164,7 @@ MISTAKES = {
     "grid": (["explain", "--model", "wan-1.3b", *SMALL, "--set", "grid=5,16,17"], "does not fit the 1280"),
     "page": (["explain", "--model", "wan-1.3b", *SMALL, "--html", "{tmp}/broken.json/page.html"], "File exists"),
     "pattern": (["plot", "--grid", "3", "4", "5", "--pattern", "radail"], "Did you mean 'radial'?"),
+    "huge grid": (["plot", "--grid", "1000", "1000", "1000"], "7812500 blocks of 128, more than the 10000"),
     "grid of two": (["plot", "--grid", "3", "4"], "expected 3 arguments"),
     "profile": (["plot", "--grid", "3", "4", "5", "--profile", "none"], "no profile is called"),
     "output": (["plot", "--grid", "3", "4", "5", "-o", "{tmp}/no/mask.png"], "No such file"),

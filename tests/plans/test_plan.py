@@ -295,6 +295,11 @@ def test_numpy_integers_are_accepted():
         ({"grid": (1, 0, 2)}, "three positive integers"),
         ({"grid": (1, 2.0, 2)}, "three positive integers"),
         ({"grid": (True, 2, 2)}, "three positive integers"),
+        ({"grid": (500, 200, 200)}, "500 x 200 x 200: 20000000 tokens are 156250 blocks of 128, more than the 10000"),
+        (
+            {"pattern": "dense", "grid": (161, 90, 160)},
+            r"18113 blocks of 128.*Take larger blocks",
+        ),
         ({"grid": "21x45x80"}, "three positive integers"),
         ({"grid": (1, 2, 3), "block_size": 100}, r"one of \[16, 32, 64, 128, 256\], got 100"),
         ({"grid": (1, 2, 3), "block_size": "128"}, "block_size must be one of"),

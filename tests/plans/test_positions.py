@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from dynamicrad_compile.plans import positions_op
+from dynamicrad_compile.plans import layout, positions_op
 from dynamicrad_compile.plans.op import dense_table, full_table
 from dynamicrad_compile.plans.positions import are_frames, decode_table, first_in_line, shows
 from dynamicrad_compile.plans.positions_op import MAX_READS, Book, plan_of_positions_op
@@ -65,6 +65,12 @@ def test_each_grid_gets_its_own_plan_in_any_order(text):
             expected = full_table(SPEC, grid, *text) if is_video else dense_table(SPEC, length)
             for tensor, wanted in zip(found, expected, strict=True):
                 assert torch.equal(tensor, wanted)
+
+
+def test_a_sequence_that_is_too_long_for_a_pattern_runs_dense(monkeypatch):
+    monkeypatch.setattr(layout, "MAX_BLOCKS", 14)
+    for found, dense in zip(full_table(SPEC, (5, 6, 8), 0, 0), dense_table(SPEC, 240), strict=True):
+        assert torch.equal(found, dense)
 
 
 def test_a_table_is_read_once_a_grid(monkeypatch):

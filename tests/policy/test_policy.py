@@ -52,6 +52,12 @@ def test_every_site_gets_a_plan_for_its_grid_and_text():
     assert found.unmet == ()
 
 
+def test_a_sequence_that_is_too_long_for_a_pattern_stays_dense():
+    (site,) = decisions(video(grid=(500, 200, 200)), sparsity=0.5).sites
+    assert (site.reason.code, site.this_grid) == ("too_long", True)
+    assert "20000000 tokens are 1250000 blocks of 16" in site.reason.text
+
+
 def test_deciding_changes_no_site_and_gives_the_same_again():
     before = [dict(vars(site.site)) for site in LAYERS]
     first, second = (decisions(*LAYERS, sparsity=0.5, dense_layers=1) for _ in range(2))
