@@ -51,8 +51,9 @@ def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     @passes_on
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        stand_in = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward if run else _returns_zeros(gm)
-        graphs.append(analyse(gm, example_inputs, options))
+        stand_in = gm.forward if run else _returns_zeros(gm)
+        # Of a copy: Dynamo looks at the inputs of its graph again, and knows nothing of those that the passes add.
+        graphs.append(analyse(fx.GraphModule(gm, copy.deepcopy(gm.graph)), example_inputs, options))
 
         def marked(*inputs: Any) -> Any:
             with torch.profiler.record_function(_IN_GRAPH):

@@ -86,6 +86,13 @@ def test_explain_runs_nothing_and_changes_nothing():
     assert "outside" not in report.summary()
 
 
+def test_explain_of_another_length_which_dynamo_takes_for_any():
+    for f in (5, 7):
+        model, kwargs, expected = make("wan_t2v", f=f)
+        report = drad.explain(model, options={"min_tokens": 0, "block_size": 16}, **kwargs)
+        assert {site.grid for site in report.replaced} == {expected["grid"]}
+
+
 def test_a_mode_of_inductor_beside_options():
     compiled = drad.compile(torch.nn.Linear(3, 3), mode="reduce-overhead", sparsity=0.5)
     assert compiled(torch.randn(2, 3)).shape == (2, 3)
