@@ -60,12 +60,14 @@ def run(args: argparse.Namespace) -> int:
     title = f"{args.pattern} {'x'.join(map(str, args.grid))}"
     if output == Path("-"):
         print(mask_text(plan, title=title))
-        return 0
-    plot_mask(plan, output, title=title, boundaries=frame_boundaries(args.grid, args.text_before))
-    print(
-        f"wrote {output}: {plan.num_q_blocks} x {plan.num_kv_blocks} blocks of {args.block_size} tokens, "
-        f"{plan.sparsity:.1%} skipped"
-    )
+    else:
+        plot_mask(plan, output, title=title, boundaries=frame_boundaries(args.grid, args.text_before))
+        print(
+            f"wrote {output}: {plan.num_q_blocks} x {plan.num_kv_blocks} blocks of {args.block_size} tokens, "
+            f"{plan.sparsity:.1%} skipped"
+        )
+    if args.sparsity is not None and plan.sparsity < args.sparsity - 0.005:
+        print(f"note: {args.sparsity:.1%} was asked for; every row reads at least one block: try smaller ones")
     return 0
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from ..errors import ExportError, nearest
+from ..errors import ExportError, StrictError, nearest
 from ..files import whole_folder
 from ..options import Options
+from ..passes.site import VIDEO
 from ..profiles import load_profile
+from ..reporting.report import Report
 from .batch import with_dynamic_batch
 from .card import model_card
 from .checking import check_export, check_runnable
@@ -86,6 +88,7 @@ def export(
         program = capture(model, args, kwargs, shapes)
     with _timed(seconds, "rewrite", say, "making its attention block-sparse"):
         module, report = rewrite(program, options)
+    _note_if_dense(report, parsed)
     for line in report.summary().splitlines():
         say(line)
     with whole_folder(folder, last=SUFFIXES) as temporary:
@@ -152,6 +155,17 @@ def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[s
             "Set dense_steps to 0, and run the dense model at the first steps."
         )
     return {**options, "dense_steps": 0}
+
+
+def _note_if_dense(report: Report, options: Options) -> None:
+    """Note it if nothing became sparse. Raises StrictError if that was not asked for and strict=True."""
+    if report.replaced:
+        return
+    videos = [site for site in report.sites if site.role == VIDEO]
+    text = f"nothing in what is exported is sparse: 0 of {len(videos)} video self-attentions were replaced"
+    if options.strict and not videos and options.pattern != "dense":
+        raise StrictError(f"strict=True, and {text}, of {len(report.sites)} attentions that were found.")
+    report.graphs[0].notes.append(text)
 
 
 @contextmanager

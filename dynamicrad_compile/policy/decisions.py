@@ -10,6 +10,7 @@ from .control import control_of
 from .gain import few_tokens, if_it_pays
 from .planning import AS_ASKED, planned, takes_regimes, without_meaning
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
+from .targets import unreached
 
 
 def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -> Decisions:
@@ -34,9 +35,12 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
                 notes[ignored] = None
             if takes_regimes(settings.pattern) and regimes.why:
                 (unmet if regimes.unmet else notes)[regimes.why] = None
+            lacking = unreached(decision)
             decision, problem = if_it_pays(decision, settings)
             if problem:
                 unmet[problem] = None
+            if lacking and isinstance(decision, PlannedSite):
+                notes[lacking] = None
         decided.append(decision)
     unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]
     if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):

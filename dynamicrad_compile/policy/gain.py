@@ -15,6 +15,7 @@ from ..plans.table import PlanSpec, PlanTable
 from ..profiles import Profile
 from ..reporting.reason import Reason
 from .settings import Settings
+from .targets import regime_plan
 
 
 def few_tokens(site: VideoSite, limit: int) -> Dense:
@@ -70,9 +71,5 @@ def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable)
             static = profile.regime(regime.name).static_ratio.sparsity
             shares.append(static if regime.sparsity is None else regime.sparsity)
             continue
-        own = slice(number, number + 1)
-        weights = plan.compensate if len(plan.compensate) == 1 else plan.compensate[own]
-        counts, indices = plan.kv_counts[own], plan.kv_indices[own]
-        own_plan = replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights, check_values=False)
-        shares.append(own_plan.sparsity)
+        shares.append(regime_plan(plan, number).sparsity)
     return sum(shares) / len(shares)

@@ -57,6 +57,10 @@ class Row:
 COLUMNS = ("sparsity", "psnr", "ssim", "feature", "flicker", "motion_ratio", "loop", "frechet_dense", "frechet_real")
 
 
+LACKING = 0.005
+"""What was asked for is skipped where no more of it is lacking."""
+
+
 @dataclass
 class Results:
     """Rows in order, dense first, and a row "real" for the held-out clips; `clips` by label, for pictures."""
@@ -68,11 +72,14 @@ class Results:
     clips: dict[str, Tensor]
 
     def table(self) -> str:
-        """The rows as text, aligned."""
+        """The rows as text, aligned; then those that skip less than was asked for."""
         lines = ["  ".join([f"{'method':20s}", *(f"{name:>13s}" for name in COLUMNS)])]
         for row in self.rows:
             numbers = [getattr(row, name) for name in COLUMNS]
             lines.append("  ".join([f"{row.method:20s}", *(_shown(number) for number in numbers)]))
+        for row in self.rows:
+            if row.sparsity < row.wanted - LACKING:
+                lines.append(f"{row.method}: {row.wanted:.3g} was asked for, {row.sparsity:.3g} of the run was skipped")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -126,6 +126,12 @@ def test_plot_as_text(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_plot_says_if_less_is_skipped_than_was_asked_for(capsys):
+    code, out, _ = run(capsys, "plot", "--grid", "5", "6", "8", "--block-size", "128", "--sparsity", "0.9", "-o", "-")
+    assert code == 0
+    assert "note: 90.0% was asked for" in out
+
+
 @pytest.mark.parametrize(
     ("ending", "begins"), [("svg", b"<svg"), ("jpg", b"\xff\xd8\xff"), ("webp", b"RIFF"), ("pdf", b"%PDF")]
 )

@@ -116,6 +116,22 @@ def test_model_is_left_as_it_was(tmp_path):
     assert (tmp_path / "new" / "folder" / "model.pt2").is_file()
 
 
+def test_an_export_in_which_nothing_is_sparse_says_so(tmp_path):
+    model, kwargs = make("wan", 1)
+    lines = []
+    result = drad.export(model, (), kwargs, tmp_path, options={**COMMON, "min_tokens": 10**6}, progress=lines.append)
+    said = "nothing in what is exported is sparse: 0 of 1 video self-attentions were replaced"
+    assert f"note: {said}" in lines
+    assert said in str(result)
+    assert said in result.card["notes"]
+    strict = {**COMMON, "min_tokens": 10**6, "strict": True}
+    with pytest.raises(drad.StrictError, match=r"blocks\.0\.attn1 stays dense"):
+        drad.export(model, (), kwargs, tmp_path / "strict", options=strict)
+    with pytest.raises(drad.StrictError, match="0 of 0 video self-attentions were replaced"):
+        drad.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), {}, tmp_path / "strict", options={"strict": True})
+    assert not (tmp_path / "strict").exists()
+
+
 MISTAKES = {
     "format": ({"format": "onxx"}, "unknown format 'onxx'. Did you mean 'onnx'?"),
     "setting": ({"opset": 18}, "format 'torch' has no setting 'opset'. Known: none"),

@@ -122,6 +122,20 @@ def test_profile_auto_names_what_it_picked():
     assert any(note.startswith("profile 'auto' is ") for note in found.notes)
 
 
+@pytest.mark.parametrize("mode", ["static_ratio", "dynamic_threshold"])
+def test_a_target_that_is_not_reached_is_said(mode):
+    """192 tokens are 12 blocks of 16: a row that reads one of them skips 11 of 12."""
+    options = {"mode": mode, "compensate": 0.0, "sink_frames": 0}
+    assert not any("target" in note for note in decisions(video(), **options, sparsity=0.5).notes)
+    found = decisions(video(), **options, sparsity=0.99)
+    (note,) = (note for note in found.notes if "target" in note)
+    assert note.startswith("the target sparsity is not reached over 4x6x8: not 0.99 (mid motion) but 0.9")
+    assert note.endswith("of 12 blocks of 16 tokens every row always reads some: a smaller block_size can skip more")
+    assert found.unmet == ()
+    paid = decisions(video(), **{**options, "compensate": 1.0}, sparsity=0.9)
+    assert any("compensate=0 skips more" in note for note in paid.notes)
+
+
 def test_no_site_no_decision():
     found = decisions()
     assert found.sites == []
