@@ -19,7 +19,14 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dynamicrad_compile.plans.positions import Decoded, are_frames, columns_of, decode_table, times_of
+from dynamicrad_compile.plans.positions import (
+    Decoded,
+    are_frames,
+    columns_of,
+    decode_table,
+    may_be_pictures,
+    times_of,
+)
 from dynamicrad_compile.reporting.reason import Reason
 
 from .axes.concatenation import parts_of
@@ -28,7 +35,6 @@ from .axes.positions import PositionTable
 from .graph import value_of
 from .site import PassContext
 
-MIN_FRAMES = 5  # pictures to be edited may have the numbers 0, 1, 2, 3, as frames have
 IF_VIDEO = "set `grid` if they are a video"
 
 
@@ -79,7 +85,7 @@ def _doubt(table: torch.Tensor, decoded: Decoded, varies: bool) -> Reason | None
     if not are_frames(table, decoded):
         text = f"{frames} pictures of one size{numbers}: in time they do not follow each other as frames do"
         return Reason("pictures", text, IF_VIDEO)
-    if numbers and frames < MIN_FRAMES and not varies:
+    if may_be_pictures(decoded) and not varies:
         text = f"only {frames} frames{numbers}, and nothing but positions says so: they may be pictures to be edited"
         return Reason("frames_or_pictures", text, IF_VIDEO)
     return None

@@ -16,6 +16,9 @@ import torch
 
 Triple = tuple[int, int, int]
 
+MIN_NUMBERED = 5
+"""Pictures to be edited may have the numbers 0, 1, 2, 3, as so few frames have."""
+
 
 class Decoded(NamedTuple):
     """What a table shows: (frames, height, width), and for each of the three a column that tells it.
@@ -125,6 +128,11 @@ def are_frames(table: torch.Tensor, found: Decoded) -> bool:
     distinct = bool((lines[1:] != lines[:-1]).any(1).all())
     even = len(cube) > 3 and _evenly_spaced(lines)
     return distinct and (even or (bool(in_order(lines).any()) and _evenly_spaced(lines[1:])))
+
+
+def may_be_pictures(found: Decoded) -> bool:
+    """Whether frames are numbered, and too few to tell them from pictures."""
+    return found.numbers and 1 < found.grid[0] < MIN_NUMBERED
 
 
 def _evenly_spaced(lines: torch.Tensor) -> bool:

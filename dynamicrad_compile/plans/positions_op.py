@@ -28,6 +28,7 @@ from .positions import (
     decode_table,
     first_in_line,
     go_on,
+    may_be_pictures,
     previous_frame,
     shows,
 )
@@ -101,7 +102,9 @@ class Book:
             return False
         self.reads += 1
         found = decode_table(table.detach(), single_frame=True)
-        if found is None or found in self.pages.grids or not are_frames(table.detach(), found):
+        if found is None or found in self.pages.grids:
+            return False
+        if may_be_pictures(found) or not are_frames(table.detach(), found):
             return False
         frames, height, width = found.grid
         transposed = [] if self.missed is None else [found._replace(grid=(frames, width, height))]

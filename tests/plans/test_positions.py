@@ -143,6 +143,12 @@ def test_frames_follow_each_other_in_time(times, expected, kind):
     assert are_frames(values, found) == expected
 
 
+def test_few_numbered_frames_run_dense():
+    values = at_times((0, 1, 2, 3), "numbers")
+    found = Book(SPEC, len(values), (0, 0), CPU, CPU).plan(values)
+    assert torch.equal(found[0], dense_table(SPEC, len(values))[0])
+
+
 def test_a_single_frequency_is_enough():
     for times, expected in (((0, 1, 2, 3, 4), True), ((0, 1, 2, 3, -1), False)):
         values = at_times(times, "one frequency")
