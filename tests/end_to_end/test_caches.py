@@ -13,7 +13,7 @@ from dynamicrad_compile.runtime.router import Router
 
 CASES = [
     ("wan_t2v", dict(mode="dynamic_threshold", dense_steps=1, refresh_steps=2)),
-    ("hunyuan_video", dict(covariance=True, compensate=0.5)),
+    slow("hunyuan_video", dict(covariance=True, compensate=0.5)),
     slow("wan_t2v", dict(router=Router(torch.randn(3, 16), torch.zeros(3)))),
     slow("cogvideox_5b", dict(pattern="radial")),
     slow("hunyuan_video", dict(qk_dtype="int8")),

@@ -218,7 +218,7 @@ def test_generations_nest_and_survive_errors(models, inputs):
     outer = drad.generation()
     with outer:
         assert is_dense(compiled, model, inputs, 900.0)
-        with pytest.raises(TypeError), drad.generation():
+        with pytest.raises(Exception, match="no_such_argument"), drad.generation():
             run(compiled, inputs, 900.0, no_such_argument=1)
         assert not is_dense(compiled, model, inputs, 800.0)
     with outer:
@@ -366,10 +366,10 @@ def test_copies_have_a_state_of_their_own(inputs, how, compiler, router):
 
 
 def test_nothing_is_kept_of_graphs_that_are_gone(models, inputs):
-    run(fast(models[0]), inputs, 900.0)
+    compiled = fast(models[0], sparsity=0.5)
+    run(compiled, inputs, 900.0)
+    kept = len(_captured)
     torch._dynamo.reset()
     gc.collect()
-    other = fast(models[1], sparsity=0.5)
-    run(other, inputs, 900.0)
-    assert len(_captured) == 1
-    assert len(drad.report(models[0]).graphs) == 0
+    assert len(_captured) < kept
+    assert len(drad.report(compiled).graphs) == 0
