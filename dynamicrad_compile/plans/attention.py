@@ -45,6 +45,9 @@ def block_sparse_attention(
     """
     if not isinstance(plan, BlockPlan):
         raise PlanError(f"expected a BlockPlan, as make_plan gives it, got {type(plan).__name__}.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise PlanError(f"{name} must be a tensor, got {type(x).__name__}.")
     for name, planned, tensor in (("queries", plan.q_len, q), ("keys", plan.kv_len, k)):
         if tensor.dim() == 4 and tensor.shape[2] != planned:
             raise PlanError(

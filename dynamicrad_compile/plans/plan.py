@@ -73,6 +73,8 @@ class BlockPlan:
             )
         if indices.shape[-1] > self.num_kv_blocks:
             raise PlanError(f"kv_indices is {indices.shape[-1]} wide but there are {self.num_kv_blocks} kv blocks.")
+        if isinstance(self.compensate, list):
+            object.__setattr__(self, "compensate", tuple(self.compensate))
         weights = self.compensate
         if not isinstance(weights, tuple) or len(weights) not in (1, len(counts)) or not all(map(_is_share, weights)):
             raise PlanError(f"compensate must be 1 or {len(counts)} numbers in 0..1 (one a regime), got {weights!r}.")
@@ -278,7 +280,7 @@ def _check_tensors(**given: Any) -> None:
 
 
 def _is_share(x: Any) -> bool:
-    return isinstance(x, (int, float)) and 0 <= x <= 1
+    return isinstance(x, (int, float, np.number)) and bool(0 <= x <= 1)
 
 
 def _check_sizes(**given: Any) -> None:

@@ -185,6 +185,7 @@ def test_what_is_no_plan_is_refused(change, message):
     right = {"kv_counts": int32(1, 1, 2), "kv_indices": int32(1, 1, 2, 1)}
     right |= {"block_q": 16, "block_kv": 16, "q_len": 32, "kv_len": 64}
     BlockPlan(**right)
+    assert BlockPlan(**right, compensate=[np.float32(0.5)]).compensate == (0.5,)
     with pytest.raises(PlanError, match=message):
         BlockPlan(**{**right, **change})
 
@@ -246,6 +247,8 @@ def test_attention_takes_plans_and_says_so():
     found = make_candidates((2, 4, 8), 16, sparsity=0.5)
     with pytest.raises(PlanError, match="expected a BlockPlan, as make_plan gives it, got Candidates"):
         block_sparse_attention(q, q, q, found)
+    with pytest.raises(PlanError, match="k must be a tensor, got ndarray"):
+        block_sparse_attention(q, q.numpy(), q, found.plan)
     with pytest.raises(PlanError, match="expected Candidates, as make_candidates gives them, got BlockPlan"):
         select_blocks(q, q, found.plan, (0.0, 0.0))
     with pytest.raises(PlanError, match="expected a flex BlockMask, got Tensor"):
