@@ -11,10 +11,12 @@ import torch
 from torch import fx
 
 from . import policy
+from .buckets import earlier_buckets, real_inputs
 from .captured import remember
 from .errors import OptionsError, StrictError
 from .inner import Compiled, inner_compiler
 from .options import Options
+from .outside import continues, graph_made
 from .passed_on import passes_on
 from .passes import Dense, PassContext, Site, run_passes
 from .passes.dump import Dump
@@ -47,6 +49,7 @@ def dynamicrad(
     run = report.state.bind(inner_compiler(parsed, mode, report.notes.append)(gm, inputs))
     report.seconds["compile"] = time.perf_counter() - start
     remember(options, report, run)
+    graph_made(gm, report.notes, parsed.strict)
     _say(report)
     return run
 
@@ -62,10 +65,12 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         grid=options.grid,
         override_grid=options.override_grid,
         training=_is_training(example_inputs),
-        example_inputs=example_inputs,
+        example_inputs=real_inputs(example_inputs),
         qk_int8=options.qk_dtype == "int8",
         covariance=options.covariance,
         is_final=is_final,
+        continues="" if is_final else continues(),
+        earlier=earlier_buckets(),
     )
     dump = _dump(options)
     if dump is not None:

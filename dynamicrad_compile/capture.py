@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd import profiler_legacy
 from torch.utils._pytree import tree_map
 
 from .backend import analyse
 from .compiling import captures_data_dependent
 from .noting import CAPTURE
 from .options import Options
+from .outside import graph_made
 from .passed_on import passes_on
 from .passes.graph import hint, value_of
 from .reporting.report import GraphReport, Report
-
-_IN_GRAPH = "dynamicrad: captured graph"
-_SDPA = "aten::scaled_dot_product_attention"
 
 
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -54,37 +51,11 @@ def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         stand_in = gm.forward if run else _returns_zeros(gm)
         # Of a copy: Dynamo looks at the inputs of its graph again, and knows nothing of those that the passes add.
         graphs.append(analyse(fx.GraphModule(gm, copy.deepcopy(gm.graph)), example_inputs, options))
+        graph_made(gm, graphs[-1].notes, options.strict)
+        return stand_in
 
-        def marked(*inputs: Any) -> Any:
-            with torch.profiler.record_function(_IN_GRAPH):
-                return stand_in(*inputs)
-
-        return marked
-
-    compiled = torch.compile(model, backend=backend)
-    compiled(*args, **kwargs)
-    outside = _attention_outside_graphs(lambda: compiled(*args, **kwargs))
-    if outside and graphs:
-        graphs[-1].notes.append(
-            f"{outside} attention calls ran outside every graph, where nothing can be replaced: Dynamo gave up on the "
-            "code around them. Try drad.compile(model), or TORCH_LOGS=graph_breaks to see where."
-        )
+    torch.compile(model, backend=backend)(*args, **kwargs)
     return Report(graphs)
-
-
-def _attention_outside_graphs(call: Callable[[], Any]) -> int:
-    """Number of attention calls that a call makes in plain Python, outside the captured graphs."""
-    with profiler_legacy.profile() as profile:  # the newer one prints to stderr at each start and stop
-        call()
-    count = 0
-    for event in profile.function_events or ():
-        if event.name != _SDPA:
-            continue
-        parent = event.cpu_parent
-        while parent is not None and parent.name != _IN_GRAPH:
-            parent = parent.cpu_parent
-        count += parent is None
-    return count
 
 
 def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:

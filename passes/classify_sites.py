@@ -22,7 +22,7 @@ from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
 from .axes.concatenation import parts_of, same, segments_of, within
 from .axes.grids import Grids
-from .axes.labels import Axis, Label, Part, resolve
+from .axes.labels import Axis, Label, Part, label_size, resolve
 from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
 from .graph import value_of
@@ -98,14 +98,20 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         )
         return
     query, key = trace.query[-2], trace.key[-2]
-    if not same(query, key):
+    parts, alike = segments_of(query), same(query, key)
+    if not alike:
         site.reason = exchanged(site.call)
         if site.reason:
             return
+    unknown = context.continues and trace.given and not (alike and trace.same_tokens)
+    if unknown and label_size(query) == label_size(key):
+        if not ((alike or user_grid) and _video_parts(parts, user_grid, grids)):
+            site.reason = _behind_a_break(context.continues, _length(parts))
+            return
+    elif not alike:
         _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
         return
-    parts = segments_of(query)
-    if not trace.same_tokens:
+    elif not trace.same_tokens:
         site.role = CROSS
         text = f"queries and keys are different tokens ({_length(parts)}) in the same arrangement"
         site.reason = Reason("other_tokens_alike", text, NO_VIDEO_KEYS)
@@ -130,6 +136,12 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         site.reason = Reason("several_videos", text, REPORT_MODEL)
     else:
         _classify_gridless(site, trace, parts, grids)
+
+
+def _behind_a_break(why: str, length: int) -> Reason:
+    """Why queries and keys that come from other graphs are left alone, where neither a grid nor a table vouches."""
+    text = f"its queries and keys ({length}) come from other graphs, so that nothing tells whose tokens they are: {why}"
+    return Reason("behind_graph_break", text, "set `grid` if it is the video's self-attention, or mend the graph break")
 
 
 def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContext, grids: Grids) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dynamicrad_compile.reporting.reason import Reason
 from dynamicrad_compile.runtime.pool import Slot
 
 from .axes.labels import Axis, Label, resolve
+from .axes.streams import Stream, Streams
 from .graph import hint, value_of
 
 VIDEO = "video_self_attention"
@@ -84,11 +85,13 @@ class Trace:
 
     query, key    labels of their dimensions in the layout [batch, heads, tokens, features]
     same_tokens   both were computed from the same tokens by the same steps; see axes/streams.py
+    given         both were projected outside the graph: of whose tokens they are the graph knows nothing
     """
 
     query: list[Label]
     key: list[Label]
     same_tokens: bool
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,26 @@ Watch = Callable[[str, fx.GraphModule, "PassContext"], None]
 
 
 @dataclass
+class Earlier:
+    """What was learnt of the values of graphs that were cut off before this one.
+
+    values   labels and stream of each tensor, by its name
+    streams  the terms of all of these graphs
+    inputs   names of this graph's inputs, in order
+    outputs  names of its outputs, by their position
+    """
+
+    values: dict[str, tuple[list[Label], Stream | None]] = field(default_factory=dict)
+    streams: Streams = field(default_factory=Streams)
+    inputs: Sequence[str] = ()
+    outputs: Mapping[int, str] = field(default_factory=dict)
+
+    def known(self, place: int) -> tuple[list[Label], Stream | None]:
+        """Labels and stream of an input, none where nothing is known."""
+        return self.values.get(self.inputs[place], ([], None)) if place < len(self.inputs) else ([], None)
+
+
+@dataclass
 class PassContext:
     """State of one run of the passes over one graph.
 
@@ -288,6 +311,8 @@ class PassContext:
     covariance    compensation by means and covariances
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     override_grid  the user's grid counts even where the graph shows another one
+    continues     why the graph goes on where another one ended; "": it does not
+    earlier       what is known of the graphs that were cut off before this one; None where none were
     watch         sees the graph before the first pass ("captured") and after each, by its name
 
     The rest is what the passes find: sites, those of them that are videos, and of these the planned ones; and what they
@@ -302,6 +327,8 @@ class PassContext:
     covariance: bool = False
     is_final: bool = False
     override_grid: bool = False
+    continues: str = ""
+    earlier: Earlier | None = None
     watch: Watch = lambda step, gm, context: None
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from .graph import depends_on_data, hint, value_of
 from .operators.mode import AxisMode
 from .reading.layout import output_labels, plain_labels
 from .reading.transforms import inside_transforms
-from .site import PassContext, Site, Trace
+from .site import Earlier, PassContext, Site, Trace
 
 
 class _Unknown:
@@ -41,9 +41,11 @@ UNKNOWN_VALUE = _Unknown()
 
 def trace_grid(gm: fx.GraphModule, context: PassContext) -> int:
     """Fill `site.trace`; returns the number of sites that were reached."""
-    if not context.sites:
+    if not context.sites and context.earlier is None:
         return 0
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, AxisMode() as axis_mode, torch.no_grad():
+    earlier = context.earlier or Earlier()
+    fake_mode, axis_mode = FakeTensorMode(allow_non_fake_inputs=True), AxisMode(earlier.streams)
+    with fake_mode, axis_mode, torch.no_grad():
         tracer = _Tracer(gm, context, fake_mode, axis_mode)
         tracer.run()
     return sum(site.trace is not None for site in context.sites)
@@ -60,13 +62,15 @@ class _Tracer(fx.Interpreter):
         self.sites: dict[fx.Node, Site] = {site.node: site for site in context.sites}
         self.streams: dict[fx.Node, Stream | None] = {}
         self.inside = inside_transforms(gm.graph)
+        self.inputs = 0
         self.data_dependent_graph = any(depends_on_data(value_of(n)) for n in gm.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         self.axis_mode.node = n.name
         if n.op == "placeholder":
-            return self._note(n, self._recorded(n, kind="input"))
+            return self._note(n, self._known_before(self._recorded(n, kind="input")))
         if n.op == "output":
+            self._keep(n.args[0])
             return None
         if n in self.sites and n not in self.inside:
             self.context.node_labels[n] = []  # several outputs: no dimensions, but a place in the order
@@ -92,6 +96,30 @@ class _Tracer(fx.Interpreter):
             self.streams[n] = get_stream(value)
         return value
 
+    def _known_before(self, value: Any) -> Any:
+        """The next input, with what graphs before this one know of it."""
+        earlier, place = self.context.earlier, self.inputs
+        self.inputs += 1
+        if earlier is None or not isinstance(value, torch.Tensor):
+            return value
+        labels, stream = earlier.known(place)
+        if labels and [label_size(label) for label in labels] == list(value.shape):
+            set_labels(value, labels)
+            set_stream(value, stream)
+        elif place < len(earlier.inputs):
+            earlier.values[earlier.inputs[place]] = get_labels(value), get_stream(value)
+        return value
+
+    def _keep(self, outputs: Any) -> None:
+        """Tell the graphs behind this one what is known of its outputs."""
+        earlier = self.context.earlier
+        if earlier is None:
+            return
+        for place, n in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
+            if isinstance(n, fx.Node) and place in earlier.outputs and n in self.context.node_labels:
+                labels = self.context.node_labels[n]
+                earlier.values[earlier.outputs[place]] = labels, self.streams.get(n)
+
     def _run_attention(self, n: fx.Node) -> Any:
         site, call = self.sites[n], self.sites[n].call
         query, key, value = (self._labels_of(x) for x in (call.query, call.key, call.value))
@@ -103,7 +131,8 @@ class _Tracer(fx.Interpreter):
         same_tokens = (streams[0] and streams[0].term) == (streams[1] and streams[1].term) or (
             packed(self.axis_mode.streams, streams) and same(plain_query[0], plain_key[0])
         )
-        site.trace = Trace(plain_query, plain_key, same_tokens)
+        given = all(stream is not None and not stream.projected for stream in streams[:2])
+        site.trace = Trace(plain_query, plain_key, same_tokens, given)
         stream = attended(self.axis_mode.streams, streams[0], None if same_tokens else streams[1])
         recorded_query = value_of(call.query)
         site.data_dependent = any(depends_on_data(size) for size in getattr(recorded_query, "shape", ()))

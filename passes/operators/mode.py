@@ -25,10 +25,10 @@ from .table import operator_of_call
 class AxisMode(TorchDispatchMode):
     """Labels every tensor made under it. `node` names the graph node that is running."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: Streams) -> None:
         super().__init__()
         self.node = "input"
-        self.streams = Streams()
+        self.streams = streams
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

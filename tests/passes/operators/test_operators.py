@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dynamicrad_compile.passes.axes.streams import Stream, get_stream, set_stream
+from dynamicrad_compile.passes.axes.streams import Stream, Streams, get_stream, set_stream
 from dynamicrad_compile.passes.axes.tensor_labels import get_labels
 from dynamicrad_compile.passes.operators import names, table
 from dynamicrad_compile.passes.operators.entry import Operator
@@ -46,7 +46,7 @@ def entry(monkeypatch):
 
 def traced():
     """Whether the operator keeps the axes, and the tokens, of a tensor."""
-    with FakeTensorMode(), AxisMode(), torch.no_grad():
+    with FakeTensorMode(), AxisMode(Streams()), torch.no_grad():
         x = torch.empty(2, 6)
         set_stream(x, Stream(7, True))
         y = POLISH(x)
