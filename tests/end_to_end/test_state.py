@@ -273,6 +273,29 @@ def test_what_is_handed_to_a_graph_is_static_for_cuda_graphs(models, inputs, mon
     assert set(range(number - added, number)) <= static
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_replay_for_each_request_without_a_host_sync(inputs):
+    model = net(0).cuda()
+    inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    compiled = fast(model, dense_steps=2, inner="inductor", inner_options={"triton.cudagraphs": True})
+    requests = drad.generation(), drad.generation()
+    for _ in range(2):  # a graph is recorded once for each request
+        for _, timestep in interleaved(requests):
+            run(compiled, inputs, timestep)
+    expected = {timestep: run(model, inputs, timestep).clone() for timestep in STEPS}
+    found = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for request, timestep in interleaved(requests):
+            found.append((request, timestep, run(compiled, inputs, timestep).clone()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gated = [[], []]
+    for request, timestep, out in found:
+        gated[request].append(relative_error(out, expected[timestep]) < 1e-3)
+    assert gated == [GATED, GATED]
+
+
 class Late(torch.nn.Module):
     """Everything lies behind a graph break, in a function that Dynamo makes, which is given no module."""
 
