@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .noting import with_notes
-from .options import Options
+from .options import Options, mode_options
 from .plans.own import SharedMask
 from .runtime.beside import CallNotes, PinnedState
 from .runtime.router import Router
@@ -35,8 +35,9 @@ def compile(
     if mode in ("static_ratio", "dynamic_threshold", "auto"):
         options["mode"], mode = mode, None
     parsed = Options.from_mapping(options)
-    if mode is not None and options and parsed.inner == "inductor":  # torch.compile takes a mode or options, not both
-        options["inner_options"] = {**torch._inductor.list_mode_options(mode), **parsed.inner_options}
+    of_mode = mode_options(mode, parsed.inner)
+    if mode is not None and options:  # torch.compile takes a mode or options, not both
+        options["inner_options"] = {**of_mode, **parsed.inner_options}
         mode = None
     if isinstance(parsed.plan, torch.Tensor):
         options["plan"] = SharedMask(parsed.plan)

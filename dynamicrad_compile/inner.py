@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .errors import OptionsError
-from .options import INNER, Options
+from .options import INNER, Options, mode_options
 
 Compiled = Callable[..., Any]
 
@@ -47,11 +46,11 @@ def inner_compiler(
 
     Raises OptionsError.
     """
+    of_mode = mode_options(mode, options.inner)
     if options.inner == "inductor":
-        from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        patches = {**of_mode, **options.inner_options}
         patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _sources()}
 
         def with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -59,8 +58,6 @@ def inner_compiler(
             return compile_fx(gm, inputs, config_patches={**patches, _CACHEABLE: {**known, **_cacheable(gm)}})
 
         return with_inductor
-    if mode is not None:
-        raise OptionsError(f"mode={mode!r} is for Inductor, but inner={options.inner!r}; leave `mode` out.")
     for ours in importlib.metadata.entry_points(group=INNER, name=options.inner):
         compile_graph = ours.load()
         return lambda gm, inputs: compile_graph(gm, inputs, options.inner_options, note)

@@ -17,7 +17,7 @@ from .errors import OptionsError, nearest
 from .plans import own
 from .problems import problems
 from .profiles import load_profile
-from .profiles.parameters import BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
+from .profiles.parameters import MODES, BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
 from .runtime.router import Router
 
 MIN_TOKENS_AUTO = 2048
@@ -251,3 +251,20 @@ def _other_place(name: str) -> str:
     if name in torch._inductor.list_options():
         return f" It is Inductor's: put it into inner_options, as {{'inner_options': {{{name!r}: ...}}}}."
     return ""
+
+
+def mode_options(mode: str | None, inner: str) -> dict[str, Any]:
+    """Inductor's options for torch.compile's `mode`. Raises OptionsError for an unknown one, or another backend."""
+    if mode is None:
+        return {}
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        ours = ("auto", *MODES)
+        hint = nearest(str(mode), [*known, *ours])
+        listed = ", ".join(known)
+        raise OptionsError(
+            f"unknown mode {mode!r}.{hint} torch.compile's are {listed}; the option mode is {' or '.join(ours)}."
+        )
+    if inner != "inductor":
+        raise OptionsError(f"mode={mode!r} is for Inductor, but inner={inner!r}; leave `mode` out.")
+    return dict(known[mode])

@@ -124,7 +124,7 @@ def check_request(
     writer.check(**settings)
     if check:
         check_runnable(format)
-    return writer, *place_of(path)
+    return writer, *place_of(path, format)
 
 
 def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:

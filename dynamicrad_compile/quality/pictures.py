@@ -53,7 +53,8 @@ def save_pareto(results: Results, path: str | Path) -> None:
                 axis.axhline(row.frechet_real, color=COLORS["dense"], linestyle=":", label="dense")
         axis.set_xlabel("share of the whole run's attention that is skipped")
         axis.set_ylabel(label)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
     save_figure(made, path)
 
 

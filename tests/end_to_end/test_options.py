@@ -94,6 +94,27 @@ def test_names_are_checked_at_once(options, kind, match):
         drad.explain(torch.nn.Linear(3, 3), options=options, input=torch.ones(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"mode": "max-autotun"}, r"unknown mode 'max-autotun'. Did you mean 'max-autotune'\?"),
+        ({"mode": "max-autotun", "sparsity": 0.5}, "unknown mode"),
+        ({"mode": "static-ratio"}, r"Did you mean 'static_ratio'\?"),
+        ({"mode": "max-autotune", "inner": "eager"}, "mode='max-autotune' is for Inductor, but inner='eager'"),
+    ],
+    ids=str,
+)
+def test_a_mode_is_torch_compiles_or_ours(given, match):
+    with pytest.raises(drad.OptionsError, match=match):
+        drad.compile(torch.nn.Linear(3, 3), **given)
+
+
+def test_an_unknown_mode_of_torch_compile_is_told_at_the_first_call():
+    compiled = torch.compile(torch.nn.Linear(3, 3), backend="dynamicrad", mode="max-autotun")
+    with pytest.raises(drad.OptionsError, match=r"\Aunknown mode 'max-autotun'. Did you mean 'max-autotune'\?"):
+        compiled(torch.ones(2, 3))
+
+
 def test_what_knows_our_operations_may_be_inner():
     for name in ("tensorrt", "eager", "aot_eager", "inductor"):
         assert drad.Options(inner=name).inner == name

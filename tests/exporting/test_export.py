@@ -139,6 +139,8 @@ MISTAKES = {
     "opset": ({"format": "onnx", "opset": 17}, "opset must be 18 to 23, got 17"),
     "option": ({"options": {"sparcity": 1}}, "Did you mean 'sparsity'?"),
     "path": ({"path": "{file}/deeper"}, "is a file"),
+    "ending": ({"path": "wan.onnx"}, "format 'torch' writes .pt2 files"),
+    "foreign ending": ({"path": "wan.pt", "format": "onnx"}, "format 'onnx' writes .onnx files"),
     "covariance": ({"format": "onnx", "options": {"covariance": True}}, "covariance = True has no node"),
     "state": ({"format": "onnx", "options": {"dense_steps": 3}}, "dense_steps = 3 needs a memory"),
     "refresh": ({"format": "onnx", "options": {"refresh_steps": 2}}, "use format 'torch' or 'aoti'"),
