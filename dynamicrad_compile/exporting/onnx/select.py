@@ -79,6 +79,7 @@ def CandidateScores(
     rows = op.Concat(batch, heads, m_q, width, axis=0)
     listed = op.Expand(op.And(op.Less(place, counts), op.Not(dense)), rows)
     ids = op.Where(listed, op.Cast(kv_indices, to=7), op.Constant(value_int=0))
+    ids = op.Max(op.Min(ids, op.Sub(m_k, one)), end)  # as the kernels do with what is out of range
     scores = op.GatherElements(scores, ids, axis=3)
     scores = op.Where(op.And(listed, op.Not(op.IsNaN(scores))), scores, lowest)
     return op.Min(scores, highest), ids, listed, dense
