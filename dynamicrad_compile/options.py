@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from .errors import OptionsError, nearest
+from .beforehand import output_folder
+from .errors import DynamicRadError, OptionsError, nearest
 from .plans import own
 from .problems import problems
 from .profiles import load_profile
@@ -180,8 +181,8 @@ class Options(BaseModel):
             raise ValueError("this would call itself; use 'inductor' or another backend")
         if value != "inductor":
             ours = [entry.name for entry in importlib.metadata.entry_points(group=INNER)]
-            known = sorted({*ours, *torch._dynamo.list_backends(exclude_tags=())} - {"dynamicrad"})
-            if value not in known:
+            if value not in {*ours, *torch._dynamo.list_backends(exclude_tags=())}:
+                known = sorted({*ours, *torch._dynamo.list_backends()} - {"dynamicrad"})
                 hint = nearest(value, known)
                 raise ValueError(f"no backend of torch.compile has this name.{hint} Known: {', '.join(known)}")
         return value
@@ -212,12 +213,9 @@ class Options(BaseModel):
         if not folder:
             return None
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"expected a folder to write graphs into, {folder} can't be made ({error})") from None
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"expected a folder to write graphs into, {folder} is not writable")
-        return Path(folder)
+            return output_folder(folder)  # made when there is something to write
+        except DynamicRadError as error:
+            raise ValueError(f"expected a folder to write graphs into: {error}") from None
 
     @field_validator("plan", mode="before")
     @classmethod

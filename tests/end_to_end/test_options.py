@@ -118,3 +118,11 @@ def test_an_unknown_mode_of_torch_compile_is_told_at_the_first_call():
 def test_what_knows_our_operations_may_be_inner():
     for name in ("tensorrt", "eager", "aot_eager", "inductor"):
         assert drad.Options(inner=name).inner == name
+
+
+def test_a_mistake_beside_a_dump_leaves_no_folder(tmp_path):
+    for options, match in (({"sparsity": 2}, "sparsity"), ({"dump": tmp_path / "file" / "x"}, "expected a folder")):
+        (tmp_path / "file").touch()
+        with pytest.raises(drad.OptionsError, match=match):
+            drad.Options(**{"dump": tmp_path / "new", **options})
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
