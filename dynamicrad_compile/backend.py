@@ -14,6 +14,7 @@ from . import policy
 from .buckets import earlier_buckets, real_inputs
 from .captured import remember
 from .errors import OptionsError, StrictError
+from .history import forget_with, seen_before
 from .inner import Compiled, inner_compiler
 from .options import Options
 from .outside import continues, graph_made
@@ -49,6 +50,7 @@ def dynamicrad(
     run = report.state.bind(inner_compiler(parsed, mode, report.notes.append)(gm, inputs))
     report.seconds["compile"] = time.perf_counter() - start
     remember(options, report, run)
+    forget_with(run)
     graph_made(gm, report.notes, parsed.strict)
     _say(report)
     return run
@@ -71,6 +73,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         is_final=is_final,
         continues="" if is_final else continues(),
         earlier=earlier_buckets(),
+        seen=seen_before(),
     )
     dump = _dump(options)
     if dump is not None:

@@ -8,9 +8,13 @@ an input, and Dynamo shows its real values at compile time (how they are read: d
 
 One such graph serves every grid with as many tokens, without being compiled again. So the table is looked at
 each time the graph runs: a grid without a plan in the graph gets dense attention, never another grid's plan. Where the
-number of tokens is symbolic the plan is made when the graph runs, and a single frame may be followed by a video.
+number of tokens is symbolic the plan is made when the graph runs.
 
 Pictures of one size, which lie in a sequence as frames do, are told by their times and stay dense.
+
+A single frame may be followed by a video, or be an image of a model that makes no others. Where graphs of the same
+code have shown a video, it is taken for one. Else the first such graphs are for their number of tokens alone, so that a
+video compiles again; after these the model is one of images.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dynamicrad_compile.plans.layout import MIN_FRAMES
 from dynamicrad_compile.plans.positions import (
     Decoded,
     are_frames,
@@ -32,9 +37,11 @@ from dynamicrad_compile.reporting.reason import Reason
 from .axes.concatenation import parts_of
 from .axes.labels import Axis, resolve
 from .axes.positions import PositionTable
-from .graph import value_of
+from .graph import specialise, value_of
 from .site import PassContext
 
+MAX_FRAMES = 2
+"""So many graphs of one code that show a single frame are for it alone."""
 IF_VIDEO = "set `grid` if they are a video"
 
 
@@ -66,15 +73,27 @@ def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: P
     varies = isinstance(value_of(node).shape[dim], torch.SymInt)
     table = columns_of(value.detach(), dim)
     decoded = decode_table(table, single_frame=varies)
-    if decoded is None:
+    if decoded is None or (decoded.grid[0] == 1 and not _may_be_video(value_of(node).shape[dim], context)):
         return 0
     doubt = _doubt(table, decoded, varies)
+    context.seen.videos += decoded.grid[0] >= MIN_FRAMES and doubt is None
     axis.factors = tuple(Axis(size, axis.source, axis) for size in decoded.grid)
     for factor in axis.factors:
         factor.blank, factor.feature = axis.blank, axis.feature
         factor.table = PositionTable(node, dim, decoded, varies)
         factor.conflict = factor.conflict or doubt
     return 1
+
+
+def _may_be_video(tokens: torch.SymInt, context: PassContext) -> bool:
+    """Whether a single frame is planned for like a video; if not, it may be that the graph is for it alone."""
+    marked = any(getattr(value, "_dynamo_dynamic_indices", None) for value in context.example_inputs)
+    if context.seen.videos or marked:
+        return True
+    context.seen.frames += 1
+    if context.seen.frames <= MAX_FRAMES:
+        specialise(tokens)
+    return False
 
 
 def _doubt(table: torch.Tensor, decoded: Decoded, varies: bool) -> Reason | None:

@@ -300,6 +300,14 @@ class Earlier:
 
 
 @dataclass
+class Seen:
+    """What graphs of the same code have shown in position tables: how many a video, how many a single frame."""
+
+    videos: int = 0
+    frames: int = 0
+
+
+@dataclass
 class PassContext:
     """State of one run of the passes over one graph.
 
@@ -313,6 +321,7 @@ class PassContext:
     override_grid  the user's grid counts even where the graph shows another one
     continues     why the graph goes on where another one ended; "": it does not
     earlier       what is known of the graphs that were cut off before this one; None where none were
+    seen          what graphs of the same code have shown before
     watch         sees the graph before the first pass ("captured") and after each, by its name
 
     The rest is what the passes find: sites, those of them that are videos, and of these the planned ones; and what they
@@ -329,6 +338,7 @@ class PassContext:
     override_grid: bool = False
     continues: str = ""
     earlier: Earlier | None = None
+    seen: Seen = field(default_factory=Seen)
     watch: Watch = lambda step, gm, context: None
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)

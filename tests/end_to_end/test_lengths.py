@@ -9,6 +9,8 @@ import pytest
 import torch
 from support.graphs import OPTIONS, call, make, masked_dense, relative_error
 from support.marks import slow
+from zoo.models import ZOO
+from zoo.more import ZOO_MORE
 
 import dynamicrad_compile as drad
 
@@ -55,6 +57,33 @@ ORDERS = {
 def test_any_order_of_lengths(how, order):
     calls, letters, graphs = ORDERS[order]
     check(how, calls, letters, graphs[how])
+
+
+@pytest.mark.parametrize(
+    ("orders", "letters", "graphs"), [((1, 5, 6), "dss", 2), slow((1, 2, 1, 6), "ddds", 2)], ids=str
+)
+def test_a_dynamic_regional_graph_that_first_sees_a_single_frame(orders, letters, graphs):
+    """Nothing tells that it is no image: that graph is for it alone."""
+    check("regional", frames(*orders), letters, graphs, dynamic=True)
+
+
+def test_single_frames_of_other_sizes_before_a_video():
+    check("regional", [{"f": 1, "h": 4}, {"f": 1, "h": 5}, *frames(5, 6)], "ddss", 3)
+
+
+@pytest.mark.parametrize("how", [slow("whole"), slow("regional")])
+@pytest.mark.parametrize("name", ["neg_flux", "neg_flux3", "neg_hunyuan_image"])
+def test_image_models_stay_dense_at_any_number_of_resolutions(name, how):
+    build = {**ZOO, **ZOO_MORE}[name]
+    model = build()[0]
+    if how == "whole":
+        compiled = torch.compile(model, backend="dynamicrad", options=OPTIONS)
+    else:
+        compiled = model
+        compiled.compile_repeated_blocks(backend="dynamicrad", options=OPTIONS)
+    for h, w in ((12, 10), (14, 10), (16, 12), (10, 16), (8, 6), (20, 10)):
+        call(compiled, build(h=h, w=w)[1])
+    assert not drad.report(compiled).replaced
 
 
 def test_regional_compilation_serves_many_lengths_with_two_graphs():
