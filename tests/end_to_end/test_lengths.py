@@ -47,7 +47,7 @@ ORDERS = {
     "one_frame_second": (frames(5, 1, 6, 5), "sdss", {"whole": 3, "regional": 2}),
     "two_frames_second": (frames(5, 2, 6, 5, 2), "sdssd", {"whole": 2, "regional": 2}),
     "one_frame_first": (frames(1, 5, 6, 5), "dsss", {"whole": 2, "regional": 2}),
-    "few_frames_first": (frames(2, 1, 6, 5), "ddss", {"whole": 3, "regional": 2}),
+    "few_frames_first": (frames(2, 1, 6, 5), "ddss", {"whole": 3, "regional": 3}),
     "small_frame_second": ([*frames(5), {"f": 1, "h": 2, "w": 2}, *frames(6)], "sds", {"whole": 3, "regional": 2}),
 }
 
