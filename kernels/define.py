@@ -99,6 +99,8 @@ def define(
     for definition in (op, opaque):
         definition.register_fake(fake)
         derivatives.register(definition, name, autograd)
+        if not mutates:
+            definition.register_vmap(derivatives.one_by_one(definition))
 
 
 PAIR = tuple[Tensor, Tensor]

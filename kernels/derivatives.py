@@ -2,7 +2,7 @@
 
 `torch.library.register_autograd` knows neither torch.func nor forward mode: grad fails there, and tangents are lost in
 silence. An `autograd.Function` with a context of its own works under all transforms of torch.func, and a tangent is an
-error. Batches of vmap are computed one after the other.
+error.
 """
 
 from __future__ import annotations
@@ -59,6 +59,19 @@ def register(op: Any, name: str, autograd: Autograd | None) -> None:
 
 
 _LIBRARY = torch.library.Library("dynamicrad", "IMPL")
+
+
+def one_by_one(op: Any) -> Callable[..., Any]:
+    """The rule of an op for vmap: samples are computed one after the other."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        pairs = list(zip(arguments, in_dims, strict=True))
+        results = [op(*(x if d is None else x.select(d, i) for x, d in pairs)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
 
 
 def _below_autograd(overload: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
