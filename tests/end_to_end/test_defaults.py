@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from support.graphs import compile_sparse, drad, first_output, make
+from support.marks import slow
 
 from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.patterns import PATTERNS
@@ -48,7 +49,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("default", ["bfloat16", "float64"])
+@pytest.mark.parametrize("default", ["bfloat16", slow("float64")])
 @pytest.mark.parametrize("options", MODELS, ids=lambda options: next(iter(options)))
 def test_a_model(default, options):
     model, kwargs, _ = make("wan_t2v")

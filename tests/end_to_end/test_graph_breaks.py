@@ -107,6 +107,7 @@ def test_attention_inside_an_opaque_operation_is_told(monkeypatch):
         call(torch.compile(model, backend="dynamicrad", options={**SPARSE, "strict": True}), kwargs)
 
 
+@pytest.mark.slow
 def test_attention_before_and_after_a_call_is_nobodys():
     """Neither attention of the caller nor that of another model is counted."""
     model, kwargs = wan(lambda model: None)
@@ -119,6 +120,7 @@ def test_attention_before_and_after_a_call_is_nobodys():
     assert "ran outside" not in drad.report(compiled).summary()
 
 
+@pytest.mark.slow
 def test_another_profiler_of_python_is_left_alone():
     model, kwargs = wan(disabled)
     events = []

@@ -62,11 +62,13 @@ def test_any_order_of_lengths(how, order):
 @pytest.mark.parametrize(
     ("orders", "letters", "graphs"), [((1, 5, 6), "dss", 2), slow((1, 2, 1, 6), "ddds", 2)], ids=str
 )
+@pytest.mark.slow
 def test_a_dynamic_regional_graph_that_first_sees_a_single_frame(orders, letters, graphs):
     """Nothing tells that it is no image: that graph is for it alone."""
     check("regional", frames(*orders), letters, graphs, dynamic=True)
 
 
+@pytest.mark.slow
 def test_single_frames_of_other_sizes_before_a_video():
     check("regional", [{"f": 1, "h": 4}, {"f": 1, "h": 5}, *frames(5, 6)], "ddss", 3)
 
@@ -91,10 +93,12 @@ def test_regional_compilation_serves_many_lengths_with_two_graphs():
 
 
 @pytest.mark.parametrize("how", ["whole", slow("regional")])
+@pytest.mark.slow
 def test_a_dynamic_graph_that_first_sees_few_frames(how):
     check(how, frames(2, 5, 6, 2), "dssd", 1, dynamic=True)
 
 
+@pytest.mark.slow
 def test_marked_frames_may_be_few():
     check("whole", frames(2, 6, 2, 9), "dsds", 1, mark=(2,))
 
@@ -113,6 +117,7 @@ def test_min_tokens_holds_after_a_long_video(how):
 @pytest.mark.parametrize(
     "options", [{"mode": "dynamic_threshold"}, slow({"pattern": "radial", "sparsity": None})], ids=str
 )
+@pytest.mark.slow
 def test_other_plans_follow_the_table_too(options):
     options = {"compensate": None, **options} if "pattern" in options else options
     options = {**options, "regime": "auto"} if "pattern" in options else options
@@ -136,6 +141,7 @@ def test_each_grid_of_a_regional_graph_gets_its_own_plan(name):
     assert "when the graph runs, one plan for each grid it meets" in drad.report(model).summary()
 
 
+@pytest.mark.slow
 def test_the_report_counts_the_calls_of_a_symbolic_graph():
     compiled = compiled_wan("regional", {})
     for sizes in frames(5, 1):

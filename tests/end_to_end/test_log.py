@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.conditioned import NoTime
 from support.graphs import call, compile_sparse, make
-from support.marks import slow
 
 
 @pytest.fixture
@@ -66,7 +65,8 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(("level", "shown"), [("+dynamicrad_compile", True), slow("", False)])
+@pytest.mark.parametrize(("level", "shown"), [("+dynamicrad_compile", True), ("", False)])
+@pytest.mark.slow
 def test_torch_logs_turns_it_on(level, shown):
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_LOGS"}
     environment |= {"TORCH_LOGS": level} if level else {}

@@ -146,6 +146,7 @@ def test_a_request_keeps_its_own_regime(models, inputs, router):
             assert relative_error(run(compiled, inputs, timestep, **changes), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_mixed_requests_never_get_less_than_their_own_regime(models, inputs, router):
     model = models[0]
     compiled = compile_sparse(model, block_size=16, inner="eager", min_tokens=0, router=router)
@@ -159,6 +160,7 @@ def test_mixed_requests_never_get_less_than_their_own_regime(models, inputs, rou
             assert relative_error(out, run(high, inputs, timestep, **text)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_of_one_step_soon_gives_each_prompt_at_least_its_own_regime(models, inputs, router):
     model = models[0]
     compiled = compile_sparse(model, block_size=16, inner="eager", min_tokens=0, router=router)
@@ -230,7 +232,7 @@ def states(compiled):
     return [state for owner in graph.state.owners() for state in graph.state.pool_of(owner).states]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(mode="dynamic_threshold", refresh_steps=2)], ids=str)
+@pytest.mark.parametrize("options", [dict(), slow(dict(mode="dynamic_threshold", refresh_steps=2))], ids=str)
 def test_a_later_generation_reuses_the_tensors_of_one_that_is_over(models, inputs, options):
     compiled = fast(models[0], dense_steps=1, **options)
     addresses = set()
@@ -332,6 +334,7 @@ class TwoOfAKind(torch.nn.Module):
         self.experts = torch.nn.ModuleList(models)
 
 
+@pytest.mark.slow
 def test_experts_compiled_in_place(models, inputs):
     pair = TwoOfAKind([net(1), net(2)])
     for expert in pair.experts:
@@ -373,7 +376,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("compiler", ["drad.compile", "torch.compile"])
+@pytest.mark.parametrize("compiler", ["drad.compile", slow("torch.compile")])
 def test_copies_have_a_state_of_their_own(inputs, how, compiler, router):
     model = net(5)
     options = dict(OPTIONS, regime="auto", router=router, dense_steps=2)
