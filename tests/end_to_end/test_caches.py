@@ -20,7 +20,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
 def test_the_cache_of_traced_graphs_is_not_bypassed(name, options, monkeypatch):
     def stop(*args, **kwargs):
         raise RuntimeError("before code generation")
