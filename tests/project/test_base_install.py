@@ -145,8 +145,8 @@ def test_models_by_name_are_listed(fresh, tmp_path):
 NEEDS = {
     "explain": ("diffusers", "diffusers", ["--model", "wan-1.3b"]),
     "plot": ("pillow", "plot", ["--grid", "3", "8", "8", "-o", "mask.png"]),
-    "tune": ("tqdm", "tune", ["--grid", "3", "4", "4", "--block-size", "16"]),
-    "eval": ("diffusers", "eval", []),
+    "tune": ("nevergrad", "tune", ["--grid", "3", "4", "4", "--block-size", "16"]),
+    "eval": ("tqdm", "eval", []),
     "record": ("tqdm", "tune", ["--regime", "low", "-o", "x.safetensors", "--prompt", "a prompt"]),
 }
 
