@@ -6,13 +6,14 @@ that calls it does. Weights are no sign: offloading and sharding give a model ot
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import torch
+
+from ..frames import TORCH
 
 
 class Ref(weakref.ref[Any]):
@@ -35,8 +36,6 @@ class Ref(weakref.ref[Any]):
 
 Owner = tuple[Ref, ...]
 """The modules that a function was called with, or the object whose method it is; () for a function without any."""
-
-_TORCH = os.path.dirname(torch.__file__)
 
 
 def owner_of(frame: FrameType | None) -> Owner:
@@ -83,7 +82,7 @@ def _is_made_by_torch(module: torch.nn.Module) -> bool:
 def _is_internal(frame: FrameType) -> bool:
     """Whether a frame is PyTorch's, or the rest of a function behind a graph break, which its first part calls."""
     code = frame.f_code
-    return code.co_filename.startswith((_TORCH, "<")) or code.co_name.startswith("torch_dynamo_resume_in")
+    return code.co_filename.startswith((TORCH, "<")) or code.co_name.startswith("torch_dynamo_resume_in")
 
 
 def _object(first: list[Any]) -> Owner:
