@@ -3,6 +3,7 @@
     python -m examples.tiny_video.train --output runs/tiny --minutes 80      # start, or go on where it stopped
     python -m examples.tiny_video.train --output runs/tiny --minutes 120     # the same run with a longer schedule
     python -m examples.tiny_video.train --output runs/tiny --steps 4000      # the schedule by steps, whatever the clock
+    python -m examples.tiny_video.train --output runs/64 --size 64 --start CHECKPOINT --batch-size 2    # four times the tokens
 
     x_s = (1 - s) x + s e,    loss = mean |v(x_s, 1000 s, caption) - (e - x)|^2        e normal, s shifted uniform
 
@@ -51,9 +52,9 @@ def learning_rate(done: float, step: int, decay: float, warmup: int = 100) -> fl
     return min(1.0, (step + 1) / warmup) * min(1.0, max(1 - done, 0.0) / decay)
 
 
-def example(step: int, batch_size: int, frames: int, drop: float) -> tuple[torch.Tensor, ...]:
+def example(step: int, batch_size: int, frames: int, drop: float, size: int = data.SIZE) -> tuple[torch.Tensor, ...]:
     """(noisy videos, noise levels in 0..1, velocities, captions) of a step."""
-    videos, captions = data.batch(SEED, range(step * STRIDE, step * STRIDE + batch_size), frames)
+    videos, captions = data.batch(SEED, range(step * STRIDE, step * STRIDE + batch_size), frames, size)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     captions = ["" if torch.rand((), generator=generator) < drop else caption for caption in captions]
     uniform = (torch.rand((), generator=generator) + torch.arange(batch_size) / batch_size) % 1  # stratified
@@ -74,10 +75,12 @@ def velocity_loss(transformer: Any, text: Any, noisy: Any, level: Any, velocity:
 
 
 @torch.no_grad()
-def held_out_loss(transformer: Any, text: Any, frames: int = data.FRAMES, clips: int = HELD_OUT) -> torch.Tensor:
+def held_out_loss(
+    transformer: Any, text: Any, frames: int = data.FRAMES, clips: int = HELD_OUT, size: int = data.SIZE
+) -> torch.Tensor:
     """Loss [clips] on clips, noise and levels that are always the same."""
     generator = torch.Generator().manual_seed(data.HELD_OUT_SEED)
-    videos, captions = data.batch(data.HELD_OUT_SEED, range(clips), frames)
+    videos, captions = data.batch(data.HELD_OUT_SEED, range(clips), frames, size)
     noisy, level, velocity = _noisy(videos, (torch.arange(clips) + 0.5) / clips, generator)
     parts = [slice(i, i + 8) for i in range(0, clips, 8)]
     return torch.cat([velocity_loss(transformer, text, noisy[p], level[p], velocity[p], captions[p]) for p in parts])
@@ -86,10 +89,13 @@ def held_out_loss(transformer: Any, text: Any, frames: int = data.FRAMES, clips:
 class Run:
     """Everything of a training run that goes into its checkpoint."""
 
-    def __init__(self, folder: Path, lr: float) -> None:
+    def __init__(self, folder: Path, lr: float, size: int = data.SIZE, start: Path | None = None) -> None:
         torch.manual_seed(SEED)
-        self.folder = folder
+        self.folder, self.size = folder, size
         self.transformer, self.text = model.create()
+        if start is not None:
+            for module, trained in zip((self.transformer, self.text), model.load(start), strict=True):
+                module.load_state_dict(trained.state_dict())
         named = model.parameters(self.transformer, self.text)
         matrices = [p for name, p in named.items() if ".blocks." in name and p.ndim == 2 and min(p.shape) > 1]
         ids = {id(p) for p in matrices}
@@ -107,6 +113,7 @@ class Run:
         return {
             "transformer": model.TRANSFORMER,
             "vocabulary": data.vocabulary(),
+            "size": self.size,
             "step": self.step,
             "clips": self.clips,
             "hours": round(self.seconds / 3600, 3),
@@ -181,7 +188,7 @@ class Run:
 def show(run: Run, transformer: Any, text: Any) -> None:
     """Samples of one caption of each regime and of a fourth, and the loss curve."""
     captions = [data.captions(1, regime=regime)[0] for regime in data.REGIMES] + data.captions(1, start=50)
-    videos = model.sample(transformer, text, captions, seed=0, steps=16)
+    videos = model.sample(transformer, text, captions, seed=0, steps=16, size=(run.size, run.size))
     pictures.contact_sheet(videos, captions, run.folder / f"samples_{run.step:06d}.png")
     pictures.animation([[video] for video in videos], run.folder / "samples.gif")
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
@@ -196,6 +203,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="so many steps in all instead, whatever the clock says")
     parser.add_argument("--batch-size", type=int, default=6, help="clips of all frames in a step (6)")
     parser.add_argument("--frames", type=int, default=data.FRAMES)
+    parser.add_argument("--size", type=int, default=data.SIZE, help=f"pixels, both sides ({data.SIZE})")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights a new run begins with (random ones)")
     parser.add_argument("--short-share", type=float, default=0.5, help="share of the run with shorter clips too (0.5)")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the run in which the rate falls (0.4)")
@@ -211,6 +220,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
     if args.frames < max(TURNS):
         parser.error(f"--frames must be at least {max(TURNS)}, got {args.frames}")
+    if args.size < 4 or args.size % 4:
+        parser.error(f"--size must be a multiple of 4, the patch, got {args.size}")
     try:
         output_folder(args.output)
     except DynamicRadError as error:
@@ -240,7 +251,7 @@ def train(run: Run, args: argparse.Namespace, stop: list[int]) -> None:
 
         while (done := share()) < 1 and not stop and run.step != args.stop_after:
             part = TURNS[run.step % len(TURNS)] if done < args.short_share else 1
-            batch = example(run.step, args.batch_size * part, args.frames // part, args.drop)
+            batch = example(run.step, args.batch_size * part, args.frames // part, args.drop, args.size)
             losses.append(run.train_step(batch, learning_rate(done, run.step, args.decay), compiled))
             run.seconds = offset + time.perf_counter() - begin
             if run.step % LOG_STEPS == 0:
@@ -253,14 +264,14 @@ def train(run: Run, args: argparse.Namespace, stop: list[int]) -> None:
                 saved = run.seconds
                 run.save()
                 averaged = run.averaged()
-                held_out = held_out_loss(*averaged).mean().item()
+                held_out = held_out_loss(*averaged, size=run.size).mean().item()
                 note(held_out=held_out)
                 bar.write(f"step {run.step}: held-out loss {held_out:.4f}")
                 if run.seconds - shown > args.show_minutes * 60:
                     shown = run.seconds
                     show(run, *averaged)
         run.save()
-        note(held_out=held_out_loss(*run.averaged()).mean().item())
+        note(held_out=held_out_loss(*run.averaged(), size=run.size).mean().item())
 
 
 def main(argv: list[str] | None = None) -> Run:
@@ -269,7 +280,7 @@ def main(argv: list[str] | None = None) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    run = Run(args.output, args.lr)
+    run = Run(args.output, args.lr, args.size, args.start)
     if (args.output / "training.safetensors").is_file():
         run.resume()
     stop: list[int] = []

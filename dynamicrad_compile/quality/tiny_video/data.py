@@ -134,10 +134,12 @@ def captions(count: int, seed: int = HELD_OUT_SEED, start: int = 0, regime: str 
     return found
 
 
-def batch(seed: int, indices: Sequence[int], frames: int = FRAMES) -> tuple[torch.Tensor, list[str]]:
-    """Videos [batch, 3, frames, height, width], float32 in -1..1, and their captions."""
+def batch(
+    seed: int, indices: Sequence[int], frames: int = FRAMES, size: int = SIZE
+) -> tuple[torch.Tensor, list[str]]:
+    """Videos [batch, 3, frames, size, size], float32 in -1..1, and their captions."""
     clips = [clip(seed, index) for index in indices]
-    return torch.from_numpy(np.stack([render(item, frames) for item in clips])), [item.caption for item in clips]
+    return torch.from_numpy(np.stack([render(item, frames, size=size) for item in clips])), [item.caption for item in clips]
 
 
 def vocabulary() -> list[str]:
@@ -150,11 +152,15 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
-def render(item: Clip, frames: int = FRAMES, start: float = 0.0) -> np.ndarray:
-    """Pixels [3, frames, height, width] of a clip from the time `start` on, float32 in -1..1, anti-aliased."""
+def render(item: Clip, frames: int = FRAMES, start: float = 0.0, size: int = SIZE) -> np.ndarray:
+    """Pixels [3, frames, size, size] of a clip from the time `start` on, float32 in -1..1, anti-aliased.
+
+    The scene is SIZE wide whatever the size: more pixels show the same in more detail.
+    """
     time = (start + np.arange(frames, dtype=np.float32))[:, None, None]
     move = _movement(item, time)
-    pixel = np.arange(SIZE, dtype=np.float32) + 0.5 - SIZE / 2
+    cell = SIZE / size
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) * cell - SIZE / 2
     x = pixel[None, None, :] / move["zoom"] + move["camera"] + SIZE / 2
     y = pixel[None, :, None] / move["zoom"] + SIZE / 2 + 0 * move["camera"]
 
@@ -165,13 +171,13 @@ def render(item: Clip, frames: int = FRAMES, start: float = 0.0) -> np.ndarray:
     cos, sin = np.cos(move["angle"]), np.sin(move["angle"])
     u, v = (u * cos + v * sin) / move["stretch"], (v * cos - u * sin) * move["stretch"]
     edge = _distance(item.shape, u, v, item.radius * move["scale"])
-    cover = np.clip(0.5 - edge * move["zoom"], 0, 1) * move["opacity"]
+    cover = np.clip(0.5 - edge * move["zoom"] / cell, 0, 1) * move["opacity"]
     light = 0.7 + 0.3 * np.sin(u * (2 * np.pi / 6)) if item.striped else 1.0
     color = np.array(COLORS[item.color], np.float32)[:, None, None, None] * light
     image = image + cover * (color - image)
 
     if item.bar:
-        cover = np.clip(3.0 - np.abs(_wrap(x - item.bar_at)) * move["zoom"], 0, 1)
+        cover = np.clip(0.5 + (2.5 - np.abs(_wrap(x - item.bar_at)) * move["zoom"]) / cell, 0, 1)
         image = image + cover * (np.array(COLORS[item.bar], np.float32)[:, None, None, None] * 0.8 - image)
     return (np.clip(image, 0, 1) * 2 - 1).astype(np.float32)
 
