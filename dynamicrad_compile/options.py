@@ -18,7 +18,18 @@ from .errors import DynamicRadError, OptionsError, nearest
 from .plans import own
 from .problems import problems
 from .profiles import load_profile
-from .profiles.parameters import MODES, BlockSize, Count, DecayFactor, Mode, PatternName, RegimeName, Share
+from .profiles.parameters import (
+    BLOCK_SIZES,
+    MODES,
+    BlockSize,
+    Count,
+    DecayFactor,
+    Mode,
+    PatternName,
+    Rank,
+    RegimeName,
+    Share,
+)
 from .runtime.router import Router
 
 MIN_TOKENS_AUTO = 2048
@@ -71,9 +82,17 @@ class Options(BaseModel):
     """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's, with the
     option plan that plan's (0 for a mask)."""
 
-    covariance: bool = False
+    covariance: bool | None = None
     """With compensation: dropped blocks stand with their covariances too, not with their means alone
-    (`kernels.moments_op`). Adds 1 to 2 % of the products of dense attention, and memory."""
+    (`kernels.moments_op`), for 1 to 2 % of the products of dense attention. None = the profile's."""
+
+    box: Literal["raster"] | tuple[int, int, int] | None = None
+    """What a block is: a box of (frames, height, width) latent tokens, as many as block_size, or "raster": a run of
+    tokens in raster order. Long in time where little moves, compact where much does. None = the profile's."""
+
+    rank: Rank | None = None
+    """What mode "dynamic_threshold" chooses blocks by: "mass", the attention that they hold, or "error", what would be
+    wrong if their mean stood for them (`kernels.select_op`). None = the profile's."""
 
     qk_dtype: Literal["int8"] | None = None
     """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""
@@ -91,7 +110,7 @@ class Options(BaseModel):
     override_grid: bool = False
     """`grid` counts even where the graph shows another one."""
 
-    block_size: BlockSize | None = None
+    block_size: BlockSize | None = Field(default=None, validate_default=True)
     """Tokens of a query block and of a key block; None = the profile's, for a mask as option plan the one that fits."""
 
     dense_layers: Count | None = None
@@ -127,18 +146,19 @@ class Options(BaseModel):
     state: Any = Field(default=None, repr=False, exclude=True)
     """The clock and the regimes that drad.compile keeps outside the graphs; a `PinnedState` in training."""
 
-    @field_validator("grid", mode="before")
+    @field_validator("grid", "box", mode="before")
     @classmethod
-    def _three_positive(cls, value: Any) -> Any:
-        if value is None:
-            return None
+    def _three_positive(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or (info.field_name == "box" and value == "raster"):
+            return value
         try:
             given = () if isinstance(value, (str, bytes, Mapping, Set)) else tuple(value)
             grid = tuple(int(n) for n in given)
         except (TypeError, ValueError, OverflowError):
             given, grid = (), ()
         if len(grid) != 3 or min(grid) < 1 or grid != given or any(isinstance(n, bool) for n in given):
-            raise ValueError("expected three positive integers: (frames, height, width) in latent tokens")
+            or_raster = ', or "raster"' if info.field_name == "box" else ""
+            raise ValueError(f"expected three positive integers: (frames, height, width) in latent tokens{or_raster}")
         return grid
 
     @field_validator("override_grid")
@@ -147,6 +167,19 @@ class Options(BaseModel):
         if value and info.data.get("grid", ()) is None:
             raise ValueError("there is no grid: give the one that is meant")
         return value
+
+    @field_validator("block_size")
+    @classmethod
+    def _of_a_box(cls, value: int | None, info: ValidationInfo) -> int | None:
+        box = info.data.get("box")
+        if not isinstance(box, tuple):
+            return value
+        tokens = math.prod(box)
+        if tokens not in BLOCK_SIZES:
+            raise ValueError(f"box {box} holds {tokens} tokens; a box is one block, of {BLOCK_SIZES} tokens")
+        if value not in (None, tokens):
+            raise ValueError(f"box {box} holds {tokens} tokens; leave block_size out, or make it {tokens}")
+        return tokens
 
     call_state: bool = Field(default=False, repr=False, exclude=True)
     """Clock and regimes are kept beside the graphs. Set by drad.compile, which does that, and by nobody else."""

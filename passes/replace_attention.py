@@ -7,6 +7,9 @@ After:   %counts, %indices = get_attr                                 (shared by
          %pair = dynamicrad.block_sparse_attention(%q, %k, %v, %counts, %indices, scale, block_q, block_kv, %keys)
          %out = %pair[0], in the layout and the memory order that the original had
 
+Where the plan's blocks are boxes of the video, %q, %k, %v and %keys are put into its order of tokens, and %out back
+(see plans/order); Inductor does that where it writes and reads them anyway.
+
 In a graph with symbolic sizes the plan is made when the graph runs, from the sizes that it then has:
 
          %f, %h, %w, %s = sym_size of nodes that hold these axes
@@ -33,6 +36,8 @@ from torch import fx
 from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.layout import MIN_FRAMES
+from dynamicrad_compile.plans.order import reordered_keys
+from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.reporting.reason import FIX_SIZES, Reason
 
 from .axes.positions import PositionTable, table_of
@@ -40,7 +45,7 @@ from .reading.masks import keys_node, without_hidden_rows
 from .reading.support import few_frames
 from .site import Dense, PassContext, PlannedSite, Replacement
 from .writing.control import Controls
-from .writing.operands import copy_origin, original_output, plain_operands, take_over
+from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
 from .writing.selection import select
 from .writing.sizes import RuntimeSizes, hold_decisions, make_constant, runtime_sizes, symbolic_inputs, vary
@@ -59,10 +64,13 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     for planned in placed:
         planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))
         context.notes += _how_planned(planned, homes.get(planned.video.node))
-    done = [site.replacement for site in context.sites if site.replacement is not None]
-    if context.covariance and not any(replacement.overhead for replacement in done):
-        context.notes.append("option covariance does nothing here: no plan compensates (compensate is 0)")
-    return len(done)
+    if any(p.table.plan.covariance for p in placed) and not any(_has_covariances(p.table.plan) for p in placed):
+        context.notes.append("covariance does nothing here: no plan compensates (compensate is 0)")
+    return sum(site.replacement is not None for site in context.sites)
+
+
+def _has_covariances(plan: BlockPlan) -> bool:
+    return plan.covariance and any(plan.compensate)
 
 
 def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedSite], dict[fx.Node, RuntimeSizes]]:
@@ -138,7 +146,10 @@ def _replace(
     with graph.inserting_before(node):
         keys = keys_node(graph, call) if call.mask is not None else None
         scale = None if call.scale is None else float(call.scale)
-        operands = plain_operands(graph, call)
+        operands, given = plain_operands(graph, call), keys
+        if nodes.order is not None and nodes.inverse is not None:
+            operands = [into_order(graph, x, nodes.order, nodes.inverse, context.training) for x in operands]
+            keys = None if keys is None else graph.call_function(reordered_keys, (keys, nodes.order))
         if table.criteria:
             nodes = select(gm, planned, operands, keys, nodes, writer.controls, written.num_kv)
             if writer.varies(planned):
@@ -148,13 +159,15 @@ def _replace(
             arguments = (*arguments, nodes.compensate)
         options = {"qk_int8": True} if context.qk_int8 else {}
         op = torch.ops.dynamicrad.block_sparse_attention.default
-        if context.covariance and nodes.compensate is not None:
+        if _has_covariances(plan):
             op = torch.ops.dynamicrad.second_order_attention.default
             overhead = covariances(video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
         pair = graph.call_function(op, arguments, options)
         out = graph.call_function(operator.getitem, (pair, 0))
-        if keys is not None:
-            out = without_hidden_rows(graph, call, out, keys)
+        if nodes.order is not None and nodes.inverse is not None:
+            out = into_order(graph, out, nodes.inverse, nodes.order, context.training)
+        if given is not None:
+            out = without_hidden_rows(graph, call, out, given)
         out = original_output(graph, video.site, out)
     copy_origin(before, node)
     take_over(graph, video.site, out, context.sites)

@@ -316,7 +316,6 @@ class PassContext:
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
     qk_int8       scores from queries and keys rounded to int8
-    covariance    compensation by means and covariances
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     override_grid  the user's grid counts even where the graph shows another one
     continues     why the graph goes on where another one ended; "": it does not
@@ -333,7 +332,6 @@ class PassContext:
     training: bool = False
     example_inputs: Sequence[Any] = ()
     qk_int8: bool = False
-    covariance: bool = False
     is_final: bool = False
     override_grid: bool = False
     continues: str = ""

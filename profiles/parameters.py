@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 BlockSize = Literal[16, 32, 64, 128, 256]
 Criterion = Literal["threshold", "mass", "ratio"]  # kernels/select_criteria.py is the op's own list
+Rank = Literal["mass", "error"]
 PatternName = Literal["dynamicrad", "radial", "dense"]
 Mode = Literal["static_ratio", "dynamic_threshold"]
 RegimeName = Literal["low", "mid", "high"]
@@ -21,6 +22,9 @@ BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
 MODES: tuple[str, ...] = get_args(Mode)
 REGIMES: tuple[str, ...] = get_args(RegimeName)
 """Amounts of motion."""
+
+Box = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)] | Literal["raster"]
+"""What a block is: frames, height and width of a box in latent tokens, or a run of tokens in raster order."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 DecayFactor = Annotated[float, Field(ge=1e-3, le=1e3)]
@@ -75,10 +79,29 @@ class StaticRatio(Prior):
 
     sparsity    share of dense attention that a plan skips, compensation counted
     compensate  weight of the mean key and value that stand for each dropped block; 0 = none
+    covariance  what stands for dropped blocks varies with the query, by their covariances (`kernels.moments_op`);
+                nothing without compensation
+    box         [frames, height, width] of the box of latent tokens that a block is, or "raster": a run of tokens in
+                raster order. The width is what frames and height leave of the block (`plans.order`)
     """
 
     sparsity: Share
     compensate: Share = 0.0
+    covariance: bool = False
+    box: Box = "raster"
+
+    @field_validator("box", mode="before")
+    @classmethod
+    def _three_sizes(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def box_sizes(self) -> tuple[int, int, int] | None:
+        """The box; None in raster order."""
+        if self.box == "raster":
+            return None
+        frames, height, width = self.box
+        return int(frames), int(height), int(width)
 
     def changed(self, **values: Any) -> StaticRatio:
         """The plan's parameters with other values, without a choice at run time. Raises ValidationError."""
@@ -92,11 +115,14 @@ class DynamicThreshold(StaticRatio):
     criterion  "threshold": a block stays if the logarithm of its mass over the row's mean mass reaches near or far
                "mass": the best blocks stay that together have the share near (far) of their group's mass
                "ratio": the share near (far) of a group's blocks stays
-    near       for blocks of the same frame, adjacent ones and sink frames
+    near       for blocks of the same frame, adjacent ones and sink frames; of boxes for all
     far        for all other frames
+    rank       what blocks are chosen by: "mass", their share of the attention; "error", what would be wrong if their
+               mean stood for them (`kernels.select_op`)
     """
 
     criterion: Criterion = "threshold"
+    rank: Rank = "mass"
     near: Annotated[float, Field(ge=-20.0, le=20.0)]
     far: Annotated[float, Field(ge=-20.0, le=20.0)]
 

@@ -15,9 +15,10 @@ Unknown keys are errors, types are not converted, and the models are frozen.
 from __future__ import annotations
 
 import datetime
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dynamicrad_compile.errors import ProfileError, nearest
 
@@ -29,6 +30,11 @@ class Regime(Table):
 
     static_ratio: StaticRatio
     dynamic_threshold: DynamicThreshold | None = None
+
+    @property
+    def tables(self) -> tuple[StaticRatio, ...]:
+        """The tables that are there."""
+        return (self.static_ratio, *([self.dynamic_threshold] if self.dynamic_threshold else []))
 
 
 class Regimes(Table):
@@ -107,6 +113,18 @@ class Profile(Table):
     match: Match | None = None
     provenance: Provenance = Provenance()
     regimes: Regimes
+
+    @model_validator(mode="after")
+    def _boxes_are_blocks(self) -> Profile:
+        for name in REGIMES:
+            for table in getattr(self.regimes, name).tables:
+                sizes = table.box_sizes
+                if sizes is not None and math.prod(sizes) != self.header.block_size:
+                    raise ValueError(
+                        f"regime {name!r}: box {list(sizes)} holds {math.prod(sizes)} tokens, expected those of a "
+                        f"block, block_size = {self.header.block_size}"
+                    )
+        return self
 
     @property
     def name(self) -> str:

@@ -154,7 +154,10 @@ def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[s
             f"profile {str(parsed.profile)!r} wants {steps} dense steps, for which format {format!r} has no memory. "
             "Set dense_steps to 0, and run the dense model at the first steps."
         )
-    return {**options, "dense_steps": 0}
+    covariance = (
+        {} if parsed.covariance is not None else {"covariance": False}
+    )  # a profile's wish that has no node here
+    return {**options, **covariance, "dense_steps": 0}
 
 
 def _note_if_dense(report: Report, options: Options) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..kernels import moments_op as _registers_the_ops  # noqa: F401
+from .order import inverse, reorder, reordered_keys
 from .plan import BlockPlan
 
 
@@ -22,7 +23,7 @@ def block_sparse_attention(
     kv_length: Tensor | Sequence[int] | None = None,
     kv_mask: Tensor | None = None,
     compensate: float | Tensor | None = None,
-    covariance: bool = False,
+    covariance: bool | None = None,
     qk_dtype: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -30,13 +31,15 @@ def block_sparse_attention(
 
     q [B, H, Sq, D], k and v [B, Hkv, Sk, D], fp16, bf16 or fp32, any strides; Hkv divides H; D <= 256. On CUDA
     the plan's blocks must be multiples of 16 tokens, up to 256.
-    plan: P is 1 (one plan for the batch) or B (one per sample); H' is 1 or H.
+    plan: P is 1 (one plan for the batch) or B (one per sample); H' is 1 or H. Where it has an order, q, k, v, the
+    masks and the results are in the model's order all the same.
     scale: factor on q . k, 1 / sqrt(D) if None; positive.
     kv_length: int [B], keys of each sample that count, the rest is right padding.
     kv_mask: bool [B or 1, Sk], True where a key may be attended; with kv_length both must allow it.
     compensate: 0 to 1, or fp32 [B or 1] on q's device: weight of the one extra key, its mean, by which each block
     that a row drops is still represented; 0 drops it, None: the plan's. It costs Sk / block_kv keys per query.
-    covariance: dropped blocks stand with their covariances too (`kernels.moments_op`); nothing without compensation.
+    covariance: dropped blocks stand with their covariances too (`kernels.moments_op`), None: the plan's; nothing
+    without compensation.
     qk_dtype: "int8" takes scores from queries and keys rounded to int8, row by row (`kernels.quantise`): faster on
     GPUs, with an error of about 1 %; the gradient is that of unrounded ones. None: from q and k as they are.
     Returns out [B, H, Sq, D], contiguous, dtype of q; with return_lse also lse fp32 [B, H, Sq], natural
@@ -70,10 +73,18 @@ def block_sparse_attention(
         weight = torch.full((1,), float(compensate), dtype=torch.float32, device=q.device)
         compensate = weight if compensate > 0 else None
     op = torch.ops.dynamicrad.block_sparse_attention
-    if covariance and compensate is not None:
+    if (plan.covariance if covariance is None else covariance) and compensate is not None:
         op = torch.ops.dynamicrad.second_order_attention
+    order = plan.order
+    if order is not None:
+        back = inverse(order)
+        q, k, v = (reorder(x, order, back) for x in (q, k, v))
+        kv_mask = None if kv_mask is None else reordered_keys(kv_mask, order)
     out, lse = op(
         *(q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask),
         *(compensate, qk_dtype == "int8"),
     )
+    if order is not None:
+        out = reorder(out, back, order)
+        lse = reorder(lse.unsqueeze(-1), back, order).squeeze(-1)
     return (out, lse) if return_lse else out

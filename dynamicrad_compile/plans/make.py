@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import PlanError, nearest
@@ -32,7 +34,7 @@ def make_plan(
 
     Parameters are those of `profiles.parameters`, which has their ranges and defaults: of "radial" decay_factor,
     sink_frames and thinning_tokens; of "dynamicrad" sparsity, decay_factor, adjacent_width, far_width, temporal_decay,
-    thinning, sink_frames and compensate. "dynamicrad" also takes
+    thinning, sink_frames, compensate, covariance and box. "dynamicrad" also takes
 
         regime   "low", "mid" or "high" motion; default "mid"
         profile  name or path of a profile, or a Profile; default "default"
@@ -75,12 +77,18 @@ def _checked(found: Pattern[Any], mode: str, where: Sequence[Any], params: dict[
         found.check_names(params)
         return _layout(*where), found.checked(params)
     found.check_names(params, ("regime", "profile"))
-    layout = _layout(*where)
     given = {name: value for name, value in params.items() if value is not None}
     regime, profile = given.pop("regime", None), given.pop("profile", None)
     if "sparsity" not in given or regime is not None or profile is not None:
         given = {**_profile_parameters("default" if profile is None else profile, regime or "mid", mode), **given}
-    return layout, found.checked(given)
+    parameters = found.checked(given)
+    layout = replace(_layout(*where), box=parameters.box_sizes)
+    if params.get("box") is not None and layout.box is not None and math.prod(layout.box) != layout.block_size:
+        raise PlanError(
+            f"a box is one block: its frames x height x width must be block_size {layout.block_size}, got "
+            f"{'x'.join(map(str, layout.box))} = {math.prod(layout.box)}."
+        )
+    return layout, parameters
 
 
 def _profile_parameters(profile: Any, regime: str, mode: str) -> dict[str, Any]:

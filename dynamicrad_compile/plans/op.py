@@ -13,11 +13,15 @@ import torch
 
 from ..kernels.blocks import cdiv
 from .layout import MIN_FRAMES, too_long
+from .order import inverse
 from .table import PlanSpec
 
-Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+NAMES = ("counts", "indices", "forced", "near", "thresholds", "order", "inverse")
 """What a graph reads of a table of P regimes and K criteria, for M = ceil(tokens / block) blocks: kv_counts int32
-[P, 1, M], kv_indices int32 [P, 1, M, M], kv_forced and kv_near int32 [P, 1, M], thresholds fp32 [P, 3 K]."""
+[P, 1, M], kv_indices int32 [P, 1, M, M], kv_forced and kv_near int32 [P, 1, M], thresholds fp32 [P, 3 K]; the order of
+tokens and its inverse, int64 [`PlanSpec.orders`, tokens]. In the order of NAMES, which are
+those of `PlanTable.tensors`."""
 
 
 def full_table(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> Table:
@@ -31,14 +35,19 @@ def full_table(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, tex
     table = spec.build(grid, text_before, text_after)
     candidates, plan = table.candidates, table.plan
     indices = torch.nn.functional.pad(plan.kv_indices, (0, plan.num_kv_blocks - plan.kv_indices.shape[-1]))
-    return plan.kv_counts, indices, candidates.kv_forced, candidates.kv_near, table.thresholds
+    order = torch.empty(0, tokens, dtype=torch.int64, device="cpu")
+    if plan.order is not None:
+        order = plan.order.expand(spec.orders, -1).contiguous()
+    forced, near = candidates.kv_forced, candidates.kv_near
+    return plan.kv_counts, indices, forced, near, table.thresholds, order, inverse(order)
 
 
 def dense_table(spec: PlanSpec, tokens: int) -> Table:
     """The table that keeps all blocks of a sequence of so many tokens, on the CPU."""
     counts, *rest = empty_table(spec, tokens, torch.empty(0, dtype=torch.float32, device="cpu"))
-    indices, forced, near, thresholds = (t.zero_() for t in rest)
-    return counts.fill_(counts.shape[-1]), indices, forced, near, thresholds
+    indices, forced, near, thresholds, order, back = (t.zero_() for t in rest)
+    places = torch.arange(tokens, dtype=torch.int64, device="cpu")
+    return counts.fill_(counts.shape[-1]), indices, forced, near, thresholds, order + places, back + places
 
 
 def empty_table(spec: PlanSpec, tokens: int, like: torch.Tensor) -> Table:
@@ -46,29 +55,27 @@ def empty_table(spec: PlanSpec, tokens: int, like: torch.Tensor) -> Table:
     blocks, regimes = cdiv(tokens, spec.block_size), len(spec.regimes)
     counts, forced, near = (like.new_empty((regimes, 1, blocks), dtype=torch.int32) for _ in range(3))
     indices = like.new_empty((regimes, 1, blocks, blocks), dtype=torch.int32)
-    return counts, indices, forced, near, like.new_empty((regimes, 3 * len(spec.criteria)), dtype=torch.float32)
+    thresholds = like.new_empty((regimes, 3 * len(spec.criteria)), dtype=torch.float32)
+    order, back = (like.new_empty((spec.orders, tokens), dtype=torch.int64) for _ in range(2))
+    return counts, indices, forced, near, thresholds, order, back
 
 
 @functools.lru_cache(maxsize=16)
 def _on_device(spec: str, grid: tuple[int, int, int], text_before: int, text_after: int, device: torch.device) -> Table:
-    counts, indices, *rest = full_table(PlanSpec.from_json(spec), grid, text_before, text_after)
-    forced, near, thresholds = (x.to(device) for x in rest)
-    return counts.to(device), indices.to(device), forced, near, thresholds
+    table = full_table(PlanSpec.from_json(spec), grid, text_before, text_after)
+    return tuple(x.to(device) for x in table)
 
 
 @torch.library.custom_op("dynamicrad::make_plan", mutates_args=())
 def make_plan_op(
     like: torch.Tensor, frames: int, height: int, width: int, text_before: int, seq_len: int, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The table of `spec` for a grid, on `like`'s device; see `Table`."""
     text_after = seq_len - text_before - frames * height * width
     table = _on_device(spec, (frames, height, width), text_before, text_after, like.device)
-    counts, indices, forced, near, thresholds = (x.clone() for x in table)  # the graph may write over them
-    return counts, indices, forced, near, thresholds
+    return tuple(x.clone() for x in table)  # the graph may write over them
 
 
 @make_plan_op.register_fake
-def _(
-    like: torch.Tensor, frames: int, height: int, width: int, text_before: int, seq_len: int, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(like: torch.Tensor, frames: int, height: int, width: int, text_before: int, seq_len: int, spec: str) -> Table:
     return empty_table(PlanSpec.from_json(spec), seq_len, like)

@@ -96,11 +96,13 @@ class OwnPlan:
     value       as `checked` gives it
     block_size  of masks; None: the one that fits the sequence
     compensate  weight of the mean keys of dropped blocks; None: that of the BlockPlan, 0 for a mask
+    covariance  whether dropped blocks have their covariances; None: as the BlockPlan says, not for a mask
     """
 
     value: Any
     block_size: int | None = None
     compensate: float | None = None
+    covariance: bool | None = None
     made: dict[Any, PlanTable | None] = field(default_factory=dict)
 
     @property
@@ -157,9 +159,9 @@ class OwnPlan:
                 raise PlanError(f"blocks must be multiples of 16 tokens up to 256 on CUDA, got {sizes}.")
         except PlanError as error:
             raise PlanError(f"option plan, {_where(grid, text)}: {error}") from None
-        if self.compensate is None:
-            return plan
-        return replace(plan, compensate=(self.compensate,), check_values=False)
+        given = {"compensate": None if self.compensate is None else (self.compensate,), "covariance": self.covariance}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(plan, **changes, check_values=False) if changes else plan
 
 
 def _where(grid: Sequence[int], text: Sequence[int]) -> str:

@@ -36,7 +36,12 @@ class BlockPlan:
     alone.
 
     compensate, one number in 0..1 for each regime (or one for all), is the weight of the mean key that stands for
-    each dropped block; 0 drops them for good. See `kernels.attention_op`.
+    each dropped block; 0 drops them for good. See `kernels.attention_op`. With covariance it stands there with the
+    covariances of the block (`kernels.moments_op`).
+
+    order, int64 [P or 1, q_len], where blocks are cut from the tokens in another order (`plans.order`): the token of
+    each place, a permutation. Queries and keys share it, so q_len is kv_len. None: blocks are cut from the tokens as
+    they come.
 
     check_values: counts and ids are looked at once, here, which copies those of a GPU to the host. False where they are
     known to be right; nor can they be looked at inside a graph, or on fake tensors.
@@ -51,6 +56,8 @@ class BlockPlan:
     q_len: int
     kv_len: int
     compensate: tuple[float, ...] = (0.0,)
+    covariance: bool = False
+    order: torch.Tensor | None = None
     check_values: InitVar[bool] = True
 
     def __post_init__(self, check_values: bool) -> None:
@@ -78,8 +85,27 @@ class BlockPlan:
         weights = self.compensate
         if not isinstance(weights, tuple) or len(weights) not in (1, len(counts)) or not all(map(_is_share, weights)):
             raise PlanError(f"compensate must be 1 or {len(counts)} numbers in 0..1 (one a regime), got {weights!r}.")
+        self._check_order()
         if check_values and values.can_be_read(counts, indices):
             values.check_plan(counts, indices, self.num_kv_blocks)
+            if self.order is not None:
+                values.check_order(self.order)
+
+    def _check_order(self) -> None:
+        order = self.order
+        if order is None:
+            return
+        _check_tensors(kv_counts=self.kv_counts, order=order)
+        sizes = {(1, self.q_len), (len(self.kv_counts), self.q_len)}
+        if order.dtype != torch.int64 or tuple(order.shape) not in sizes:
+            raise PlanError(
+                f"expected order int64 [1 or {len(self.kv_counts)}, {self.q_len}], got {order.dtype} "
+                f"{list(order.shape)}."
+            )
+        if self.q_len != self.kv_len:
+            raise PlanError(
+                f"an order is for queries and keys alike: q_len {self.q_len} must be kv_len, got {self.kv_len}."
+            )
 
     @property
     def num_q_blocks(self) -> int:
@@ -111,7 +137,9 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan with its tensors on `device`."""
-        return self.with_rows(self.kv_counts.to(device), self.kv_indices.to(device))
+        order = None if self.order is None else self.order.to(device)
+        counts, indices = self.kv_counts.to(device), self.kv_indices.to(device)
+        return replace(self, kv_counts=counts, kv_indices=indices, order=order, check_values=False)
 
     def with_rows(self, kv_counts: torch.Tensor, kv_indices: torch.Tensor) -> BlockPlan:
         """The plan of other rows, whose values are known to be right: a second look would wait for the device."""
@@ -119,7 +147,7 @@ class BlockPlan:
 
     @staticmethod
     def stack(plans: Sequence[BlockPlan]) -> BlockPlan:
-        """One plan with the regimes of several, in order.
+        """One plan with the regimes of several, in order; with covariances if one of them has them.
 
         Raises PlanError if there is none, or if their lengths, blocks, heads or devices differ.
         """
@@ -140,6 +168,8 @@ class BlockPlan:
             kv_counts=torch.cat([p.kv_counts for p in plans]),
             kv_indices=torch.cat(padded),
             compensate=tuple(weights),
+            covariance=any(p.covariance for p in plans),
+            order=_stacked_orders(plans),
             check_values=False,
         )
 
@@ -198,7 +228,10 @@ class BlockPlan:
         return BlockPlan.from_mask(mask, block_q=block_q, block_kv=block_kv, q_len=q_len, kv_len=kv_len)
 
     def to_block_mask(self) -> Any:
-        """PyTorch flex `BlockMask` with the plan's blocks as full blocks (no mask inside a block)."""
+        """PyTorch flex `BlockMask` with the plan's blocks as full blocks (no mask inside a block).
+
+        It knows no order of tokens: q, k, v have to be put into the plan's, and the output back (`plans.order`).
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
         m_k = self.num_kv_blocks
@@ -267,6 +300,20 @@ class Candidates:
             torch.cat([c.kv_near for c in several]),
             check_values=False,
         )
+
+
+def _stacked_orders(plans: Sequence[BlockPlan]) -> torch.Tensor | None:
+    """The orders of the regimes of several plans: one row if they are the same, else a row each."""
+    rows = []
+    for plan in plans:
+        order = plan.order
+        if order is None:
+            order = torch.arange(plan.q_len, dtype=torch.int64, device=plan.kv_counts.device).unsqueeze(0)
+        rows.append(order.expand(len(plan.kv_counts), -1))
+    if all(plan.order is None for plan in plans):
+        return None
+    whole = torch.cat(rows)
+    return whole[:1] if all(torch.equal(row, whole[0]) for row in whole[1:]) else whole
 
 
 def _check_tensors(**given: Any) -> None:

@@ -89,8 +89,7 @@ class Book:
                 self.missed.copy_(shown.any().logical_not(), non_blocking=True)
             chosen = torch.nn.functional.pad(shown, (0, 1), value=True).int().argmax()[None]
             plans = [t.index_select(0, chosen)[0] for t in pages.plans]
-        counts, indices, forced, near, thresholds = plans
-        return counts, indices, forced, near, thresholds
+        return tuple(plans)
 
     def _place(self, table: torch.Tensor) -> int | None:
         shown = self.pages.shown(table)
@@ -138,7 +137,7 @@ def _book(
 @torch.library.custom_op("dynamicrad::plan_of_positions", mutates_args=())
 def plan_of_positions_op(
     like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The table of `spec` for the grid that a position table with its tokens along `dim` shows; see `op.Table`.
 
     The sequence of seq_len tokens has text_before tokens in front of the video. Plans are on `like`'s device.
@@ -150,7 +149,5 @@ def plan_of_positions_op(
 
 
 @plan_of_positions_op.register_fake
-def _(
-    like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str) -> Table:
     return empty_table(PlanSpec.from_json(spec), seq_len, like)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..kernels import select_op as _registers_the_op  # noqa: F401
+from .order import reordered, reordered_keys
 from .plan import BlockPlan, Candidates
 
 
@@ -27,6 +28,7 @@ def select_blocks(
     thresholds: fp32 [1 or B, 2], near and far, on the device of q; or the two numbers.
     criterion: "threshold", "mass" or "ratio" (see `kernels.select_op`). scale: factor on q . k, 1 / sqrt(D) if None.
     kv_mask: bool [B or 1, Sk], True where a key may be attended.
+    q, k and kv_mask are in the model's order, whatever that of the candidates is.
     Returns a plan with counts [B, H, Mq] and indices [B, H, Mq, W], candidates in their order.
     Raises PlanError if shapes, dtypes, devices or lengths do not fit together, OptionsError for the criterion.
     """
@@ -40,6 +42,9 @@ def select_blocks(
             )
     if not isinstance(thresholds, Tensor):
         thresholds = torch.tensor([thresholds], dtype=torch.float32, device=q.device)
+    if plan.order is not None:
+        q, k = (reordered(x, plan.order) for x in (q, k))
+        kv_mask = None if kv_mask is None else reordered_keys(kv_mask, plan.order)
     tables = (plan.kv_counts, plan.kv_indices, candidates.kv_forced, candidates.kv_near)
     counts, indices = torch.ops.dynamicrad.select_blocks(
         q, k, *tables, thresholds, scale, plan.block_q, plan.block_kv, criterion, kv_mask

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from ..errors import PlanError
 from ..profiles.parameters import Table
 from . import cost
 from .layout import Layout
+from .order import Box, inverse
 from .patterns import PATTERNS
 from .plan import BlockPlan, Candidates
 
@@ -33,6 +34,7 @@ class RegimeSpec:
     parameters  of the pattern, of its candidates where there is a criterion
     criterion   by which select_blocks thins it when the graph runs; "": a static plan
     near, far   its thresholds; None: the shares of blocks that meet `sparsity`
+    rank        what it goes by: "mass" or "error"
     balance     how these shares are divided between near and far blocks, see `ratios_for`
     sparsity    share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
     """
@@ -44,6 +46,13 @@ class RegimeSpec:
     far: float | None = None
     sparsity: float | None = None
     balance: float = 0.0
+    rank: str = "mass"
+
+    @property
+    def box(self) -> Box | None:
+        """(frames, height, width) of a block; None in raster order."""
+        found: Box | None = getattr(self.parameters, "box_sizes", None)
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,15 @@ class PlanSpec:
                 )
 
     @property
-    def criteria(self) -> tuple[str, ...]:
-        """The criteria of all regimes, each once; none where nothing is to be selected."""
-        return tuple(dict.fromkeys(regime.criterion for regime in self.regimes if regime.criterion))
+    def criteria(self) -> tuple[tuple[str, str], ...]:
+        """Criterion and rank of all regimes, each pair once; none where nothing is to be selected."""
+        return tuple(dict.fromkeys((regime.criterion, regime.rank) for regime in self.regimes if regime.criterion))
+
+    @property
+    def orders(self) -> int:
+        """Orders of tokens in a table: none in raster order, one where all regimes have the same, else one for each."""
+        boxes = {regime.box for regime in self.regimes}
+        return 0 if boxes == {None} else 1 if len(boxes) == 1 else len(self.regimes)
 
     def build(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
         """The table for a grid (frames, height, width) with text around it; built once, then remembered."""
@@ -94,12 +109,12 @@ class PlanTable:
 
     candidates  P regimes, in the order of the specification
     thresholds  fp32 [P, 3 K]: near, far, and 1 where the regime goes by this criterion, for each of K criteria
-    criteria    of select_blocks; empty where nothing is to be selected
+    criteria    criterion and rank of select_blocks; empty where nothing is to be selected
     """
 
     candidates: Candidates
     thresholds: torch.Tensor
-    criteria: tuple[str, ...]
+    criteria: tuple[tuple[str, str], ...]
 
     @staticmethod
     def of(plan: BlockPlan) -> PlanTable:
@@ -113,20 +128,27 @@ class PlanTable:
         """The static plans of all regimes."""
         return self.candidates.plan
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """kv_counts and kv_indices; where something is to be selected also kv_forced, kv_near and the thresholds."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a graph reads, by name: counts and indices; forced, near and thresholds where something is to be
+        selected; the order of tokens and its inverse where they have one.
+        """
         plan = self.plan
-        if not self.criteria:
-            return plan.kv_counts, plan.kv_indices
-        return plan.kv_counts, plan.kv_indices, self.candidates.kv_forced, self.candidates.kv_near, self.thresholds
+        found = {"counts": plan.kv_counts, "indices": plan.kv_indices}
+        if self.criteria:
+            forced, near = self.candidates.kv_forced, self.candidates.kv_near
+            found |= {"forced": forced, "near": near, "thresholds": self.thresholds}
+        if plan.order is not None:
+            found |= {"order": plan.order, "inverse": inverse(plan.order)}
+        return found
 
 
 @functools.lru_cache(maxsize=64)
 def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
     rows: list[Candidates] = []
     thresholds: list[list[float]] = []
-    pattern, layout = PATTERNS[spec.pattern], Layout(grid, spec.block_size, text_before, text_after)
+    pattern = PATTERNS[spec.pattern]
     for regime in spec.regimes:
+        layout = Layout(grid, spec.block_size, text_before, text_after, regime.box)
         near, far = regime.near, regime.far
         if regime.criterion:
             found = pattern.candidates(layout, regime.parameters)
@@ -136,12 +158,16 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
             found = Candidates.forced(pattern.plan(layout, regime.parameters))
         rows.append(found)
         row: list[float] = []
-        for criterion in spec.criteria:
+        for criterion, rank in spec.criteria:
             keep_all = KEEP_ALL[criterion]
-            own = criterion == regime.criterion and near is not None and far is not None
+            own = (criterion, rank) == (regime.criterion, regime.rank) and near is not None and far is not None
             row += [near, far, 1.0] if own else [keep_all, keep_all, 0.0]  # type: ignore[list-item]
         thresholds.append(row)
-    return PlanTable(Candidates.stack(rows), torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria)
+    whole = Candidates.stack(rows)
+    if whole.plan.order is not None:  # of boxes that differ but give this grid one order, a row each all the same
+        order = whole.plan.order.expand(spec.orders, -1).contiguous()
+        whole = replace(whole, plan=replace(whole.plan, order=order, check_values=False), check_values=False)
+    return PlanTable(whole, torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria)
 
 
 def balance_of(criterion: str, near: float, far: float) -> float:

@@ -61,6 +61,18 @@ def _check_rows(counts: Tensor, indices: Tensor, blocks: int, where: str) -> Non
             )
 
 
+def check_order(order: Tensor) -> None:
+    """Raise PlanError, with regime and token, unless each row of an order int64 [P, S] lists every token once."""
+    rows = order.detach().cpu()
+    for p, row in enumerate(rows):
+        counts = row.clamp(0, len(row) - 1).bincount(minlength=len(row))
+        for (token,) in (counts != 1).nonzero()[:1].tolist():
+            raise PlanError(
+                f"order of regime {p} lists token {token} {counts[token]} times; expected a permutation of "
+                f"0..{len(row) - 1}, each token once."
+            )
+
+
 def check_classes(kv_counts: Tensor, kv_forced: Tensor, kv_near: Tensor) -> None:
     """Raise PlanError, with row and values, unless 0 <= kv_forced <= kv_near <= kv_counts; all int32 [P, H', Mq]."""
     counts, forced, near = (x.detach().cpu() for x in (kv_counts, kv_forced, kv_near))

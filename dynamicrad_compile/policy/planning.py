@@ -12,14 +12,14 @@ from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.table import PlanSpec, RegimeSpec, balance_of
 from ..profiles import Profile
-from ..profiles.parameters import StaticRatio
+from ..profiles.parameters import DynamicThreshold, StaticRatio
 from ..reporting.reason import NOTHING, Reason
 from .settings import SAFE_REGIME, Regimes, Settings, Wishes
 
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
-PLAN_OPTIONS = ("sparsity", "compensate", "decay_factor", "sink_frames")
+PLAN_OPTIONS = ("sparsity", "compensate", "covariance", "box", "decay_factor", "sink_frames")
 """Options that are parameters of patterns."""
 
 AS_ASKED = f"{NOTHING}: the options ask for it"
@@ -79,19 +79,25 @@ def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
     """A regime whose blocks are chosen when the graph runs, among the candidates of the profile."""
     regime = profile.regime(name)
     table = regime.dynamic_threshold
-    target = options.sparsity
-    if table is None and target is None:
+    target, rank = options.sparsity, options.rank or ("mass" if table is None else table.rank)
+    if target is None and (table is None or _other_choice(table, options)):
         target = regime.static_ratio.sparsity
     if target == 0.0:  # nothing to choose
         return _static(profile, name, options)
     parameters = _override(table or regime.static_ratio, options)
     if table is not None and target is None:
-        return RegimeSpec(name, parameters, table.criterion, table.near, table.far)
+        return RegimeSpec(name, parameters, table.criterion, table.near, table.far, rank=table.rank)
     assert target is not None
-    wide = max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
+    wide = 0.0 if rank == "error" else max(0.0, 1.0 - CANDIDATE_FACTOR * (1.0 - target))
     parameters = parameters.changed(sparsity=wide if table is None else min(wide, table.sparsity))
     balance = 0.0 if table is None else balance_of(table.criterion, table.near, table.far)
-    return RegimeSpec(name, parameters, "ratio", sparsity=target, balance=balance)
+    return RegimeSpec(name, parameters, "ratio", sparsity=target, balance=balance, rank=rank)
+
+
+def _other_choice(table: DynamicThreshold, options: Options) -> bool:
+    """Whether the options ask for blocks that a profile's thresholds were not found for."""
+    box = None if options.box is None else options.box != table.box
+    return bool(box or (options.rank is not None and options.rank != table.rank))
 
 
 def _override(table: StaticRatio, options: Options) -> StaticRatio:
@@ -109,8 +115,8 @@ def without_meaning(options: Options, pattern: str) -> str:
     if takes_regimes(pattern):
         return ""
     own = pattern == "own"
-    taken = ("compensate",) if own else tuple(PATTERNS[pattern].parameters.model_fields)
-    names = ["router", *(name for name in PLAN_OPTIONS if name not in taken), *(["pattern"] if own else [])]
+    taken = ("compensate", "covariance") if own else tuple(PATTERNS[pattern].parameters.model_fields)
+    names = ["router", "rank", *(name for name in PLAN_OPTIONS if name not in taken), *(["pattern"] if own else [])]
     given = [name for name in names if getattr(options, name) is not None]
     given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []
     given += ["regime"] if options.regime != "auto" else []

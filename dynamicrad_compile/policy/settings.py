@@ -40,7 +40,9 @@ class Wishes:
         """Load profile and router. Raises ProfileError or RouterError."""
         profile = None if options.profile == "auto" else load_profile(options.profile)
         loaded = Router.load(options.router) if isinstance(options.router, str) else options.router
-        own = None if options.plan is None else OwnPlan(options.plan, options.block_size, options.compensate)
+        own = None
+        if options.plan is not None:
+            own = OwnPlan(options.plan, options.block_size, options.compensate, options.covariance)
         return Wishes(options, profile, loaded, own, call or CallState())
 
 

@@ -3,7 +3,7 @@
     python -m examples.tiny_video.train --output runs/tiny --minutes 80      # start, or go on where it stopped
     python -m examples.tiny_video.train --output runs/tiny --minutes 120     # the same run with a longer schedule
     python -m examples.tiny_video.train --output runs/tiny --steps 4000      # the schedule by steps, whatever the clock
-    python -m examples.tiny_video.train --output runs/64 --size 64 --start CHECKPOINT --batch-size 2    # four times the tokens
+    python -m examples.tiny_video.train --output runs/64 --size 64 --start CHECKPOINT --batch-size 2   # more tokens
 
     x_s = (1 - s) x + s e,    loss = mean |v(x_s, 1000 s, caption) - (e - x)|^2        e normal, s shifted uniform
 

@@ -34,13 +34,18 @@ from .buffers import buffer_node, state_node
 
 @dataclass(frozen=True)
 class PlanNodes:
-    """Nodes of a plan table's tensors (see PlanTable.tensors), and of the weights of compensation."""
+    """Nodes of a plan table's tensors (see PlanTable.tensors), and of the weights of compensation.
+
+    The order of tokens and its inverse are int64 [1 or B, S], None where plans are for tokens as they come.
+    """
 
     counts: fx.Node
     indices: fx.Node
     forced: fx.Node | None = None
     near: fx.Node | None = None
     thresholds: fx.Node | None = None
+    order: fx.Node | None = None
+    inverse: fx.Node | None = None
     compensate: fx.Node | None = None
 
     def each(self, change: Callable[[fx.Node], fx.Node]) -> PlanNodes:
@@ -52,6 +57,12 @@ def gated(counts: torch.Tensor, dense: torch.Tensor, indices: torch.Tensor, num_
     """kv_counts with full rows where `dense`; num_kv None: the width of the indices is the number of kv blocks."""
     full = indices.shape[-1] if num_kv is None else num_kv
     return torch.where(dense, torch.full_like(counts, full), counts)
+
+
+def several_orders(planned: PlannedSite) -> bool:
+    """Whether regimes have orders of tokens of their own."""
+    order = planned.table.plan.order
+    return order is not None and len(order) > 1
 
 
 def safest(chosen: torch.Tensor) -> torch.Tensor:
@@ -84,7 +95,9 @@ class Controls:
             nodes = replace(nodes, compensate=buffer_node(self.gm, "compensate", weights.to(self.device)))
         if len(planned.table.plan.kv_counts) > 1:
             regime = self._regime_for(planned.video.shape[0])
+            shared = {} if several_orders(planned) else {"order": nodes.order, "inverse": nodes.inverse}
             nodes = nodes.each(lambda node: call(torch.index_select, (node, 0, regime)))
+            nodes = replace(nodes, **shared)
         if self.control.gates:
             nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
         return nodes

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dynamicrad_compile.plans.order import reorder, reordered
+
 from ..operators.names import op_name, tensor_value
 from ..reading.layout import from_plain, output_value, to_plain
 from ..reading.multihead_attention import project_inputs, project_output
@@ -26,6 +28,13 @@ def plain_operands(graph: fx.Graph, call: AttentionCall) -> list[fx.Node]:
             node = graph.call_function(torch.ops.aten.to.dtype, (node, call.dtype))
         nodes.append(to_plain(graph, node, layout, call.sequences))
     return nodes
+
+
+def into_order(graph: fx.Graph, x: fx.Node, order: fx.Node, inverse: fx.Node, training: bool) -> fx.Node:
+    """Node of x [B, H, S, D] with its tokens in another order, int64 [1 or B, S]; inverse: the way back."""
+    if training:
+        return graph.call_function(reorder, (x, order, inverse))
+    return graph.call_function(reordered, (x, order))
 
 
 def original_output(graph: fx.Graph, site: Site, out: fx.Node) -> fx.Node:

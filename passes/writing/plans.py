@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.plans import positions_op as _registers_the_ops  # noqa: F401
+from dynamicrad_compile.plans.op import NAMES
 from dynamicrad_compile.runtime.account import new_stats, record
 from dynamicrad_compile.runtime.pool import Slot
 
@@ -87,11 +88,10 @@ class PlanWriter:
             return guarded_plan(self.gm, planned, table, self._constant)
         return self._constant(planned.table.tensors())
 
-    def _constant(self, tensors: tuple[torch.Tensor, ...]) -> PlanNodes:
+    def _constant(self, tensors: Mapping[str, torch.Tensor]) -> PlanNodes:
         """A table as buffers of the graph module."""
-        names = ("counts", "indices", "forced", "near", "thresholds")
-        pairs = zip(names, tensors, strict=False)
-        return PlanNodes(*(buffer_node(self.gm, f"plan_{name}", t.to(self.controls.device)) for name, t in pairs))
+        device = self.controls.device
+        return PlanNodes(**{name: buffer_node(self.gm, f"plan_{name}", t.to(device)) for name, t in tensors.items()})
 
     def _runtime(self, planned: PlannedSite, where: RuntimeSizes) -> PlanNodes:
         """A table made from the sizes that the graph has when it runs."""
@@ -119,7 +119,9 @@ class PlanWriter:
             made = call(torch.ops.dynamicrad.plan_of_positions.default, (query, table.node, table.dim, *rest))
         else:
             made = call(torch.ops.dynamicrad.make_plan.default, (query, *map(size, grid), *rest))
-        return PlanNodes(*(call(operator.getitem, (made, i)) for i in range(len(planned.table.tensors()))))
+        return PlanNodes(
+            **{name: call(operator.getitem, (made, NAMES.index(name))) for name in planned.table.tensors()}
+        )
 
 
 def _length(video: VideoSite) -> str:

@@ -70,7 +70,7 @@ def select(
     def arguments(place: int) -> tuple[Any, ...]:
         thresholds = call(columns, (nodes.thresholds, 3 * place, 2))
         candidates = (nodes.counts, nodes.indices, nodes.forced, nodes.near, thresholds)
-        return (query, key, *candidates, scale, plan.block_q, plan.block_kv, criteria[place], keys)
+        return (query, key, *candidates, scale, plan.block_q, plan.block_kv, criteria[place][0], keys)
 
     pair = None
     if controls.control.refresh_steps and num_kv is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -32,7 +33,7 @@ def guarded_plan(
     gm: fx.GraphModule,
     planned: PlannedSite,
     table: PositionTable,
-    constant: Callable[[tuple[torch.Tensor, ...]], PlanNodes],
+    constant: Callable[[Mapping[str, torch.Tensor]], PlanNodes],
 ) -> PlanNodes:
     """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
     call = gm.graph.call_function
@@ -41,12 +42,13 @@ def guarded_plan(
     width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
     found: PlanNodes | None = None
     for grid, plan in reversed(list(zip(grids, plans, strict=True))):
-        counts, indices, *rest = plan.tensors()
-        nodes = constant((counts, torch.nn.functional.pad(indices, (0, width - indices.shape[-1])), *rest))
+        tensors = plan.tensors()
+        indices = torch.nn.functional.pad(tensors["indices"], (0, width - tensors["indices"].shape[-1]))
+        nodes = constant({**tensors, "indices": indices})
         ok = _shows(gm.graph, table, grid)
         if found is None:
             dense = call(torch.full_like, (nodes.counts, plan.plan.num_kv_blocks))
-            found = PlanNodes(call(torch.where, (ok, nodes.counts, dense)), *list(vars(nodes).values())[1:])
+            found = replace(nodes, counts=call(torch.where, (ok, nodes.counts, dense)))
         else:
             pairs = zip(vars(nodes).values(), vars(found).values(), strict=True)
             found = PlanNodes(*(None if a is None else call(torch.where, (ok, a, b)) for a, b in pairs))

@@ -7,6 +7,9 @@ row is put in the order [forced | near | far]:
     near    blocks that touch the same frame, an adjacent one or a sink frame
     far     the others
 
+Where blocks are boxes of the video, only text and the diagonal are forced and all others are near: a box touches many
+frames, and what queries and keys say is worth more than where it lies.
+
 `select_blocks` keeps the forced ones and chooses among the rest by what queries and keys say.
 """
 
@@ -20,7 +23,8 @@ from .. import cost
 from ..layout import Layout
 from ..plan import BlockPlan, Candidates
 from ..prior import Scorer
-from .pattern import Pattern, plan_of_mask
+from ..prior_boxes import BoxScorer
+from .pattern import Pattern, order_of, plan_of_mask
 
 # Elements of one temporary array; chunks of rows keep temporaries in the processor's cache.
 CHUNK_ELEMENTS = 1 << 15
@@ -57,7 +61,7 @@ def static_ratio_mask(layout: Layout, *, sparsity: float, prior: Prior | None = 
     text = layout.text_blocks()
     video_rows = np.flatnonzero(~text)
     budgets = row_budgets(layout, sparsity)
-    scorer = Scorer(layout, prior or Prior())
+    scorer = (Scorer if layout.box is None else BoxScorer)(layout, prior or Prior())
     mask = np.zeros((n, n), dtype=bool)
     mask[text] = True
     rows_per_chunk = max(1, CHUNK_ELEMENTS // (n + layout.frames))
@@ -75,7 +79,12 @@ def static_ratio_mask(layout: Layout, *, sparsity: float, prior: Prior | None = 
 
 
 def same_place(layout: Layout, rows: np.ndarray) -> np.ndarray:
-    """bool [R, n]: the block that holds the middle token of a row, and the same place in both adjacent frames."""
+    """bool [R, n]: the block that holds the middle token of a row, and the same place in both adjacent frames.
+
+    Of boxes: those in front of the row's first frame and behind its last one.
+    """
+    if layout.box is not None:
+        return _same_box(layout, rows)
     place = np.zeros((len(rows), layout.num_blocks), dtype=bool)
     first = rows * layout.block_size - layout.text_before
     middle = first + np.minimum(layout.block_size, layout.video_tokens - first) // 2
@@ -83,6 +92,22 @@ def same_place(layout: Layout, rows: np.ndarray) -> np.ndarray:
         token = middle + shift
         inside = (token >= 0) & (token < layout.video_tokens)
         place[np.flatnonzero(inside), (token[inside] + layout.text_before) // layout.block_size] = True
+    return place
+
+
+def _same_box(layout: Layout, rows: np.ndarray) -> np.ndarray:
+    """`same_place` of boxes, at the place in the frame of each row's centre."""
+    place = np.zeros((len(rows), layout.num_blocks), dtype=bool)
+    places, order = layout.block_places(), layout.order()
+    assert order is not None
+    position = np.argsort(order)
+    own = np.searchsorted(places.block, rows)
+    _, y, x = np.rint(places.centre[own]).astype(np.int64).T
+    place[np.arange(len(rows)), rows] = True
+    for frame in (places.first[own] - 1, places.last[own] + 1):
+        inside = np.flatnonzero((frame >= 0) & (frame < layout.frames))
+        token = np.ravel_multi_index((frame[inside], y[inside], x[inside]), layout.grid)
+        place[inside, position[token + layout.text_before] // layout.block_size] = True
     return place
 
 
@@ -101,7 +126,8 @@ def _sort_keys(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def static_ratio_plan(layout: Layout, parameters: StaticRatio) -> BlockPlan:
     """The static plan; the blocks pay for what compensation costs."""
     sparsity = cost.blocks_to_skip(parameters.sparsity, layout.block_size, parameters.compensate)
-    return plan_of_mask(static_ratio_mask(layout, sparsity=sparsity, prior=parameters), layout, parameters.compensate)
+    mask = static_ratio_mask(layout, sparsity=sparsity, prior=parameters)
+    return plan_of_mask(mask, layout, parameters.compensate, parameters.covariance)
 
 
 def candidates(layout: Layout, parameters: StaticRatio) -> Candidates:
@@ -115,9 +141,12 @@ def candidates(layout: Layout, parameters: StaticRatio) -> Candidates:
     mask = static_ratio_mask(layout, sparsity=max(sparsity, int((~text).sum()) / n**2), prior=parameters)
     rows = np.flatnonzero(~text)
     place, near = np.zeros((2, n, n), dtype=bool)
-    place[rows] = same_place(layout, rows)
-    place[rows] |= _sinks(layout, rows, parameters.sink_frames)
-    near[rows] = _near(layout, rows, parameters.sink_frames)
+    if layout.box is None:
+        place[rows] = same_place(layout, rows)
+        place[rows] |= _sinks(layout, rows, parameters.sink_frames)
+        near[rows] = _near(layout, rows, parameters.sink_frames)
+    else:
+        near[rows] = True
     forced = mask & (place | text | np.eye(n, dtype=bool))
     forced[text] = True
     rank = np.where(forced, 0, np.where(near, 1, 2)).astype(np.int8)
@@ -137,6 +166,8 @@ def candidates(layout: Layout, parameters: StaticRatio) -> Candidates:
         layout.seq_len,
         layout.seq_len,
         compensate=(parameters.compensate,),
+        covariance=parameters.covariance,
+        order=order_of(layout),
         check_values=False,
     )
     return Candidates(plan, tensor((rank == 0).sum(1)), tensor((rank <= 1).sum(1)), check_values=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -67,9 +67,9 @@ class Pattern(Generic[Parameters]):
             )
 
 
-def plan_of_mask(mask: np.ndarray, layout: Layout, compensate: float = 0.0) -> BlockPlan:
+def plan_of_mask(mask: np.ndarray, layout: Layout, compensate: float = 0.0, covariance: bool = False) -> BlockPlan:
     """Plan of a block mask, bool [n, n] or [H', n, n] with n = layout.num_blocks."""
-    return BlockPlan.from_mask(
+    plan = BlockPlan.from_mask(
         torch.from_numpy(mask),
         block_q=layout.block_size,
         block_kv=layout.block_size,
@@ -77,6 +77,13 @@ def plan_of_mask(mask: np.ndarray, layout: Layout, compensate: float = 0.0) -> B
         kv_len=layout.seq_len,
         compensate=compensate,
     )
+    return replace(plan, order=order_of(layout), covariance=covariance, check_values=False)
+
+
+def order_of(layout: Layout) -> torch.Tensor | None:
+    """int64 [1, seq_len], the token of each place (`BlockPlan.order`); None in raster order."""
+    order = layout.order()
+    return None if order is None else torch.from_numpy(order)[None]
 
 
 def _problem(parameters: type[Table], problem: Any) -> str:

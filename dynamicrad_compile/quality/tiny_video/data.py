@@ -134,12 +134,12 @@ def captions(count: int, seed: int = HELD_OUT_SEED, start: int = 0, regime: str 
     return found
 
 
-def batch(
-    seed: int, indices: Sequence[int], frames: int = FRAMES, size: int = SIZE
-) -> tuple[torch.Tensor, list[str]]:
+def batch(seed: int, indices: Sequence[int], frames: int = FRAMES, size: int = SIZE) -> tuple[torch.Tensor, list[str]]:
     """Videos [batch, 3, frames, size, size], float32 in -1..1, and their captions."""
     clips = [clip(seed, index) for index in indices]
-    return torch.from_numpy(np.stack([render(item, frames, size=size) for item in clips])), [item.caption for item in clips]
+    return torch.from_numpy(np.stack([render(item, frames, size=size) for item in clips])), [
+        item.caption for item in clips
+    ]
 
 
 def vocabulary() -> list[str]:
