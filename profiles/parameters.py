@@ -23,7 +23,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 REGIMES: tuple[str, ...] = get_args(RegimeName)
 """Amounts of motion."""
 
-Box = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)] | Literal["raster"]
+Box = tuple[int, int, int] | Literal["raster"]
 """What a block is: frames, height and width of a box in latent tokens, or a run of tokens in raster order."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -90,10 +90,15 @@ class StaticRatio(Prior):
     covariance: bool = False
     box: Box = "raster"
 
-    @field_validator("box", mode="before")
+    @field_validator("box", mode="plain")
     @classmethod
     def _three_sizes(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        if value == "raster":
+            return value
+        sizes = tuple(value) if isinstance(value, (list, tuple)) else ()
+        if len(sizes) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+            raise ValueError('expected "raster" or [frames, height, width], three positive integers')
+        return sizes
 
     @property
     def box_sizes(self) -> tuple[int, int, int] | None:

@@ -121,8 +121,8 @@ class Profile(Table):
                 sizes = table.box_sizes
                 if sizes is not None and math.prod(sizes) != self.header.block_size:
                     raise ValueError(
-                        f"regime {name!r}: box {list(sizes)} holds {math.prod(sizes)} tokens, expected those of a "
-                        f"block, block_size = {self.header.block_size}"
+                        f"the box of regime {name!r}, {list(sizes)}, holds {math.prod(sizes)} tokens; expected those "
+                        f"of a block, block_size = {self.header.block_size}"
                     )
         return self
 

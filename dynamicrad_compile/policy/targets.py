@@ -15,8 +15,9 @@ def regime_plan(plan: BlockPlan, number: int) -> BlockPlan:
     """The plan of one regime alone."""
     own = slice(number, number + 1)
     weights = plan.compensate if len(plan.compensate) == 1 else plan.compensate[own]
+    order = plan.order if plan.order is None or len(plan.order) == 1 else plan.order[own]
     counts, indices = plan.kv_counts[own], plan.kv_indices[own]
-    return replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights, check_values=False)
+    return replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights, order=order, check_values=False)
 
 
 def unreached(planned: PlannedSite) -> str:

@@ -91,6 +91,8 @@ def _problem(parameters: type[Table], problem: Any) -> str:
     name, kind = str(problem["loc"][0]), problem["type"]
     if kind == "missing":
         return f"parameter {name} is missing: give a value."
+    if kind == "value_error":
+        return f"{name} = {problem['input']!r}: {problem['ctx']['error']}."
     low, high = limits(parameters, name)
     if high is None:
         return f"{name} must be an integer of at least {low}, got {problem['input']!r}."
