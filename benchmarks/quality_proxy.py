@@ -104,8 +104,12 @@ def _clip_errors(bench: Bench, plans: list[drad.BlockPlan], settings: list[dict[
 
 
 def _settings(bench: Bench) -> list[dict[str, Any]]:
-    """Parameters at random points of the tuner's space, sparsity 0.8; the second half without compensation."""
-    space = Space(Task(bench.subject.grid, BLOCK, heads=4, head_dim=32), "static_ratio")
+    """Parameters at random points of the tuner's space in raster order, sparsity 0.8.
+
+    The second half is without compensation.
+    """
+    raster = {"box": "raster", "covariance": False}
+    space = Space(Task(bench.subject.grid, BLOCK, heads=4, head_dim=32, fixed=raster), "static_ratio")
     generator = np.random.default_rng(7)
     settings = []
     for number in range(sizes.SETTINGS):

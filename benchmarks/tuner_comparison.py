@@ -27,7 +27,7 @@ import torch
 from dynamicrad_compile.tuning.objective import Objective
 from dynamicrad_compile.tuning.optimizer import Optimizer, Point
 from dynamicrad_compile.tuning.output import package_versions
-from dynamicrad_compile.tuning.space import CHOICE, PRIOR, Space
+from dynamicrad_compile.tuning.space import Space
 from dynamicrad_compile.tuning.task import Task
 
 OPTIMIZERS = (
@@ -99,10 +99,9 @@ def _optuna(space: Space, evaluate: Any, known: list[Point], seed: int, budget: 
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    kinds = {**PRIOR, **CHOICE}
 
     def steps(name: str) -> int:
-        low, high, kind = kinds[name]
+        low, high, kind = space.dimensions[name]
         return int(high - low) + 1 if kind == "whole" else 0
 
     for point in known:
@@ -113,7 +112,7 @@ def _optuna(space: Space, evaluate: Any, known: list[Point], seed: int, budget: 
         trial = study.ask()
         point = []
         for name in space.dimensions:
-            if name == "criterion":
+            if name in space.options:
                 point.append((trial.suggest_categorical(name, list(range(steps(name)))) + 0.5) / steps(name))
             elif steps(name):
                 point.append((trial.suggest_int(name, 0, steps(name) - 1) + 0.5) / steps(name))

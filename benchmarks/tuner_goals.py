@@ -19,7 +19,7 @@ from dynamicrad_compile.profiles import REGIMES
 from dynamicrad_compile.tuning.journal import Journal
 from dynamicrad_compile.tuning.objective import Objective
 from dynamicrad_compile.tuning.search import Runner, Winners, search
-from dynamicrad_compile.tuning.task import DEFAULT_OPTIMIZER, HELD_OUT_SEEDS, MODES, Task
+from dynamicrad_compile.tuning.task import DEFAULT_OPTIMIZER, MODES, Task
 
 GRIDS = ((12, 15, 16), (24, 10, 12))
 GOALS = {GRIDS[0]: (0.8, 10.0, 15.0), GRIDS[1]: (0.7, 12.0, 15.0)}
@@ -41,7 +41,7 @@ def cross_losses(task: Task, winners: Winners) -> dict[tuple[str, str, str], tup
     """Held-out (loss, sparsity) by (regime of the draws, regime of the profile, mode)."""
     found = {}
     for regime in REGIMES:
-        objective = Objective(task, regime, HELD_OUT_SEEDS)
+        objective = Objective(task, regime, held_out=True)
         for profile in REGIMES:
             for mode in task.modes:
                 evaluation = objective.evaluate(mode, winners.tuned[profile, mode].parameters)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionsError
 from ..tuning.task import DEFAULT_OPTIMIZER, MODES
+from .values import key_value
 
 # Arguments of the parser that are not passed to `tune` as they are.
 NOT_SETTINGS = ("command", "run", "fix", "no_pictures")
@@ -43,8 +43,11 @@ def add_tune(commands: Any) -> None:
         "--fix",
         action="append",
         default=[],
-        metavar="KEY=NUMBER",
-        help="a parameter that is not searched, such as compensate=0; may be repeated",
+        metavar="KEY=VALUE",
+        help="a parameter that is not searched, such as compensate=0 or box=4,4,8; may be repeated",
+    )
+    parser.add_argument(
+        "--boxes", nargs="+", default=[], metavar="F,H,W", help="shapes of blocks to search, or raster (all that fit)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the journal of an interrupted search")
     parser.add_argument("--no-pictures", action="store_true", help="write no PNGs")
@@ -55,7 +58,8 @@ def _tune(args: argparse.Namespace) -> int:
     from ..tuning.api import tune
 
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    fixed = dict(_fixed(text) for text in args.fix)
+    settings["boxes"] = [key_value(f"box={text}")[1] for text in args.boxes]
+    fixed = dict(key_value(text, "--fix") for text in args.fix)
     try:
         tune(fixed=fixed, pictures=not args.no_pictures, **settings)
     except KeyboardInterrupt:
@@ -63,14 +67,3 @@ def _tune(args: argparse.Namespace) -> int:
         return 130
     print(f"wrote {args.output}")
     return 0
-
-
-def _fixed(text: str) -> tuple[str, float]:
-    name, sign, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        sign = ""
-    if not sign:
-        raise OptionsError(f"--fix expects KEY=NUMBER, got {text!r}.")
-    return name, int(number) if name == "sink_frames" and number.is_integer() else number

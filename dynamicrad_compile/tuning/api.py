@@ -40,7 +40,8 @@ def tune(
     modes: Sequence[str] = MODES,
     seeds: Sequence[int] = (1, 2, 3),
     rows: int | None = None,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    boxes: Sequence[Any] = (),
     header: Mapping[str, Any] | None = None,
     match: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -95,6 +96,7 @@ def tune(
         seed=seed,
         batch=workers,
         fixed=dict(fixed or {}),
+        boxes=tuple(boxes),
         captures=read,
     )
     if match is not None:

@@ -16,6 +16,8 @@ from .sums import BlockSums
 # near and far that keep every candidate.
 KEEP_ALL = {"threshold": (-20.0, -20.0), "mass": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
+# Score of a block whose mean stands for it exactly, where blocks are ranked by error.
+NO_ERROR = -1e300
 # Levels nearer than this are not told apart: thresholds are compared in float32.
 GAP = 1e-5
 # Levels that are sorted to find a threshold, at most.
@@ -23,7 +25,7 @@ SORTED_LEVELS = 2_000_000
 
 
 class Choice:
-    """The choice for one draw and one set of candidates (P = H' = 1).
+    """The choice for one draw and one set of candidates (P = H' = 1), in the order of tokens that both have.
 
     always  bool [Mq, Mk]         forced blocks and dense rows
     near, far  bool [Mq, Mk]      the two groups
@@ -31,7 +33,7 @@ class Choice:
                                   the share of its group, by mass or by number, that is better (kept if that is below)
     """
 
-    def __init__(self, sums: BlockSums, candidates: Candidates, criterion: str) -> None:
+    def __init__(self, sums: BlockSums, candidates: Candidates, criterion: str, rank: str = "mass") -> None:
         plan = candidates.plan
         blocks = plan.num_kv_blocks
         counts, indices = plan.kv_counts[0, 0], plan.kv_indices[0, 0].long()
@@ -47,8 +49,7 @@ class Choice:
         table[dense] = 1
         self.criterion = criterion
         self.always, self.near, self.far = table == 1, table == 2, table == 3
-        scale = 1.0 / math.sqrt(sums.q_mean.shape[-1])
-        scores = (sums.q_mean @ sums.k_mean.transpose(1, 2)).double() * scale + sums.counts.log().double()
+        scores = sums.errors().clamp(min=NO_ERROR) if rank == "error" else sums.scores.double()
         scores.masked_fill_(table == 0, -math.inf)
         if criterion == "threshold":
             self.value = scores.log_softmax(dim=-1) + counts.clamp(min=1).log().double()[:, None]
@@ -56,6 +57,8 @@ class Choice:
             share = scores.softmax(dim=-1)
             self.value = torch.zeros_like(scores)
             for group in (self.near, self.far):
+                if not group.any():
+                    continue
                 part = share.masked_fill(~group, -1.0)
                 order = part.argsort(dim=-1, descending=True, stable=True)
                 weight = group.double().expand_as(share) if criterion == "ratio" else share * group

@@ -2,7 +2,7 @@
 
 The first line is the task; it is written with the first evaluation. Each further line is one evaluation, found again
 by its place: stage ("search", "sweep", "held_out"), regime, mode and index. A line that a crash cut short is dropped
-when the journal is opened.
+when the journal is opened. A journal of an earlier version has points of another search space and is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..files import write_file
 from .objective import Evaluation
 from .task import Task
 
-VERSION = 1
+VERSION = 2  # 1: before boxes, covariances and ranks were searched
 Place = tuple[str, str, str, int]
 
 
@@ -49,7 +49,13 @@ class Journal:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             raise OptionsError(f"{self.path} is not a journal of a search: {error}.") from None
-        if lines and (not isinstance(lines[0], dict) or lines[0].get("journal") != VERSION):
+        version = lines[0].get("journal") if lines and isinstance(lines[0], dict) else None
+        if isinstance(version, int) and version < VERSION:
+            raise OptionsError(
+                f"{self.path} is a journal of an earlier version of the search ({version}, this is {VERSION}), which "
+                "had other dimensions. Remove it and search anew, or give another output."
+            )
+        if lines and version != VERSION:
             raise OptionsError(f"{self.path} is not a journal of a search: its first line is no task.")
         return lines
 

@@ -14,12 +14,13 @@ import torch
 
 from ..errors import DynamicRadError, OptionsError
 from ..profiles import REGIMES
+from ..profiles.parameters import MODES
 from .choosing import KEEP_ALL
 from .journal import Journal
 from .objective import Evaluation, Objective, Parameters
 from .optimizer import Optimizer
 from .space import DEFAULTS, Space
-from .task import EXCHANGED, Task
+from .task import CHOICES, EXCHANGED, Task
 
 Tick = Callable[[str], None]
 # Sparsities at which the winners are looked at for the picture of error against sparsity.
@@ -131,8 +132,8 @@ class Winners:
 
 def anything(task: Task) -> Winners:
     """What a search of the task might give, in form: to check what is made of it before it runs."""
-    static = {**DEFAULTS, **task.fixed, "sparsity": task.sparsity}
-    tables = {"static_ratio": static, "dynamic_threshold": {**static, "criterion": "ratio", "near": 1.0, "far": 1.0}}
+    static, dynamic = ({**DEFAULTS, **Space(task, mode).fixed, "sparsity": task.sparsity} for mode in MODES)
+    tables = {"static_ratio": static, "dynamic_threshold": {"criterion": "ratio", **dynamic, "near": 1.0, "far": 1.0}}
     found = {(regime, mode): Evaluation(tables[mode], "ok", loss=0.0) for regime, mode in task.searches}
     return Winners(found, found, {})
 
@@ -225,10 +226,13 @@ def _exchange(
     tables: list[Parameters] = [before[other, mode].parameters for other in REGIMES if other != regime]
     if mode == "dynamic_threshold":
         static: dict[str, Any] = now[regime, "static_ratio"].parameters
-        near, far = KEEP_ALL["ratio"]
-        tables.append({**static, "criterion": "ratio", "near": near, "far": far})
+        choice = {"criterion": "ratio", "rank": "mass"} | {
+            name: task.fixed[name] for name in CHOICES if name in task.fixed
+        }
+        near, far = KEEP_ALL[choice["criterion"]]
+        tables.append({**static, **choice, "near": near, "far": far})
     else:
-        tables.append(before[regime, mode].parameters | {"compensate": 0.0} | task.fixed)
+        tables.append(Space(task, mode).without_compensation(before[regime, mode].parameters))
     first = task.budget - EXCHANGED
     jobs = [Job(task, "search", regime, mode, first + i, parameters=table) for i, table in enumerate(tables)]
     return min([before[regime, mode], *runner.run(jobs)], key=lambda found: found.loss)

@@ -14,19 +14,24 @@ from pydantic import ValidationError
 from ..errors import OptionsError, nearest
 from ..kernels.blocks import cdiv
 from ..problems import problems
-from ..profiles.parameters import BLOCK_SIZES, MODES, REGIMES, StaticRatio
+from ..profiles.parameters import BLOCK_SIZES, MODES, REGIMES, DynamicThreshold, StaticRatio
+from .boxes import Shape, problem, shapes
 from .captures import Capture
 from .proxy import PROXIES
 
-# Seeds of the draws that no search sees.
+# Seeds of the draws that no search sees; as many as the search has, at most.
 HELD_OUT_SEEDS = (1001, 1002, 1003)
 # Chosen by benchmarks/tuner_comparison.py; see docs/tuning.md.
 DEFAULT_OPTIMIZER = "NGOpt"
 # Points that the end of each search keeps for the winners of the others, and the smallest budget that makes sense.
 EXCHANGED = 3
 MIN_BUDGET = 10
-# Floats of the table of block sums of one draw, where the number of rows is not given.
+# Floats of the tables of one draw, of all orders of tokens, where the number of rows is not given.
 TABLE_FLOATS = 40_000_000
+# Channels of values that errors are measured in, at most.
+CHANNELS = 32
+# What dynamic_threshold has beyond static_ratio and can be fixed.
+CHOICES = ("criterion", "rank")
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,15 @@ class Task:
     modes                    static_ratio alone, or with dynamic_threshold
     sparsity                 share of dense attention that must be skipped, compensation counted
     seeds                    of the draws of each proxy
-    rows                     sampled query rows a head; None = all of a short sequence, else what fits TABLE_FLOATS
+    rows                     sampled query rows a head; None = all of a short sequence, else what fits TABLE_FLOATS,
+                             at least 64
     budget                   evaluations for each regime and mode
     optimizer, seed          name in Nevergrad's registry, seed of its random numbers
     batch                    points asked for at once; as many can be evaluated in parallel
-    fixed                    planner parameters that are not searched, such as {"compensate": 0.0}
+    fixed                    parameters that are not searched, such as {"compensate": 0.0, "box": [4, 4, 8]}: the
+                             planner's, criterion and rank
+    boxes                    shapes of blocks that are searched, [frames, height, width] or "raster"; none = all of
+                             `boxes.shapes`, or the one that is fixed
     captures                 attention of a model for the proxy "captured", see `captures.record_attention`
 
     Raises OptionsError for a value out of its range.
@@ -66,8 +75,9 @@ class Task:
     optimizer: str = DEFAULT_OPTIMIZER
     seed: int = 0
     batch: int = 1
-    fixed: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     captures: tuple[Capture, ...] = ()
+    boxes: tuple[Shape, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -92,14 +102,33 @@ class Task:
             raise OptionsError("modes must hold 'static_ratio': every profile has that table.")
         if not self.seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds):
             raise OptionsError(f"seeds must be at least one integer, got {self.seeds!r}.")
-        known = [name for name in StaticRatio.model_fields if name != "sparsity"]
+        self._check_fixed()
+        self._set_boxes()
+
+    def _check_fixed(self) -> None:
+        known = [*(name for name in StaticRatio.model_fields if name != "sparsity"), *CHOICES]
         for name in self.fixed:
             if name not in known:
                 raise OptionsError(f"fixed: unknown parameter {name!r}; known are {known}.{nearest(name, known)}")
         try:
-            StaticRatio.model_validate({**self.fixed, "sparsity": self.sparsity})
+            table = {"criterion": "ratio", **self.fixed, "sparsity": self.sparsity, "near": 1.0, "far": 1.0}
+            DynamicThreshold.model_validate(table)
         except ValidationError as error:
-            raise OptionsError(f"fixed: {'; '.join(problems(error, StaticRatio))}") from None
+            raise OptionsError(f"fixed: {'; '.join(problems(error, DynamicThreshold))}") from None
+
+    def _set_boxes(self) -> None:
+        """Check and set `boxes`, as lists, as a journal has them."""
+        where = "fixed" if "box" in self.fixed else "boxes"
+        if "box" in self.fixed and self.boxes:
+            raise OptionsError("boxes are what is searched: give them or a fixed box, not both.")
+        chosen = [self.fixed["box"]] if "box" in self.fixed else list(self.boxes)
+        chosen = [box if isinstance(box, str) else list(box) for box in chosen]
+        for box in chosen:
+            if wrong := problem(box, self.block_size):
+                raise OptionsError(f"{where}: {wrong}.")
+        object.__setattr__(self, "boxes", tuple(chosen) or tuple(shapes(self.grid, self.block_size)))
+        if "box" in self.fixed:
+            object.__setattr__(self, "fixed", {**self.fixed, "box": chosen[0]})
 
     def _check_captures(self) -> None:
         if ("captured" in self.proxies) != bool(self.captures):
@@ -170,7 +199,8 @@ class Task:
         """Query rows that a head of a proxy is judged by."""
         rows = self.rows
         if rows is None:
-            rows = TABLE_FLOATS // (self.proxy_heads(proxy) * self.blocks * (self.head_dim + 1))
+            floats = 2 * min(CHANNELS, self.head_dim) + 3
+            rows = TABLE_FLOATS // (self.proxy_heads(proxy) * self.blocks * floats * len(self.boxes))
             rows = max(64, rows)
         return min(rows, self.tokens)
 

@@ -15,8 +15,8 @@ from dynamicrad_compile.plans.layout import Layout
 from dynamicrad_compile.plans.patterns import PATTERNS
 from dynamicrad_compile.plans.patterns.pattern import Pattern, plan_of_mask
 from dynamicrad_compile.plans.table import PlanSpec, RegimeSpec
-from dynamicrad_compile.profiles.parameters import PatternName, Radial, StaticRatio, Table, limits
-from dynamicrad_compile.tuning.space import DEFAULTS, PRIOR
+from dynamicrad_compile.profiles.parameters import DynamicThreshold, PatternName, Radial, StaticRatio, Table, limits
+from dynamicrad_compile.tuning.space import CHOICE, DEFAULTS, PRIOR
 
 LAYOUT = Layout((4, 6, 8), 16, 5, 3)
 
@@ -81,8 +81,13 @@ def test_options_and_patterns_have_the_same_ranges(name):
 
 
 def test_the_tuner_searches_inside_the_ranges():
-    assert set(DEFAULTS) == set(PRIOR) == set(StaticRatio.model_fields) - {"sparsity", "covariance", "box"}
-    for name in set(PRIOR) - {"compensate"}:  # searched beyond its ends and clipped
+    assert set(DEFAULTS) == set(PRIOR) == set(StaticRatio.model_fields) - {"sparsity"}
+    assert set(CHOICE) - {"candidates", "balance"} == set(DynamicThreshold.model_fields) - set(
+        StaticRatio.model_fields
+    ) - {"near", "far"}
+    numbers = {name for name, (_, _, kind) in PRIOR.items() if kind != "listed"}
+    assert set(PRIOR) - numbers == {"covariance", "box"}
+    for name in numbers - {"compensate"}:  # searched beyond its ends and clipped
         low, high = limits(StaticRatio, name)
         assert low <= PRIOR[name][0]
         assert high is None or PRIOR[name][1] <= high

@@ -15,13 +15,17 @@ from dynamicrad_compile.tuning.proxy import video_proxy
 from dynamicrad_compile.tuning.sums import BlockSums, sample_rows
 
 
+@pytest.mark.parametrize("box", [None, [4, 2, 2]], ids=["raster", "box"])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_choice_is_that_of_select_blocks(criterion):
+def test_choice_is_that_of_select_blocks(criterion, box):
     from dynamicrad_compile.kernels.select_reference import select_blocks_reference
 
     q, k, v = video_proxy(GRID, "mid", 2, 16, seed=5, text_after=5)
-    sums = BlockSums(q, k, v, 16, sample_rows(q.shape[1], 8, 0))
-    candidates = make_candidates(GRID, 16, 0, 5, sparsity=0.3)
+    candidates = make_candidates(GRID, 16, 0, 5, sparsity=0.3, box=box)
+    order = None if box is None else candidates.plan.order[0]
+    sums = BlockSums(q, k, v, 16, sample_rows(q.shape[1], 8, 0), order)
+    if order is not None:
+        q, k = q[:, order], k[:, order]
     for near, far in ((0.2, 0.7), (0.5, 0.31), (1.0, 0.0)):
         plan = candidates.plan
         counts, indices = select_blocks_reference(

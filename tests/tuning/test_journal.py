@@ -6,8 +6,8 @@ import pytest
 from support.tuning import task
 
 from dynamicrad_compile.errors import OptionsError
-from dynamicrad_compile.tuning.journal import Journal
-from dynamicrad_compile.tuning.objective import Objective
+from dynamicrad_compile.tuning.journal import VERSION, Journal
+from dynamicrad_compile.tuning.objective import Evaluation, Objective
 from dynamicrad_compile.tuning.space import DEFAULTS
 
 
@@ -39,3 +39,23 @@ def test_journal_survives_a_crash_and_refuses_others(tmp_path):
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.raises(OptionsError, match="not a journal"):
         Journal(tmp_path / "b.jsonl", task(), {}, resume=True)
+
+
+def test_a_journal_of_an_earlier_version_is_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "a.jsonl"
+    Journal(path, task(), {}, resume=False).write("search", "low", "static_ratio", 0, [0.25], Evaluation({}, "ok"))
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first.replace(f'"journal": {VERSION}', '"journal": 1'), *rest]) + "\n")
+    for resume in (True, False):
+        with pytest.raises(OptionsError, match=r"earlier version of the search.*Remove it and search anew"):
+            Journal(path, task(), {}, resume=resume)
+
+
+def test_boxes_survive_the_journal(tmp_path):
+    chosen = task(fixed={"box": (2, 2, 4)})
+    objective = Objective(chosen, "low")
+    found = objective.evaluate("static_ratio", {**DEFAULTS, "sparsity": 0.8, "box": [2, 2, 4]})
+    path = tmp_path / "a.jsonl"
+    Journal(path, chosen, {}, resume=False).write("search", "low", "static_ratio", 0, [0.5], found)
+    again = Journal(path, chosen, {}, resume=True)
+    assert again.find("search", "low", "static_ratio", 0) == ([0.5], found)

@@ -95,9 +95,11 @@ def test_search_in_processes(tmp_path):
 def test_command(capsys, tmp_path):
     output = tmp_path / "cli.toml"
     small = ["--grid", "5", "6", "7", "--block-size", "16", "--heads", "2", "--head-dim", "16", "--budget", "10"]
-    small += ["--seeds", "1", "--rows", "20", "--modes", "static_ratio", "--fix", "compensate=0", "--no-pictures"]
+    small += ["--seeds", "1", "--rows", "20", "--modes", "static_ratio", "--fix", "compensate=0", "--fix", "box=2,2,4"]
+    small.append("--no-pictures")
     assert cli.main(["tune", *small, "-o", str(output)]) == 0
-    assert load_profile(output).regime("mid").static_ratio.compensate == 0.0
+    table = load_profile(output).regime("mid").static_ratio
+    assert (table.compensate, table.box, table.covariance) == (0.0, (2, 2, 4), False)
     assert cli.main(["tune", *small, "-o", str(output)]) == 2
     assert "holds a journal already" in capsys.readouterr().err
     assert cli.main(["tune", *small, "-o", str(output), "--resume"]) == 0
@@ -107,8 +109,10 @@ def test_command(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--fix", "compensate"], "KEY=NUMBER"),
-        (["--fix", "compensate=5"], "compensate = 5.0"),
+        (["--fix", "compensate"], "--fix expects KEY=VALUE"),
+        (["--fix", "compensate=5"], "compensate = 5:"),
+        (["--boxes", "1,2,3", "raster", "--block-size", "16"], "boxes: box [1, 2, 3] holds 6 tokens"),
+        (["--fix", "box=1,2,3", "--block-size", "16"], "box [1, 2, 3] holds 6 tokens"),
         (["--optimizer", "CMAA"], "Did you mean 'CMA'"),
         (["--block-size", "17"], "block_size must be one of [16, 32,"),
         (["--seed", "-1"], "seed must be an integer of at least 0"),

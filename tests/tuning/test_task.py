@@ -15,6 +15,13 @@ BAD_TASKS = {
     "mode": (dict(modes=("dynamic_threshold",)), "static_ratio"),
     "budget": (dict(budget=3), "budget must be an integer of at least 10"),
     "fixed": (dict(fixed={"compensat": 0}), "Did you mean 'compensate'"),
+    "box": (dict(fixed={"box": [2, 2, 2]}), "holds 8 tokens, expected those of a block, block_size = 16"),
+    "box of two": (dict(fixed={"box": [4, 4]}), "box"),
+    "boxes": (dict(boxes=([2, 2, 2],)), r"boxes: box \[2, 2, 2\] holds 8 tokens"),
+    "no box": (dict(boxes=("rater",)), r"a box is \[frames, height, width\] in latent tokens or 'raster', got 'rater'"),
+    "two ways": (dict(boxes=("raster",), fixed={"box": "raster"}), "not both"),
+    "covariance": (dict(fixed={"covariance": 1}), "covariance"),
+    "rank": (dict(fixed={"rank": "errors"}), "rank"),
     "seeds": (dict(seeds=()), "at least one integer"),
 }
 
