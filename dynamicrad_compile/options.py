@@ -66,7 +66,8 @@ class Options(BaseModel):
 
     mode: Literal["auto", Mode] = "auto"
     """"static_ratio": a fixed share of blocks by the radial prior. "dynamic_threshold": the blocks that matter to the
-    queries at hand, chosen among candidates of that prior at every call. "auto" takes the profile's."""
+    queries at hand, chosen among candidates of that prior at every call. "auto" takes the profile's, which may
+    leave it to the number of tokens and the device."""
 
     regime: Literal["auto", RegimeName] = "auto"
     """Amount of motion that the plan is for; "auto": by the router from the prompt, "high" without one."""

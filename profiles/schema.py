@@ -62,7 +62,7 @@ class Header(Table):
     """The [profile] table.
 
     pattern       planner that the regimes' parameters are for
-    mode          what mode = "auto" means
+    mode          what mode = "auto" means; "auto": dynamic_threshold where the crossover table says that it pays
     block_size    tokens of a block, for queries and keys alike
     dense_layers  this many leading attention sites stay dense
     dense_steps   this many first denoising steps stay dense
@@ -72,7 +72,7 @@ class Header(Table):
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
     pattern: PatternName = "dynamicrad"
-    mode: Mode = "static_ratio"
+    mode: Mode | Literal["auto"] = "static_ratio"
     block_size: BlockSize = 128
     dense_layers: Count = 0
     dense_steps: Count = 0
@@ -152,7 +152,7 @@ class Profile(Table):
         return self.header.dense_layers
 
     @property
-    def mode(self) -> Literal["static_ratio", "dynamic_threshold"]:
+    def mode(self) -> Literal["auto", "static_ratio", "dynamic_threshold"]:
         """What mode = "auto" means."""
         return self.header.mode
 

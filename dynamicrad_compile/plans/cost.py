@@ -14,6 +14,10 @@ def mean_keys(block_kv: int, compensate: float = 1.0) -> float:
     return 1.0 / block_kv if compensate else 0.0
 
 
+SELECTION = 0.02
+"""Share of dense attention that choosing blocks takes, in time."""
+
+
 def covariances(head_dim: int, kv_len: int, block_q: int, block_kv: int) -> float:
     """Share of the products of dense attention that covariances add to those of compensation."""
     return 2 * head_dim / kv_len + head_dim / (block_q * block_kv)

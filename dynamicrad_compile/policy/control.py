@@ -42,7 +42,7 @@ def _no_refresh(sites: Sequence[VideoSite], specs: Sequence[PlanSpec], settings:
     """Why blocks can't be kept from step to step; '' if they can."""
     if settings.pattern == "own":
         return "has no meaning: the option plan gives the blocks"
-    if settings.mode != "dynamic_threshold":
+    if not any(spec.criteria for spec in specs):
         return "has no meaning: mode is not dynamic_threshold"
     if any(len(spec.criteria) > 1 for spec in specs):
         return (

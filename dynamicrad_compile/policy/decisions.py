@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
 from ..reporting.reason import Reason
 from .control import control_of
-from .gain import few_tokens, if_it_pays
+from .gain import few_tokens, if_it_pays, mode_for
+from .method import method_of
 from .planning import AS_ASKED, planned, takes_regimes, without_meaning
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
 from .targets import unreached
@@ -27,7 +28,11 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             notes[f"profile 'auto' is {profile.name!r}: {why}"] = None
         settings = Settings.of(wishes.options, profile)
         first = first or settings
-        decision = _stays_dense(site, number, settings) or planned(site, settings, wishes, regimes)
+        dense = _stays_dense(site, number, settings)
+        if dense is None:
+            settings, why = mode_for(site, settings, wishes, regimes)
+            notes |= dict.fromkeys([why][: bool(why)])
+        decision = dense or planned(site, settings, wishes, regimes)
         if isinstance(decision, PlannedSite):
             profiles[profile.name] = None
             ignored = without_meaning(wishes.options, settings.pattern)
@@ -39,8 +44,8 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             decision, problem = if_it_pays(decision, settings)
             if problem:
                 unmet[problem] = None
-            if lacking and isinstance(decision, PlannedSite):
-                notes[lacking] = None
+            if isinstance(decision, PlannedSite):
+                notes |= dict.fromkeys(line for line in (method_of(decision), lacking) if line)
         decided.append(decision)
     unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]
     if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):

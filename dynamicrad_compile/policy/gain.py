@@ -10,11 +10,12 @@ import torch
 from ..errors import CrossoverError
 from ..options import MIN_TOKENS_AUTO
 from ..passes import Dense, PlannedSite, VideoSite
-from ..plans import crossover
+from ..plans import cost, crossover
 from ..plans.table import PlanSpec, PlanTable
 from ..profiles import Profile
 from ..reporting.reason import Reason
-from .settings import Settings
+from .planning import planned, takes_regimes
+from .settings import Regimes, Settings, Wishes
 from .targets import regime_plan
 
 
@@ -25,16 +26,16 @@ def few_tokens(site: VideoSite, limit: int) -> Dense:
     return Dense(Reason("few_tokens", text, advice), below=limit)
 
 
-def if_it_pays(planned: PlannedSite, settings: Settings) -> tuple[PlannedSite | Dense, str]:
+def if_it_pays(sparse: PlannedSite, settings: Settings) -> tuple[PlannedSite | Dense, str]:
     """The planned site, or why sparse attention would not pay; and why that can't be told of this device.
 
     Either says for which numbers of tokens it holds.
     """
     if settings.min_tokens != "auto":
-        return replace(planned, at_least=settings.min_tokens), ""
-    site = planned.video
+        return replace(sparse, at_least=settings.min_tokens), ""
+    site = sparse.video
     problem, gain, half = "", None, site.dtype != torch.float32
-    tokens, sparsity = site.tokens, expected_sparsity(settings.profile, planned.spec, planned.table)
+    tokens, sparsity = site.tokens, expected_sparsity(settings.profile, sparse.spec, sparse.table)
     arch = crossover.architecture(site.device)
     try:
         gain = crossover.expected_gain(arch, tokens, sparsity, site.shape[-1], half) if arch else None
@@ -42,7 +43,7 @@ def if_it_pays(planned: PlannedSite, settings: Settings) -> tuple[PlannedSite | 
         problem = f"min_tokens 'auto' is {MIN_TOKENS_AUTO}: {error}"
     if gain is None:
         few = tokens < MIN_TOKENS_AUTO
-        return few_tokens(site, MIN_TOKENS_AUTO) if few else replace(planned, at_least=MIN_TOKENS_AUTO), problem
+        return few_tokens(site, MIN_TOKENS_AUTO) if few else replace(sparse, at_least=MIN_TOKENS_AUTO), problem
     assert arch is not None
     first = _first_length(crossover.load(), arch, sparsity, site.shape[-1], half)
     if gain.ratio < crossover.MIN_GAIN:
@@ -51,7 +52,39 @@ def if_it_pays(planned: PlannedSite, settings: Settings) -> tuple[PlannedSite | 
         # a pattern's sparsity may grow with the length: of twice as many tokens nothing is known
         below = min(2 * tokens, first if first is not None and first > tokens else 2 * tokens)
         return Dense(Reason("no_gain", text, advice), below=below), problem
-    return replace(planned, at_least=tokens if first is None else min(first, tokens)), problem
+    return replace(sparse, at_least=tokens if first is None else min(first, tokens)), problem
+
+
+def mode_for(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regimes) -> tuple[Settings, str]:
+    """Settings with a mode: "auto" chooses blocks by content where that pays on the device; and why, in a line.
+
+    By the crossover table's figure for the attention alone, and what choosing and covariances cost on top. With a limit
+    of tokens of one's own the question is not asked: blocks are chosen by content.
+    """
+    if settings.mode != "auto":
+        return settings, ""
+    static, dynamic = (replace(settings, mode=mode) for mode in ("static_ratio", "dynamic_threshold"))
+    if not takes_regimes(settings.pattern):
+        return static, ""
+    if settings.min_tokens != "auto":
+        return dynamic, ""
+    trial, arch = planned(site, dynamic, wishes, regimes), crossover.architecture(site.device)
+    if not isinstance(trial, PlannedSite) or arch is None:
+        return static, "mode 'auto' is 'static_ratio': nothing is known of this device"
+    plan, half = trial.table.plan, site.dtype != torch.float32
+    sparsity = expected_sparsity(settings.profile, trial.spec, trial.table)
+    try:
+        gain = crossover.expected_gain(arch, site.tokens, sparsity, site.shape[-1], half)
+    except CrossoverError:
+        gain = None  # said by if_it_pays
+    if gain is None:
+        return static, "mode 'auto' is 'static_ratio': nothing is known of this device"
+    extra = cost.SELECTION
+    if plan.covariance and any(plan.compensate):
+        extra += cost.covariances(site.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
+    ratio = 1.0 / (1.0 / gain.ratio + extra)
+    mode = dynamic if ratio >= crossover.MIN_GAIN else static
+    return mode, f"mode 'auto' is {mode.mode!r}: choosing by content is expected to run at {ratio:.2f}x of dense"
 
 
 _first_length = functools.lru_cache(maxsize=16)(crossover.first_length)

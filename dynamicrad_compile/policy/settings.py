@@ -52,7 +52,7 @@ class Settings:
 
     profile: Profile
     pattern: str
-    mode: Mode
+    mode: Mode | Literal["auto"]
     block_size: int
     dense_layers: int
     dense_steps: int

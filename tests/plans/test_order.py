@@ -33,7 +33,9 @@ def test_blocks_of_a_grid_that_divides_are_its_boxes(grid, box):
 
 
 @pytest.mark.parametrize("text", [0, 5])
-@pytest.mark.parametrize(("grid", "box"), [((21, 30, 52), (8, 4, 4)), ((13, 30, 45), (4, 4, 8)), ((5, 7, 9), (4, 2, 2))])
+@pytest.mark.parametrize(
+    ("grid", "box"), [((21, 30, 52), (8, 4, 4)), ((13, 30, 45), (4, 4, 8)), ((5, 7, 9), (4, 2, 2))]
+)
 def test_blocks_of_a_ragged_grid_are_nearly_as_compact(grid, box, text):
     """The spread of their tokens is at most twice that of boxes in every axis; raster blocks have far more."""
     size = box[0] * box[1] * box[2]
@@ -46,7 +48,8 @@ def test_blocks_of_a_ragged_grid_are_nearly_as_compact(grid, box, text):
 def test_text_stays_at_its_ends():
     layout = Layout((4, 4, 4), 16, text_before=5, text_after=3, box=(4, 2, 2))
     order = layout.order()
-    assert order[:5].tolist() == list(range(5)) and order[-3:].tolist() == [69, 70, 71]
+    assert order[:5].tolist() == list(range(5))
+    assert order[-3:].tolist() == [69, 70, 71]
     assert layout.text_blocks().tolist() == Layout((4, 4, 4), 16, 5, 3).text_blocks().tolist()
 
 
@@ -88,7 +91,8 @@ def test_attention_of_a_plan_in_boxes_is_masked_attention(case):
     out, lse = drad.block_sparse_attention(q, k, v, plan, return_lse=True)
     assert (out - expected[:, :, order.argsort()]).norm() / expected.norm() < 1e-5
     raster = drad.block_sparse_attention(*(x.float() for x in doubles), _without_order(plan), return_lse=True)
-    assert torch.equal(out, raster[0][:, :, order.argsort()]) and torch.equal(lse, raster[1][:, :, order.argsort()])
+    assert torch.equal(out, raster[0][:, :, order.argsort()])
+    assert torch.equal(lse, raster[1][:, :, order.argsort()])
 
 
 def _without_order(plan):
@@ -116,7 +120,8 @@ def test_regimes_with_the_same_order_share_it():
     assert drad.BlockPlan.stack([one, one]).order.shape == (1, 64)
     assert drad.BlockPlan.stack([raster, raster]).order is None
     mixed = drad.BlockPlan.stack([one, other, raster]).order
-    assert mixed[2].tolist() == list(range(64)) and torch.equal(mixed[1], other.order[0])
+    assert mixed[2].tolist() == list(range(64))
+    assert torch.equal(mixed[1], other.order[0])
 
 
 @pytest.mark.parametrize(

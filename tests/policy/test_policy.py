@@ -159,3 +159,81 @@ def test_a_static_pattern_is_planned_by_its_parameters_alone(monkeypatch):
     assert found.table.plan.kv_counts.flatten().tolist() == [6] * 6 + [7] * 6
     said = "pattern 'sinks' has no meaning for sparsity, regime: not used"
     assert without_meaning(wishes.options, "sinks") == said
+
+
+METHODS = [
+    (dict(mode="static_ratio", box="raster", compensate=0.0), ""),
+    (
+        dict(mode="static_ratio", box=(4, 2, 2), compensate=0.0),
+        "blocks of 16 tokens are boxes of 4x2x2 (frames x height x width), chosen by place; for a dropped one stands "
+        "nothing",
+    ),
+    (
+        dict(mode="dynamic_threshold", box="raster", compensate=1.0, covariance=False, rank="error"),
+        "blocks of 16 tokens are runs in raster order, chosen by error; for a dropped one stands mean",
+    ),
+    (
+        dict(mode="dynamic_threshold", box=(4, 2, 2), compensate=1.0, covariance=True, rank="mass"),
+        "blocks of 16 tokens are boxes of 4x2x2 (frames x height x width), chosen by mass; for a dropped one stands "
+        "mean and covariances",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "line"), METHODS, ids=str)
+def test_the_report_says_what_blocks_are_and_how_they_are_chosen(options, line):
+    found = decisions(video(), sparsity=0.5, profile="default", **options)
+    assert [note for note in found.notes if note.startswith("blocks of")] == ([line] if line else [])
+    (site,) = found.sites
+    box = options["box"]
+    assert site.spec.regimes[0].box == (None if box == "raster" else box)
+    assert site.table.plan.covariance == options.get("covariance", site.table.plan.covariance)
+
+
+def test_a_choice_by_error_is_made_among_all_blocks():
+    (site,) = decisions(video(), sparsity=0.5, mode="dynamic_threshold", rank="error", box=(4, 2, 2)).sites
+    assert site.spec.criteria == (("ratio", "error"),)
+    assert int(site.table.plan.kv_counts.min()) == site.table.plan.num_kv_blocks - 1
+
+
+AUTO = """
+schema = 1
+[profile]
+name = "auto"
+block_size = 16
+mode = "auto"
+[regimes.low]
+static_ratio = { sparsity = 0.8 }
+[regimes.mid]
+static_ratio = { sparsity = 0.8 }
+[regimes.high]
+static_ratio = { sparsity = 0.8 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("grid", "min_tokens", "mode"),
+    [((16, 16, 32), "auto", "dynamic_threshold"), ((4, 8, 8), "auto", None), ((4, 8, 8), 0, "dynamic_threshold")],
+)
+def test_mode_auto_chooses_by_content_where_that_pays(grid, min_tokens, mode, tmp_path):
+    """On the CPU at 8,192 tokens it does, at 256 nothing does; a limit of one's own is not questioned."""
+    profile = tmp_path / "auto.toml"
+    profile.write_text(AUTO)
+    found = decisions(video(grid=grid), profile=profile, min_tokens=min_tokens, block_size=None)
+    (site,) = found.sites
+    assert isinstance(site, PlannedSite) == (mode is not None)
+    if mode:
+        assert bool(site.spec.criteria) == (mode == "dynamic_threshold")
+    said = [note for note in found.notes if "mode 'auto'" in note]
+    assert bool(said) == (min_tokens == "auto")
+
+
+def test_a_device_that_nothing_is_known_of_gets_static_blocks(tmp_path, monkeypatch):
+    from dynamicrad_compile.plans import crossover
+
+    monkeypatch.setattr(crossover, "architecture", lambda device: None)
+    profile = tmp_path / "auto.toml"
+    profile.write_text(AUTO)
+    found = decisions(video(grid=(16, 16, 32)), profile=profile, min_tokens="auto", block_size=None)
+    assert "nothing is known of this device" in " ".join(found.notes)
+    assert not found.sites[0].spec.criteria

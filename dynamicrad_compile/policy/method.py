@@ -1,0 +1,33 @@
+"""What a plan does, in a line for the report: its blocks, how they are chosen, what stands for dropped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..passes import PlannedSite
+from ..plans.table import RegimeSpec
+
+
+def method_of(planned: PlannedSite) -> str:
+    """The line; '' for a plan whose blocks are runs of tokens, chosen by place alone."""
+    if planned.spec is None:
+        return ""
+    regimes, plan = planned.spec.regimes, planned.table.plan
+    boxes = _each(regimes, lambda regime: "raster" if regime.box is None else "x".join(map(str, regime.box)))
+    chosen = _each(regimes, lambda regime: f"by {regime.rank}" if regime.criterion else "by place")
+    if not any(plan.compensate):
+        stands = "nothing"
+    else:
+        stands = "mean and covariances" if plan.covariance else "mean"
+    if (boxes, chosen, stands) == ("raster", "by place", "nothing"):
+        return ""
+    what = "runs in raster order" if boxes == "raster" else f"boxes of {boxes} (frames x height x width)"
+    return f"blocks of {plan.block_kv} tokens are {what}, chosen {chosen}; for a dropped one stands {stands}"
+
+
+def _each(regimes: tuple[RegimeSpec, ...], what: Callable[[RegimeSpec], str]) -> str:
+    """What all regimes have, or each with its name."""
+    found = [what(regime) for regime in regimes]
+    if len(set(found)) == 1:
+        return found[0]
+    return ", ".join(f"{text} ({regime.name})" for text, regime in zip(found, regimes, strict=True))
