@@ -85,7 +85,7 @@ class Options(BaseModel):
 
     covariance: bool | None = None
     """With compensation: dropped blocks stand with their covariances too, not with their means alone
-    (`kernels.moments_op`), for 1 to 2 % of the products of dense attention. None = the profile's."""
+    (`kernels.moments_op`), for about 1 % of the products of dense attention. None = the profile's."""
 
     box: Literal["raster"] | tuple[int, int, int] | None = None
     """What a block is: a box of (frames, height, width) latent tokens, as many as block_size, or "raster": a run of

@@ -6,8 +6,8 @@ For a group of (head, query block) rows with the same number of active blocks, o
     P = 2^(S - shift)     in place; the shift is 0 where norms allow it (`softmax_cpu`)
     O += P V[ids]         baddbmm
 
-and, with compensation, the mean keys and values of the dropped blocks as a last chunk (`means_cpu`). `groups_cpu` has
-the groups; here are the blocks that they read.
+and, with compensation, the mean keys and values of the dropped blocks as a first chunk (`means_cpu`), which covariances
+correct (`moments_cpu`). `groups_cpu` has the groups; here are the blocks that they read.
 
 Everything is plain eager PyTorch: nothing is compiled, so there is no compiler to look for, no recompilation
 when a length changes, and no wait at the first call. The scores of a chunk are kept near 1 MB. Groups run side by
@@ -25,6 +25,7 @@ from .attention_arguments import Attention
 from .blocks import in_range
 from .groups_cpu import Work, groups, rows_of
 from .means_cpu import BlockMeans
+from .moments_cpu import BlockMoments, bytes_of_a_head
 from .softmax_cpu import key_norms
 from .workers import Buffers, Task
 
@@ -51,10 +52,11 @@ def _to_blocks(x: Tensor, block: int, n_blocks: int, name: str, buffers: Buffers
     return padded.view(heads * n_blocks, block, dim), [copy(h) for h in range(heads)]
 
 
-def _heads(a: Attention, weight: float, out: Tensor, lse: Tensor, buffers: list[Buffers]) -> None:
+def _heads(a: Attention, weight: float, covariance: bool, out: Tensor, lse: Tensor, buffers: list[Buffers]) -> None:
     """Some heads of one sample: the tensors of `a` have no batch dimension, `weight` is the sample's `compensate`.
 
-    Fills out [h, Sq, D], contiguous, dtype of q, and lse fp32 [h, Sq].
+    Fills out [h, Sq, D], contiguous, dtype of q, and lse fp32 [h, Sq]. Where no row drops a block, nothing is computed
+    that stands for dropped ones.
     """
     (heads, q_len, dim), (kv_heads, kv_len) = a.q.shape, a.k.shape[:2]
     n_q, n_kv = a.kv_counts.shape[-1], -(-kv_len // a.block_kv)
@@ -70,17 +72,24 @@ def _heads(a: Attention, weight: float, out: Tensor, lse: Tensor, buffers: list[
         usable = torch.zeros(n_kv * a.block_kv, dtype=torch.bool, device="cpu")
         usable[:kv_len] = True if a.kv_mask is None else a.kv_mask
         usable = usable.view(n_kv, a.block_kv)
-    norms, means, fill_means = torch.empty(kv_heads, device="cpu", dtype=torch.float32), None, []
+    norms = torch.empty(kv_heads, device="cpu", dtype=torch.float32)
+    means: BlockMeans | None = None
+    moments: BlockMoments | None = None
+    fill_means: list[Task] = []
     workers.run(fill_q + fill_k + fill_v, buffers)
     if n_kv > 0:
-        if weight > 0:
+        if weight > 0 and bool((a.kv_counts < n_kv).any()):
             valid = None if a.kv_mask is None else usable
             means = BlockMeans(keys, values, valid, kv_heads, kv_len, weight, a.k.dtype, shared)
             fill_means = means.fill()
         longest = key_norms(keys.view(kv_heads, -1, dim), values.view(kv_heads, -1, dim), norms)
         workers.run(longest + fill_means, buffers)
+        if covariance and means is not None:
+            moments = BlockMoments(means, queries, heads, shared)
+            workers.run(moments.weigh(a.kv_counts, a.kv_indices, q_len, a.factor), buffers)
+            workers.run(moments.fill(keys, values, usable), buffers)
     blocks_out, blocks_lse = rows_out.view(-1, a.block_q, dim), rows_lse.view(-1, a.block_q)
-    work = Work(queries, keys, values, blocks_out, blocks_lse, usable, norms, means, kv_len, a.factor)
+    work = Work(queries, keys, values, blocks_out, blocks_lse, usable, norms, means, moments, kv_len, a.factor)
     rows = rows_of(a.kv_counts, a.kv_indices, n_kv, usable)
     workers.run(groups(work, rows, n_q, n_kv, heads // kv_heads, a.kv_mask is not None), buffers)
 
@@ -94,11 +103,12 @@ def _heads(a: Attention, weight: float, out: Tensor, lse: Tensor, buffers: list[
         workers.run([copy_out(h) for h in range(heads)], buffers)
 
 
-def forward(a: Attention) -> tuple[Tensor, Tensor]:
+def forward(a: Attention, covariance: bool = False) -> tuple[Tensor, Tensor]:
     """(out, lse) of CPU tensors; arguments as of the op, already checked. `qk_int8` is not looked at.
 
-    Memory beyond the output: copies of some heads (COPY_BYTES_PER_WORKER a worker, at least one key/value
-    head) and, per worker, the scores, keys and values of a group.
+    covariance: of `second_order_attention`.
+    Memory beyond the output: copies of some heads, with what covariances take (COPY_BYTES_PER_WORKER a worker, at least
+    one key/value head) and, per worker, the scores, keys and values of a group.
     """
     batch, heads, q_len, _ = a.q.shape
     rep = heads // a.k.shape[1]
@@ -106,6 +116,8 @@ def forward(a: Attention) -> tuple[Tensor, Tensor]:
     out = torch.empty(a.q.shape, dtype=a.q.dtype, device="cpu")
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device="cpu")
     copied = 8 * max(1, a.k.shape[2] * a.k.shape[3])  # keys and values of one head in fp32
+    if covariance:
+        copied += bytes_of_a_head(a)
     step = rep * max(1, COPY_BYTES_PER_WORKER * workers.count() // copied)
     # One per worker; the last one holds what all of them share.
     buffers = [Buffers() for _ in range(workers.count() + 1)]
@@ -126,5 +138,5 @@ def forward(a: Attention) -> tuple[Tensor, Tensor]:
                     kv_indices=indices[plan, planned],
                     kv_mask=mask,
                 )
-                _heads(some, weight, out[b, own], lse[b, own], buffers)
+                _heads(some, weight, covariance, out[b, own], lse[b, own], buffers)
     return out, lse

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import workers
 from .means_cpu import BlockMeans
+from .moments_cpu import BlockMoments
 from .softmax_cpu import LOG2_E, Sums, is_plain
 from .workers import Buffers, Task
 
@@ -45,6 +46,7 @@ class Work:
     usable: Tensor | None  # bool [Mk, block_kv]; None: all keys
     norms: Tensor  # [hkv], see softmax_cpu.key_norms
     means: BlockMeans | None  # with compensation
+    moments: BlockMoments | None  # with covariances
     kv_len: int
     scale: float
 
@@ -141,12 +143,14 @@ def groups(work: Work, rows: Rows, n_q: int, n_kv: int, rep: int, masked: bool) 
             q = torch.index_select(work.queries, 0, own).mul_(work.scale * LOG2_E)
             plain = is_plain(q, work.norms[head]) and (bias is None or work.means is None or work.means.plain)
             sums = Sums.zeros(q.shape, plain, buffers)
+            if work.means is not None and bias is not None:
+                _add_means(work.means, q, sums, heads[start:stop], bias, buffers)
+                if work.moments is not None:
+                    work.moments.correct(q, sums, own, buffers)
             if n == n_kv and not masked:
                 _add_dense(work, q, sums, heads[start] * n_kv, n_kv, buffers)
             elif n > 0:
                 _add_blocks(work, q, sums, line.ids + head[:, None] * n_kv, line, at_once, buffers)
-            if work.means is not None and bias is not None:
-                _add_means(work.means, q, sums, heads[start:stop], bias, buffers)
             out, lse = sums.finish()
             work.out.index_copy_(0, own, out)
             work.lse.index_copy_(0, own, lse)

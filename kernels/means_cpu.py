@@ -35,13 +35,17 @@ class BlockMeans:
     ) -> None:
         """Of fp32 keys and values [heads * Mk, block, D], zeros past kv_len; valid bool [Mk, block], None for all.
 
-        `compensate` must be positive. `fill` computes the means `keys` and `values` [heads, Mk padded, D].
+        `compensate` must be positive. `fill` computes the means `keys` and `values` [heads, Mk padded, D], and `exact`
+        [heads, Mk, D], the mean keys before they are rounded.
         """
         n_blocks, self.block, dim = keys.shape
         self.heads, self.n_kv, self.dtype = heads, n_blocks // heads, dtype
         padded = -(-self.n_kv // ALIGN) * ALIGN
         self.sources, self.valid = (keys, values), valid
         self.keys, self.values = (buffers.get(name, heads, padded, dim) for name in ("mean_keys", "mean_values"))
+        self.exact = self.keys[:, : self.n_kv]
+        if dtype != torch.float32:
+            self.exact = buffers.get("exact_mean_keys", heads, self.n_kv, dim)
         if valid is None:
             counts = torch.full((self.n_kv,), self.block, dtype=torch.int64, device="cpu")
             counts[-1] = kv_len - (self.n_kv - 1) * self.block
@@ -62,7 +66,10 @@ class BlockMeans:
                 tokens = source[h * self.n_kv : (h + 1) * self.n_kv]
                 if self.valid is not None:
                     tokens = tokens.masked_fill(~self.valid[..., None], 0.0)
-                mean[h, : self.n_kv] = (tokens.sum(1) / self.counts).to(self.dtype)
+                exact = tokens.sum(1) / self.counts
+                if mean is self.keys:
+                    self.exact[h] = exact
+                mean[h, : self.n_kv] = exact.to(self.dtype)
                 mean[h, self.n_kv :] = 0
 
             return task

@@ -1,7 +1,8 @@
 """What is computed of dense attention, and what it costs that something stands for dropped blocks.
 
 A row of queries that drops blocks and compensates reads one mean key for each block: 1 / block_kv of a dense row.
-Covariances (`kernels.moments_op`) add products with D x D matrices on top. All are shares of dense attention.
+Covariances (`kernels.moments_op`) add products with D x D matrices on top: of each key block, of each row, and of each
+row with its queries. All are shares of dense attention.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ SELECTION = 0.02
 
 
 def covariances(head_dim: int, kv_len: int, block_q: int, block_kv: int) -> float:
-    """Share of the products of dense attention that covariances add to those of compensation."""
-    return 2 * head_dim / kv_len + head_dim / (block_q * block_kv)
+    """Share of the products of dense attention that covariances add to those of compensation (Sq = Sk)."""
+    return head_dim / kv_len + head_dim / (2 * block_q * block_kv)
 
 
 def blocks_to_skip(sparsity: float, block_kv: int, compensate: float) -> float:

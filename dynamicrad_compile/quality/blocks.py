@@ -119,11 +119,11 @@ def second_order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, scal
 
     With dk, dv the deviations of a block's n keys and values from their means, to second order in scale * q . dk,
 
-        sum exp(scale q . k)   = n exp(scale q . mean k) (1 + u),     u = scale^2 / 2 q' E[dk dk'] q
-        sum exp(scale q . k) v = (the same) (mean v + scale E[dv dk'] q / (1 + u))
+        sum exp(scale q . k)   = n exp(scale q . mean k) (1 + u),     u = scale^2 / 2 sum_d q_d^2 E[dk_d^2]
+        sum exp(scale q . k) v = (the same) (mean v + scale q E[dk dv'] / (1 + u))
 
-    Both covariances are those of the dropped blocks of a row of blocks, weighted by the attention that the row's mean
-    query pays to the blocks' means: a query needs two products with D x D matrices, not two for each block.
+    with the covariance of keys taken for diagonal. Both moments are those of the dropped blocks of a row of blocks,
+    weighted by the attention that the row's mean query pays to the blocks' means.
     """
     length, rows = q.shape[-2], mask.shape[-2]
     counts, of = block_counts(k.shape[-2], block).to(q.device), block_counts(length, block).to(q.device)
@@ -140,9 +140,7 @@ def second_order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, scal
         for x, mean in zip((k, v), means, strict=True)
     ]
     own = by_block(q, rows)
-    of_keys, of_both = (
-        own @ (weight @ (apart[0].mT @ x / counts[:, None, None]).flatten(-2)).unflatten(-1, (-1, x.shape[-1]))
-        for x in apart
-    )
-    mass = 0.5 * scale**2 * (of_keys * own).sum(-1, keepdim=True)
-    return tuple(x.flatten(-3, -2)[..., :length, :] for x in (mass, scale * of_both / (1.0 + mass)))
+    variance = weight @ (apart[0].square().sum(-2) / counts[:, None])
+    both = (weight @ (apart[0].mT @ apart[1] / counts[:, None, None]).flatten(-2)).unflatten(-1, (-1, v.shape[-1]))
+    mass = 0.5 * scale**2 * (own.square() * variance.unsqueeze(-2)).sum(-1, keepdim=True)
+    return tuple(x.flatten(-3, -2)[..., :length, :] for x in (mass, scale * own @ both / (1.0 + mass)))

@@ -11,8 +11,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from zoo.exports import make
 
-from dynamicrad_compile.kernels import moments_op as second_order
-from dynamicrad_compile.kernels.attention_reference import kept_blocks
+from dynamicrad_compile.kernels import moments, moments_cpu, moments_op
+from dynamicrad_compile.kernels.attention_arguments import Attention
+from dynamicrad_compile.kernels.moments_reference import second_order_attention_reference as reference
 from dynamicrad_compile.plans.cost import covariances
 
 OP = torch.ops.dynamicrad.second_order_attention
@@ -22,56 +23,11 @@ BY_NAME = {case.name: case for case in CASES}
 TOLERANCE = {torch.float32: (2e-5, 5e-6), HALF: (2e-3, 1e-3), BF16: (1.6e-2, 8e-3)}  # as attention_cases.check
 
 
-def written_out(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) fp64 of the op's arguments, one block of queries after the other; differentiable."""
-    q, k, v, counts, indices, scale, block_q, block_kv, mask, weight = args
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (x.double() for x in (q, k, v))
-    batch, heads, length, dim = q.shape
-    keys = k.shape[2]
-    starts = range(0, keys, block_kv)
-    kept = kept_blocks(counts, indices, len(starts)).expand(batch, heads, -1, -1)
-    usable = torch.ones(batch, keys, dtype=torch.bool) if mask is None else mask.expand(batch, -1)
-    weight = weight.double().expand(batch)
-    out, lse = [], []
-    for b in range(batch):
-        for h in range(heads):
-            own = h // (heads // k.shape[1])
-            blocks = [(slice(s, s + block_kv), usable[b, s : s + block_kv]) for s in starts]
-            blocks = [(k[b, own, part][good], v[b, own, part][good]) for part, good in blocks]
-            for row in range(kept.shape[2]):
-                queries = q[b, h, row * block_q : (row + 1) * block_q]
-                here = [pair for pair, keep in zip(blocks, kept[b, h, row], strict=True) if keep and len(pair[0])]
-                gone = [pair for pair, keep in zip(blocks, kept[b, h, row], strict=True) if not keep and len(pair[0])]
-                scores = [scale * queries @ x.T for x, _ in here]
-                values = [y.expand(len(queries), -1, -1) for _, y in here]
-                if gone and weight[b] > 0:
-                    means = [(x.mean(0), y.mean(0)) for x, y in gone]
-                    apart = [(x - m, y - n) for (x, y), (m, n) in zip(gone, means, strict=True)]
-                    logits = [scale * queries.mean(0) @ m for m, _ in means]
-                    share = (torch.stack(logits) + torch.tensor([len(x) for x, _ in gone]).log()).softmax(0)
-                    of_keys = sum(s * x.T @ x / len(x) for s, (x, _) in zip(share, apart, strict=True))
-                    of_both = sum(s * y.T @ x / len(x) for s, (x, y) in zip(share, apart, strict=True))
-                    u = scale**2 / 2 * ((queries @ of_keys) * queries).sum(-1, keepdim=True)
-                    shift = scale * queries @ of_both.T / (1 + u)
-                    for (x, _), (m, n) in zip(gone, means, strict=True):
-                        scores.append((scale * queries @ m)[:, None] + (len(x) * weight[b] * (1 + u)).log())
-                        values.append((n + shift)[:, None])
-                if not scores:
-                    out.append(torch.zeros_like(queries))
-                    lse.append(torch.full((len(queries),), -float("inf"), dtype=torch.float64))
-                    continue
-                scores, values = torch.cat(scores, 1), torch.cat(values, 1)
-                out.append((scores.softmax(-1)[:, None] @ values)[:, 0])
-                lse.append(scores.logsumexp(-1))
-    return torch.cat(out).view(batch, heads, length, dim), torch.cat(lse).view(batch, heads, length)
-
-
 @pytest.mark.parametrize("case", COMPENSATED, ids=str)
 def test_the_formula(case: Case):
     args = build(case)
     out, lse = OP(*args)
-    expected, expected_lse = written_out(args)
+    expected, expected_lse = reference(*args)
     assert out.dtype == case.dtype
     assert lse.dtype == torch.float32
     rtol, atol = TOLERANCE[case.dtype]
@@ -85,7 +41,7 @@ def test_the_formula(case: Case):
 def test_the_formula_on_cuda(case: Case):
     args = build(case)
     out, lse = OP(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args))
-    expected, expected_lse = written_out(args)
+    expected, expected_lse = reference(*args)
     rtol, atol = TOLERANCE[case.dtype]
     torch.testing.assert_close(out.cpu().double(), expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=2e-3, atol=2e-3)
@@ -97,7 +53,7 @@ def test_its_gradient(case: Case):
     wanted = [x.detach().double().requires_grad_() for x in args[:3]]
     got = [x.detach().clone().requires_grad_() for x in args[:3]]
     generator = torch.Generator().manual_seed(1)
-    out, lse = written_out((*wanted, *args[3:]))
+    out, lse = reference(*wanted, *args[3:])
     grad, grad_lse = (torch.randn(x.shape, generator=generator) for x in (out, lse))
     seen = ~lse.isinf()
 
@@ -119,13 +75,72 @@ def test_a_plan_that_keeps_everything_is_dense_attention():
     torch.testing.assert_close(OP(q, k, v, *given)[0], dense, rtol=1e-5, atol=3e-6)
 
 
+def forward_and_gradients(args: tuple) -> list[torch.Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in args[:3]]
+    out, lse = OP(*leaves, *args[3:])
+    return [out, lse, *torch.autograd.grad(out.square().sum() + lse[~lse.isinf()].sum(), leaves)]
+
+
 @pytest.mark.parametrize("name", ["mean_gqa", "mean_per_batch_and_head", "mean_mask_random"])
-def test_heads_one_by_one_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_little_at_a_time_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    """One head, and a few columns of keys, at a time."""
     args = build(BY_NAME[name])
-    expected = OP(*args)
-    monkeypatch.setattr(second_order, "MOMENT_BYTES", 1)
-    for got, want in zip(OP(*args), expected, strict=True):
-        torch.testing.assert_close(got, want)
+    expected = forward_and_gradients(args)
+    monkeypatch.setattr(moments, "MOMENT_BYTES", 1)
+    monkeypatch.setattr(moments_cpu, "SLICE_BYTES", 1)
+    monkeypatch.setattr(moments_cpu, "LEAST_COLUMNS", 3)
+    for got, want in zip(forward_and_gradients(args), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mean_gqa", "mean_ragged", "mean_mask_random"])
+def test_the_plain_operations_of_the_gradient_are_the_fused_ones(name: str):
+    """What the backward computes again, and CUDA falls back on, against the workers of the CPU."""
+    args = build(BY_NAME[name])
+    for got, want in zip(moments_op._in_plain_operations(Attention(*args)), OP(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mean_gqa", "mean_per_sample", "mean_mask_random", "mean_bf16"])
+def test_opcheck(name: str):
+    args = list(build(BY_NAME[name]))
+    args[:3] = [x.detach().requires_grad_() for x in args[:3]]
+    for op in (OP.default, torch.ops.dynamicrad.second_order_attention_cpu.default):
+        torch.library.opcheck(op, args)
+    out, lse = (x.detach() for x in OP(*args))
+    results = (out, lse, torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape))
+    given = [*(x.detach() for x in args[:3]), *results, *args[3:]]
+    backward = torch.ops.dynamicrad.second_order_attention_backward
+    for op in (backward.default, torch.ops.dynamicrad.second_order_attention_backward_cpu.default):
+        torch.library.opcheck(op, given)
+
+
+def test_int8_scores_are_near_exact_ones():
+    args = build(BY_NAME["mean_ragged"])
+    (out, lse), (exact, exact_lse) = OP(*args, qk_int8=True), OP(*args)
+    seen = ~exact_lse.isinf()
+    assert 0 < (out - exact).norm() < 0.02 * exact.norm()
+    torch.testing.assert_close(lse[seen], exact_lse[seen], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense_step", "weight_0"])
+def test_where_nothing_is_dropped_no_moments_are_computed(dense: bool, monkeypatch: pytest.MonkeyPatch):
+    """A step gated to dense counts, or a sample whose weight is 0, costs what plain attention costs."""
+    q, k, v, counts, indices, *rest, weight = build(BY_NAME["mean_ragged"])
+    counts = torch.full_like(counts, 4) if dense else counts
+    args = (q, k, v, counts, indices, *rest, weight if dense else torch.zeros(1))
+
+    def refuse(*_):
+        raise AssertionError("moments of nothing")
+
+    monkeypatch.setattr(moments_cpu.BlockMoments, "__init__", refuse)
+    for got, want in zip(OP(*args), ATTENTION(*args[:9], None), strict=True):
+        assert torch.equal(got, want)
+    with FlopCounterMode(display=False) as counter:
+        OP(*args)
+    with FlopCounterMode(display=False) as plain:
+        ATTENTION(*args[:9], None)
+    assert counter.get_total_flops() == plain.get_total_flops()
 
 
 def test_argument_of_the_function():
@@ -145,7 +160,7 @@ def test_large_scores_do_not_overflow():
     args[:3] = [100 * x for x in args[:3]]
     out, lse = OP(*args)
     assert out.isfinite().all()
-    expected, expected_lse = written_out(tuple(args))
+    expected, expected_lse = reference(*args)
     assert relative_error(out, expected) < 1e-4
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
 
@@ -162,8 +177,7 @@ def test_what_covariances_cost_is_what_is_counted():
             op(*given)
         totals.append(counter.get_total_flops())
     dense = 4 * 2 * 256 * 256 * 16
-    weights = 2 * 2 * 8 * 8 * 16 + 3 * 2 * 256 * 16  # mean queries times mean keys, and the means: not in the share
-    assert totals[0] - totals[1] == covariances(16, 256, 32, 32) * dense + weights
+    assert totals[0] - totals[1] == covariances(16, 256, 32, 32) * dense
 
 
 @pytest.fixture(scope="module")

@@ -102,4 +102,4 @@ def test_what_compensation_costs():
     assert cost.blocks_to_skip(0.8, 16, 0.5) == pytest.approx(0.8 + 1 / 16)
     assert (cost.blocks_to_skip(0.8, 16, 0.0), cost.blocks_to_skip(0.0, 16, 1.0)) == (0.8, 0.0)
     assert cost.blocks_to_skip(0.99, 16, 1.0) == 1.0
-    assert cost.covariances(128, 32768, 128, 128) == pytest.approx(0.0156, abs=1e-4)
+    assert cost.covariances(128, 32768, 128, 128) == pytest.approx(0.0078, abs=1e-4)

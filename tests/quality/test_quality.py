@@ -134,12 +134,12 @@ def test_second_order_is_the_sum_over_blocks_written_out():
             dropped = [b for b in range(3) if not mask[0, 0, row, b]]
             logits = [scale * q[0, h, part].mean(0) @ means[b] + math.log(len(k[0, h, parts[b]])) for b in dropped]
             weights = torch.stack(logits).softmax(0) if dropped else []
-            keys, both = torch.zeros(2, 4, 4, dtype=torch.float64)
+            variance, both = torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
             for b, weight in zip(dropped, weights, strict=True):
                 dk, dv = (x[0, h, parts[b]] - x[0, h, parts[b]].mean(0) for x in (k, v))
-                keys, both = keys + weight * dk.T @ dk / len(dk), both + weight * dv.T @ dk / len(dk)
+                variance, both = variance + weight * dk.square().mean(0), both + weight * dv.T @ dk / len(dk)
             for i in range(part.start, part.stop):
-                u = scale**2 / 2 * q[0, h, i] @ keys @ q[0, h, i]
+                u = scale**2 / 2 * q[0, h, i].square() @ variance
                 torch.testing.assert_close(mass[0, h, i, 0], u)
                 torch.testing.assert_close(shift[0, h, i], scale * both @ q[0, h, i] / (1 + u))
 
