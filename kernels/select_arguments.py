@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from dynamicrad_compile.errors import OptionsError, PlanError, nearest
 
 from .checks import check_devices, check_mask, check_numbers, check_operands, check_plan, require
-from .select_criteria import CRITERIA
+from .select_criteria import CRITERIA, RANKS
 
 HOW = "Candidates.to"
 
@@ -30,6 +30,7 @@ class Selection(NamedTuple):
     block_kv: int
     criterion: str
     kv_mask: Tensor | None = None  # bool [B or 1, Sk], True where a key may be attended
+    rank: str = "mass"  # what the criterion goes by
 
     @property
     def factor(self) -> float:
@@ -38,20 +39,38 @@ class Selection(NamedTuple):
 
 
 class State(NamedTuple):
-    """A choice that `select_blocks_` writes over where `refresh` is True; in front of its `kv_mask`."""
+    """A choice that `select_blocks_` writes over where `refresh` is True."""
 
     state_counts: Tensor  # int32 [B, H, Mq] contiguous
     state_indices: Tensor  # int32 [B, H, Mq, W] contiguous
     refresh: Tensor  # bool [1]
 
 
+_REQUIRED = len(Selection._fields) - len(Selection._field_defaults)
+
+
+def with_state(selection: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `select_blocks_`, or their names: the state in front of what has a default."""
+    return (*selection[:_REQUIRED], *state, *selection[_REQUIRED:])
+
+
+def without_state(arguments: tuple[Any, ...]) -> tuple[Selection, State]:
+    """What `with_state` put together."""
+    end = _REQUIRED + len(State._fields)
+    return Selection(*arguments[:_REQUIRED], *arguments[end:]), State(*arguments[_REQUIRED:end])
+
+
+def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise OptionsError(f"{what} must be one of {', '.join(known)}, got {name!r}.{nearest(name, known)}")
+
+
 def check(s: Selection) -> None:
     """Raise PlanError or OptionsError unless the arguments fit; values of plan and thresholds are never read."""
     check_operands(s.q, s.k)
     check_numbers(s.scale, s.block_q, s.block_kv)
-    if s.criterion not in CRITERIA:
-        known = ", ".join(CRITERIA)
-        raise OptionsError(f"criterion must be one of {known}, got {s.criterion!r}.{nearest(s.criterion, CRITERIA)}")
+    _check_name("criterion", s.criterion, CRITERIA)
+    _check_name("rank", s.rank, RANKS)
     check_plan(s.q, s.kv_counts, s.kv_indices, s.block_q)
     width = s.kv_indices.shape[3]
     require(width >= 1, f"kv_indices must be at least one entry wide, got {list(s.kv_indices.shape)}.")

@@ -11,6 +11,8 @@ import torch
 
 from .select_arguments import Selection
 
+NO_ERROR = -1e300  # score of a visible block whose mean stands for it exactly, below that of any other
+
 
 @dataclass
 class Row:
@@ -20,7 +22,7 @@ class Row:
     ids: list[int]
     forced: int
     near: int
-    scores: list[float]  # scale * mean(q_I) . mean(k_J) + log(n_J)
+    scores: list[float]  # scale * mean(q_I) . mean(k_J) + log(n_J); by error + log(e_IJ), or NO_ERROR
     dense: bool
 
     def shares(self, group: range) -> dict[int, float]:
@@ -37,11 +39,23 @@ class Row:
         return range(self.forced, self.near), range(self.near, len(self.ids))
 
 
-def _block(x: torch.Tensor, i: int, block: int, usable: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Mean fp64 [D] over the usable tokens of block i of x [S, D], and their number."""
+def _block(x: torch.Tensor, i: int, block: int, usable: torch.Tensor) -> torch.Tensor:
+    """fp64 [n, D], the usable tokens of block i of x [S, D]."""
     inside = slice(i * block, (i + 1) * block)
-    tokens = x[inside].double()[usable[inside]]
-    return (tokens.mean(0) if len(tokens) else x.new_zeros(x.shape[1], dtype=torch.float64)), len(tokens)
+    return x[inside].double()[usable[inside]]
+
+
+def score(s: Selection, queries: torch.Tensor, keys: torch.Tensor) -> float:
+    """Score of a block of keys [n, D] for a block of queries [m, D], both fp64; -inf without a key."""
+    if not len(keys):
+        return -math.inf
+    mean = keys.mean(0)
+    found = s.factor * float(queries.mean(0) @ mean) + math.log(len(keys))
+    if s.rank == "mass":
+        return found
+    square, variance = queries.square().mean(0), (keys - mean).square().mean(0)
+    error = s.factor**2 / 2 * float(square @ variance)
+    return found + math.log(error) if error else NO_ERROR
 
 
 def candidate_rows(s: Selection) -> Iterator[Row]:
@@ -65,11 +79,10 @@ def candidate_rows(s: Selection) -> Iterator[Row]:
                 if count >= n_kv:
                     yield Row((b, h, i), [], 0, 0, [], True)
                     continue
-                query, _ = _block(s.q[b, h], i, s.block_q, every)
+                queries = _block(s.q[b, h], i, s.block_q, every)
                 # Out of range values are clamped, as by the kernels.
                 ids = s.kv_indices[at][: max(0, count)].clamp(0, n_kv - 1).tolist()
-                seen = [keys[j] for j in ids]
-                scores = [s.factor * float(query @ mean) + math.log(n) if n else -math.inf for mean, n in seen]
+                scores = [score(s, queries, keys[j]) for j in ids]
                 forced = min(max(0, int(s.kv_forced[at])), len(ids))
                 near = min(max(forced, int(s.kv_near[at])), len(ids))
                 yield Row((b, h, i), ids, forced, near, scores, False)

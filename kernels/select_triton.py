@@ -2,8 +2,9 @@
 
 One program handles one query block of one head of one sample. It gathers the mean keys of its candidates, keeps
 their scores in registers, chooses, and writes the ids that it keeps, in their order: no score of any pair goes to
-memory. "mass" and "ratio" need the best candidates of a group but no sort: the distance to the group's best score
-is a non-negative float, whose bits order like an integer, so 31 halvings find the exact last distance that is kept.
+memory. The criteria "mass" and "ratio" need the best candidates of a group but no sort: the distance to the group's
+best score is a non-negative float, whose bits order like an integer, so 31 halvings find the exact last distance that
+is kept.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def _best(key, weight, member, target, limit):
 def _select_blocks(
     q_mean,  # [B, H, Mq, D] contiguous
     k_mean,  # [B, Hkv, Mk, D] contiguous
+    q_square,  # fp32 [B, H, Mq, D] contiguous; not read without BY_ERROR, nor is k_variance
+    k_variance,  # fp32 [B, Hkv, Mk, D] contiguous
     n_keys,  # int32 [B', Mk] contiguous
     counts,  # int32 [B', H', Mq]
     indices,  # int32 [B', H', Mq, W], last stride 1
@@ -69,6 +72,7 @@ def _select_blocks(
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
     CRITERION: tl.constexpr,  # position in CRITERIA
+    BY_ERROR: tl.constexpr,
     HAS_REFRESH: tl.constexpr,
 ):
     if HAS_REFRESH:  # noqa: SIM102  one `if` would load without HAS_REFRESH, too
@@ -92,19 +96,30 @@ def _select_blocks(
     b_id = tl.minimum(tl.maximum(b_id, 0), MK - 1)
 
     if n > n_forced:
-        p_q = q_mean + (i_bh * MQ + i_m) * D
-        p_k = k_mean + (i_b * (H // KV_GROUP) + i_h // KV_GROUP) * MK * D
+        at_q = (i_bh * MQ + i_m) * D
+        at_k = (i_b * (H // KV_GROUP) + i_h // KV_GROUP) * MK * D
         b_s = tl.zeros([BLOCK_W], tl.float32)
+        b_e = tl.zeros([BLOCK_W], tl.float32)
         for start in range(0, D, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
             m_d = o_d < D
-            b_q = tl.load(p_q + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_k = tl.load(p_k + b_id[:, None] * D + o_d[None, :], mask=m_w[:, None] & m_d[None, :], other=0.0)
+            m_k = m_w[:, None] & m_d[None, :]
+            o_k = at_k + b_id[:, None] * D + o_d[None, :]
+            b_q = tl.load(q_mean + at_q + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_k = tl.load(k_mean + o_k, mask=m_k, other=0.0)
             b_s += tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+            if BY_ERROR:  # what overflowed is finite, so that 0 times it is 0
+                b_q = tl.minimum(tl.load(q_square + at_q + o_d, mask=m_d, other=0.0), 3.0e38)
+                b_k = tl.minimum(tl.load(k_variance + o_k, mask=m_k, other=0.0), 3.0e38)
+                b_e += tl.sum(b_k * b_q[None, :], 1)
         b_n = tl.load(n_keys + i_b * stride_nb + b_id, mask=m_w, other=0)
         b_s = b_s * scale + tl.log(b_n.to(tl.float32))
         # What is not a number counts as hidden, what overflowed as finite, so that differences are numbers.
-        b_s = tl.where(m_w & (b_n > 0) & (b_s == b_s), tl.minimum(b_s, 3.0e38), float("-inf"))
+        seen = m_w & (b_n > 0) & (b_s == b_s)
+        if BY_ERROR:  # limits as in select_cpu
+            b_s = tl.maximum(b_s + tl.log(tl.minimum(b_e, 3.0e38)), -2.0e37)
+            b_s = tl.where(b_e < 1.2e-38, -3.0e37, b_s)
+        b_s = tl.where(seen, tl.minimum(b_s, 3.0e38), float("-inf"))
 
         top = tl.max(b_s, 0)
         t_near = tl.load(thresholds + i_b * stride_tb)
@@ -159,11 +174,13 @@ def _select_blocks(
 KERNELS: tuple[Any, ...] = (_select_blocks,)
 
 
-def shape_of_program(width: int, dim: int) -> tuple[int, int, int]:
-    """(BLOCK_W, BLOCK_D, num_warps) for rows of `width` candidates: at most 64 mean key elements a thread."""
+def shape_of_program(width: int, dim: int, rank: str = "mass") -> tuple[int, int, int]:
+    """(BLOCK_W, BLOCK_D, num_warps) for rows of `width` candidates: at most 64 elements of key blocks a thread."""
     block_w = max(32, triton.next_power_of_2(width))
     warps = min(16, max(1, block_w // 256))
-    block_d = min(triton.next_power_of_2(dim), max(2, 64 * 32 * warps // block_w))
+    # By error as many of the variances; 16 warps have 128 registers a thread, others 255.
+    held = 64 if rank == "mass" else 32 if warps < 16 else 16
+    block_d = min(triton.next_power_of_2(dim), max(2, held * 32 * warps // block_w))
     return block_w, min(block_d, 32), warps
 
 
@@ -175,27 +192,31 @@ def launch_select(
     out_counts: torch.Tensor,
     out_indices: torch.Tensor,
     refresh: torch.Tensor | None = None,
+    seconds: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Fill out_counts int32 [B, H, Mq] and out_indices int32 [B, H, Mq, W], both contiguous.
 
-    Arguments as of the op, already checked; the means come from `pool_blocks`. Where `refresh` bool [1] is given
-    and False nothing is written. Raises PlanError if rows are too wide for a program.
+    Arguments as of the op, already checked; the means come from `pool_blocks`. seconds: for rank "error" the mean
+    squares of q_mean's shape and the variances of k_mean's, fp32. Where `refresh` bool [1] is given and False nothing
+    is written. Raises PlanError if rows are too wide for a program.
     """
     (batch, heads, n_q, dim), width = q_mean.shape, s.kv_indices.shape[-1]
     if width > MAX_WIDTH:
         raise PlanError(f"a row may have at most {MAX_WIDTH} candidates on CUDA, got {width}. Take larger blocks.")
-    block_w, block_d, warps = shape_of_program(width, dim)
+    block_w, block_d, warps = shape_of_program(width, dim, s.rank)
     indices, thresholds = unit_last_stride(s.kv_indices), s.thresholds.contiguous()
     tables = (s.kv_counts, indices, s.kv_forced, s.kv_near)
     strides = [stride for table in tables for stride in shared_strides(table, 0, 1, 2)]
     wrap_triton(_select_blocks)[(n_q, batch * heads)](
-        *(q_mean, k_mean, n_keys, *tables, thresholds, s.kv_counts if refresh is None else refresh),
+        *(q_mean, k_mean, *(seconds or (q_mean, k_mean)), n_keys),
+        *(*tables, thresholds, s.kv_counts if refresh is None else refresh),
         *(out_counts, out_indices, s.factor, heads, heads // k_mean.shape[1], n_q, k_mean.shape[2], width),
         *(*shared_strides(n_keys, 0), *strides, *shared_strides(thresholds, 0)),
         D=dim,
         BLOCK_D=block_d,
         BLOCK_W=block_w,
         CRITERION=CRITERIA.index(s.criterion),
+        BY_ERROR=seconds is not None,
         HAS_REFRESH=refresh is not None,
         num_warps=warps,
     )

@@ -19,6 +19,7 @@ from dynamicrad_compile.kernels.attention_backward_reference import block_sparse
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
 from dynamicrad_compile.kernels.blocks import cdiv
 from dynamicrad_compile.kernels.select_arguments import Selection
+from dynamicrad_compile.kernels.select_criteria import RANKS
 from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
 from dynamicrad_compile.plans.plan import BlockPlan, Candidates
 from dynamicrad_compile.plans.selection import select_blocks
@@ -83,8 +84,9 @@ def rows(device: str, reduced: bool) -> Iterator[Row]:
     for case in FORWARD:
         if not reduced or case.name in REDUCED:
             yield _row("forward", case.name, lambda c=case: check_forward(c, device))
-    for criterion in CRITERIA:
-        yield _row("select", criterion, lambda c=criterion: check_select(c, device))
+    for rank in RANKS:
+        for criterion in CRITERIA:
+            yield _row("select", f"{criterion}/by_{rank}", lambda c=criterion, r=rank: check_select(c, r, device))
     for case in BACKWARD:
         if not reduced or case.name in REDUCED:
             yield _row("backward", case.name, lambda c=case: check_backward(c, device))
@@ -153,7 +155,7 @@ def check_backward(case: Case, device: str) -> Values:
     return max(checks, key=lambda values: values["error"])
 
 
-def check_select(criterion: str, device: str) -> Values:
+def check_select(criterion: str, rank: str, device: str) -> Values:
     """Chosen blocks against the reference: equal but for candidates at the cut."""
     generator = torch.Generator().manual_seed(7)
     block, dim, heads, length = 64, 64, 2, 64 * 20 + 17
@@ -166,11 +168,12 @@ def check_select(criterion: str, device: str) -> Values:
     forced, near = torch.full_like(counts, 2), torch.full_like(counts, 6)
     candidates = Candidates(BlockPlan(counts, indices, block, block, length, length), forced, near)
     thresholds = torch.tensor([CRITERIA[criterion]])
-    plan = select_blocks(q.to(device), k.to(device), candidates.to(device), thresholds.to(device), criterion)
+    given = (candidates.to(device), thresholds.to(device), criterion)
+    plan = select_blocks(q.to(device), k.to(device), *given, rank=rank)
     counts_got, ids_got = plan.kv_counts.cpu(), plan.kv_indices.cpu()
     different = total = 0
-    given = Selection(q, k, counts, indices, forced, near, thresholds, None, block, block, criterion)
-    for row in candidate_rows(given):
+    tables = (counts, indices, forced, near, thresholds)
+    for row in candidate_rows(Selection(q, k, *tables, None, block, block, criterion, None, rank)):
         got = set(ids_got[row.where][: int(counts_got[row.where])].tolist())
         if row.dense:
             if int(counts_got[row.where]) != n:

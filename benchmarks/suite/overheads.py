@@ -29,9 +29,11 @@ def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
     """All overheads at one shape; the forward row of that shape and sparsity must have run before."""
     facts = {"tokens": tokens, "head_dim": dim, "heads": bench.shapes[tokens][1], "wanted_sparsity": sparsity}
     at = f"{tokens}/{dim}/{sparsity:g}"
-    for criterion in ("ratio", "threshold", "mass"):
-        run = lambda c=criterion: run_select(bench, tokens, dim, sparsity, c)  # noqa: E731
-        yield Row(f"select/{at}/{criterion}", "overhead", run, 5.0, {**facts, "what": f"select_blocks, {criterion}"})
+    for criterion, rank in (("ratio", "mass"), ("ratio", "error"), ("threshold", "mass"), ("mass", "mass")):
+        run = lambda c=criterion, r=rank: run_select(bench, tokens, dim, sparsity, c, r)  # noqa: E731
+        by = criterion if rank == "mass" else f"{criterion} by {rank}"
+        yield Row(f"select/{at}/{by.replace(' ', '_')}", "overhead", run, 5.0,
+                  {**facts, "what": f"select_blocks, {by}"})  # fmt: skip
     yield Row(f"compensation/{at}", "overhead", lambda: run_compensation(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "compensation (means and kernel)"})  # fmt: skip
     yield Row(f"covariance/{at}", "overhead", lambda: run_covariance(bench, tokens, dim, sparsity), 6.0,
@@ -50,17 +52,18 @@ def _share(bench: Bench, at: str, ms: float) -> Values:
             "share": ms / attention["ms"] if attention else None}  # fmt: skip
 
 
-def run_select(bench: Bench, tokens: int, dim: int, sparsity: float, criterion: str) -> Values:
+def run_select(bench: Bench, tokens: int, dim: int, sparsity: float, criterion: str, rank: str) -> Values:
     """select_blocks: read q and k once, choose among the candidates."""
     q, k, _ = bench.qkv(tokens, dim)
     grid, heads = bench.shapes[tokens]
     candidates = make_candidates(grid, BLOCK, sparsity=CANDIDATES)
     pair = THRESHOLDS.get(criterion) or ratios_for(candidates, sparsity)
     candidates, thresholds = candidates.to(bench.device), torch.tensor([pair]).to(bench.device)
-    call = lambda: select_blocks(q, k, candidates, thresholds, criterion)  # noqa: E731
+    call = lambda: select_blocks(q, k, candidates, thresholds, criterion, rank=rank)  # noqa: E731
     plan = call()
     width = candidates.plan.kv_indices.shape[-1]
-    floor = cost(1, heads, heads, tokens, tokens, dim, BLOCK, BLOCK, width, criterion, q.element_size()).bytes
+    sizes = (1, heads, heads, tokens, tokens, dim, BLOCK, BLOCK, width)
+    floor = cost(*sizes, criterion, q.element_size(), rank).bytes
     values = _share(bench, f"{tokens}/{dim}/{sparsity:g}", bench.clock.time(call).ms)
     values |= {"sparsity": plan.sparsity, "floor_ms": floor / bench.ceilings.memory * 1e-9, "bound": "memory"}
     return values | {"of_floor": values["floor_ms"] / values["ms"]}

@@ -20,6 +20,7 @@ def select_blocks(
     scale: float | None = None,
     *,
     kv_mask: Tensor | None = None,
+    rank: str = "mass",
 ) -> BlockPlan:
     """The plan of the blocks chosen out of `candidates` for these queries and keys.
 
@@ -29,8 +30,10 @@ def select_blocks(
     criterion: "threshold", "mass" or "ratio" (see `kernels.select_op`). scale: factor on q . k, 1 / sqrt(D) if None.
     kv_mask: bool [B or 1, Sk], True where a key may be attended.
     q, k and kv_mask are in the model's order, whatever that of the candidates is.
+    rank: what the criterion goes by, "mass" or "error": a block's share of the attention, or of what would be wrong if
+    its mean stood for it.
     Returns a plan with counts [B, H, Mq] and indices [B, H, Mq, W], candidates in their order.
-    Raises PlanError if shapes, dtypes, devices or lengths do not fit together, OptionsError for the criterion.
+    Raises PlanError if shapes, dtypes, devices or lengths do not fit together, OptionsError for criterion and rank.
     """
     if not isinstance(candidates, Candidates):
         raise PlanError(f"expected Candidates, as make_candidates gives them, got {type(candidates).__name__}.")
@@ -47,6 +50,6 @@ def select_blocks(
         kv_mask = None if kv_mask is None else reordered_keys(kv_mask, plan.order)
     tables = (plan.kv_counts, plan.kv_indices, candidates.kv_forced, candidates.kv_near)
     counts, indices = torch.ops.dynamicrad.select_blocks(
-        q, k, *tables, thresholds, scale, plan.block_q, plan.block_kv, criterion, kv_mask
+        q, k, *tables, thresholds, scale, plan.block_q, plan.block_kv, criterion, kv_mask, rank
     )
     return plan.with_rows(counts, indices)

@@ -158,11 +158,11 @@ def fixed(mask: Tensor) -> Choose:
     return lambda place, q, k, scale: mask
 
 
-def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio") -> Choose:
+def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio", rank: str = "mass") -> Choose:
     """The blocks that `select_blocks` keeps of candidates (P = 1): what mode dynamic_threshold runs compiled."""
 
     def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-        return select_blocks(q, k, candidates, (near, far), criterion, scale).block_mask()
+        return select_blocks(q, k, candidates, (near, far), criterion, scale, rank=rank).block_mask()
 
     return choose
 

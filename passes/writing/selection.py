@@ -1,6 +1,6 @@
 """Nodes of dynamic_threshold: which of a plan's candidates a call reads.
 
-    %counts, %indices = select_blocks(%q, %k, %candidates ..., %thresholds, scale, ...)
+    %counts, %indices = select_blocks(%q, %k, %candidates ..., %thresholds, scale, ..., rank)
 
 With refresh_steps the choice is kept outside the graph (see `buffers`), and most steps read what an earlier one chose
 (AdaSpa, arXiv 2502.21079: patterns are nearly the same in all denoising steps):
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
 from dynamicrad_compile.kernels import select_op as _registers_the_op  # noqa: F401
+from dynamicrad_compile.kernels.select_arguments import Selection, with_state
 from dynamicrad_compile.runtime.pool import Slot
 
 from ..site import PlannedSite
@@ -35,9 +36,8 @@ def select_or_keep(
 
     selection: the arguments of select_blocks. Rows that are dense at this step are dense whatever was kept.
     """
-    *what, kv_mask = selection
-    torch.ops.dynamicrad.select_blocks_(*what, kept_counts, kept_indices, refresh, kv_mask)
-    counts = selection[2]
+    torch.ops.dynamicrad.select_blocks_(*with_state(selection, (kept_counts, kept_indices, refresh)))
+    counts = Selection(*selection).kv_counts
     return torch.where(counts >= num_kv, counts, kept_counts), kept_indices
 
 
@@ -70,7 +70,8 @@ def select(
     def arguments(place: int) -> tuple[Any, ...]:
         thresholds = call(columns, (nodes.thresholds, 3 * place, 2))
         candidates = (nodes.counts, nodes.indices, nodes.forced, nodes.near, thresholds)
-        return (query, key, *candidates, scale, plan.block_q, plan.block_kv, criteria[place][0], keys)
+        criterion, rank = criteria[place]
+        return (query, key, *candidates, scale, plan.block_q, plan.block_kv, criterion, keys, rank)
 
     pair = None
     if controls.control.refresh_steps and num_kv is not None:

@@ -142,6 +142,10 @@ MISTAKES = {
     "ending": ({"path": "wan.onnx"}, "format 'torch' writes .pt2 files"),
     "foreign ending": ({"path": "wan.pt", "format": "onnx"}, "format 'onnx' writes .onnx files"),
     "covariance": ({"format": "onnx", "options": {"covariance": True}}, "covariance = True has no node"),
+    "rank": (
+        {"format": "onnx", "options": {**COMMON, "mode": "dynamic_threshold", "rank": "error"}},
+        "no node for a selection by rank 'error'. Set rank to 'mass'",
+    ),
     "state": ({"format": "onnx", "options": {"dense_steps": 3}}, "dense_steps = 3 needs a memory"),
     "refresh": ({"format": "onnx", "options": {"refresh_steps": 2}}, "use format 'torch' or 'aoti'"),
     "profile": ({"format": "onnx", "options": {"profile": "{profile}"}}, "wants 5 dense steps"),

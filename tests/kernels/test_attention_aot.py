@@ -12,8 +12,7 @@ from support.marks import slow
 
 triton = pytest.importorskip("triton")
 
-from dynamicrad_compile.kernels.ahead_of_time import build, build_forward  # noqa: E402
-from dynamicrad_compile.kernels.pool_triton import _pool_blocks  # noqa: E402
+from dynamicrad_compile.kernels.ahead_of_time import build_forward  # noqa: E402
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_tile  # noqa: E402
 
 KINDS = (  # dtype, head_dim, masked, means
@@ -85,13 +84,3 @@ def test_int8_scores_compile_without_spills(arch: int):
     )
     check(built, arch, True)
     assert ".s8.s8" in built.ptx
-
-
-@pytest.mark.parametrize("dim", [64, 256])
-def test_pooling_compiles_without_spills(dim: int):
-    constants = {"D": dim, "BLOCK_D": dim, "BLOCK": 128, "BLOCK_S": 32, "HAS_MASK": True, "HAS_WANTED": True}
-    pointers = {"x": "*bf16", "counts": "*i32", "mask": "*i1", "wanted": "*i1", "mean": "*bf16"}
-    names = _pool_blocks.arg_names
-    aligned = [n for n in names if n in pointers or n.startswith("stride_x")]
-    built = build(_pool_blocks, {n: pointers.get(n, "i32") for n in names}, constants, aligned, 80, {})
-    assert built.spilled == 0

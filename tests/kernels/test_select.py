@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from support.select_cases import CASES, CRITERIA, Case, build, check
+from support.select_cases import CASES, CRITERIA, RANKS, SHORT_LIST, Case, build, check
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicrad_compile.errors import OptionsError, PlanError
 from dynamicrad_compile.kernels import select_cpu as cpu_select
+from dynamicrad_compile.kernels.select_arguments import Selection, State
+from dynamicrad_compile.kernels.select_arguments import with_state as in_order
 from dynamicrad_compile.kernels.select_op import cost
-from dynamicrad_compile.kernels.select_reference import select_blocks_reference
+from dynamicrad_compile.kernels.select_reference import NO_ERROR, candidate_rows, select_blocks_reference
 from dynamicrad_compile.plans.plan import BlockPlan, Candidates
 from dynamicrad_compile.plans.selection import select_blocks
 
@@ -38,21 +40,31 @@ def test_matches_reference(case: Case, criterion: str):
         assert close <= 0.02
 
 
+@pytest.mark.parametrize(("case", "criterion"), SHORT_LIST, ids=str)
+def test_by_error_matches_reference(case: Case, criterion: str):
+    args = build(case, criterion, "error")
+    close = check(*OP(*args), args)
+    if case.dtype == torch.float32:
+        assert close <= 0.02
+
+
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["gqa_per_head", "per_batch_and_head", "mask_random", "thresholds_per_sample"])
-def test_small_chunks_give_the_same(name: str, criterion: str, monkeypatch: pytest.MonkeyPatch):
-    args = build(BY_NAME[name], criterion)
+def test_small_chunks_give_the_same(name: str, criterion: str, rank: str, monkeypatch: pytest.MonkeyPatch):
+    args = build(BY_NAME[name], criterion, rank)
     expected = OP(*args)
     monkeypatch.setattr(cpu_select, "CHUNK_BYTES", 1)
     for got, want in zip(OP(*args), expected, strict=True):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", ["ragged", "gqa_per_head", "mask_all", "peaked", "overflowing"])
-def test_everything_and_nothing(name: str, criterion: str):
+@pytest.mark.parametrize("name", ["ragged", "gqa_per_head", "mask_all", "peaked", "overflowing", "equal_keys"])
+def test_everything_and_nothing(name: str, criterion: str, rank: str):
     """The extreme thresholds keep all candidates, or the forced ones, or the single best."""
-    args = build(BY_NAME[name], criterion)
+    args = build(BY_NAME[name], criterion, rank)
     q, _, counts, indices, forced = args[:5]
     shape = (*q.shape[:2], -1)
     full, full_indices = OP(*with_thresholds(args, (KEEP_ALL[criterion],) * 2))
@@ -107,11 +119,79 @@ def test_threshold_means_the_same_for_every_head_dim_and_number_of_candidates():
     assert torch.equal(twice, 2 * once)
 
 
-def test_not_a_number_keeps_counts_valid():
+def single_row(scale: float, keys: list[list[float]], rank: str, mask: torch.Tensor | None = None) -> list[int]:
+    """Ids of the blocks in the order in which "ratio" takes them, for a query block with the tokens 3 and 1."""
+    q = torch.tensor([3.0, 1.0]).view(1, 1, 2, 1)
+    k = torch.tensor(keys).view(1, 1, -1, 1)
+    n, size = len(keys), len(keys[0])
+    # One id more in the table, because a row of all blocks is dense.
+    ids = torch.arange(n, dtype=torch.int32).view(1, 1, 1, n)
+    k = torch.cat((k, k[:, :, -size:]), 2)
+    mask = None if mask is None else torch.cat((mask, mask[:, -size:]), 1)
+    counts, zero = torch.full((1, 1, 1), n, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32)
+    order: list[int] = []
+    for number in range(1, n + 1):
+        thresholds = torch.tensor([[0.0, (number - 0.5) / n]])
+        args = (q, k, counts, ids, zero, zero, thresholds, scale, 2, size, "ratio", mask, rank)
+        got, indices = OP(*args)
+        for x, y in zip((got, indices), select_blocks_reference(*args), strict=True):
+            assert torch.equal(x, y)
+        order += sorted(set(indices.flatten()[: int(got)].tolist()) - set(order))
+    return order
+
+
+def test_error_is_mass_times_variance():
+    """e = scale^2 / 2 * mean(3^2, 1^2) * var = 0.025 var with scale 0.1; the mean query is 2."""
+    keys = [[0.0, 2.0], [0.5, 1.5], [9.0, 9.2], [8.0, 12.0]]
+    assert single_row(0.1, keys, "mass") == [3, 2, 0, 1]
+    # log of mass and error: 0.2 + log(0.025), 0.2 + log(0.00625), 1.82 + log(0.00025), 2 + log(0.1), and log(2)
+    assert single_row(0.1, keys, "error") == [3, 0, 1, 2]
+    s = Selection(*build(BY_NAME["dim_1"], "ratio", "error"))
+    row = next(r for r in candidate_rows(s) if not r.dense and r.ids)
+    b, h, i = row.where
+    q = s.q[b, h, i * s.block_q : (i + 1) * s.block_q].double()
+    k = s.k[b, h, row.ids[0] * s.block_kv : (row.ids[0] + 1) * s.block_kv].double()
+    # For one channel this is the expectation over queries and keys of the softmax's second-order term.
+    error = (0.5 * (s.factor * q @ (k - k.mean(0)).T) ** 2).mean()
+    expected = s.factor * q.mean() * k.mean() + math.log(len(k)) + error.log()
+    assert row.scores[0] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_blocks_without_variance_come_last_and_hidden_ones_after_them():
+    """However much mass they hold; among themselves the earlier comes first."""
+    keys = [[50.0, 50.0], [0.0, 0.0], [-60.0, -60.1], [90.0, 90.0], [0.0, 1.0]]
+    assert single_row(1.0, keys, "error") == [4, 2, 0, 1, 3]
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    mask[0, :2] = mask[0, 4] = False  # block 0 has no valid key, block 2 has one: no variance
+    assert single_row(1.0, keys, "error", mask) == [4, 1, 2, 3, 0]
+    s = Selection(*build(BY_NAME["all_equal_keys"], "mass", "error"))
+    assert {x for row in candidate_rows(s) for x in row.scores} == {NO_ERROR}
+
+
+@pytest.mark.parametrize("criterion", ["threshold", "mass"])
+def test_shares_of_the_error_do_not_see_blocks_without_variance(criterion: str):
+    args = list(build(BY_NAME["equal_keys"], criterion, "error"))
+    args[6] = torch.tensor([[-20.0, -20.0]]) if criterion == "threshold" else torch.tensor([[0.9999, 0.9999]])
+    counts, indices = OP(*args)
+    seen = 0
+    for row in candidate_rows(Selection(*args)):
+        if row.dense or all(x <= NO_ERROR for x in row.scores):
+            continue
+        exact = {j for j, x in list(zip(row.ids, row.scores, strict=True))[row.forced :] if x <= NO_ERROR}
+        groups = [[row.scores[j] for j in group] for group in row.groups]
+        if criterion == "mass" and any(group and max(group) <= NO_ERROR for group in groups):
+            continue  # a group of such blocks divides its share among them
+        seen += len(exact)
+        assert not exact & set(indices[row.where][: int(counts[row.where])].tolist())
+    assert seen > 10
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_not_a_number_keeps_counts_valid(rank: str):
     args = list(build(BY_NAME["ragged"], "threshold"))
     args[0] = torch.full_like(args[0], float("nan"))
     for criterion in CRITERIA:
-        counts, _ = OP(*args[:10], criterion)
+        counts, _ = OP(*args[:10], criterion, None, rank)
         assert torch.equal(counts > 0, (args[2] > 0).expand_as(counts))
 
 
@@ -132,10 +212,12 @@ def candidates(case: Case, plan: list[torch.Tensor]) -> Candidates:
     return Candidates(blocks, forced, near)
 
 
-def test_wrapper_returns_a_plan():
+@pytest.mark.parametrize("rank", RANKS)
+def test_wrapper_returns_a_plan(rank: str):
     case = BY_NAME["per_batch_and_head"]
-    q, k, *plan, _, scale, _, _, criterion, mask = args = build(case, "mass")
-    chosen = select_blocks(q, k, candidates(case, plan), (0.8, 0.55), criterion, scale, kv_mask=mask)
+    args = build(case, "mass", rank)
+    q, k, *plan, _, scale, _, _, criterion, mask = args[:12]
+    chosen = select_blocks(q, k, candidates(case, plan), (0.8, 0.55), criterion, scale, kv_mask=mask, rank=rank)
     counts, indices = OP(*args)
     assert torch.equal(chosen.kv_counts, counts)
     assert torch.equal(chosen.kv_indices, indices)
@@ -151,21 +233,23 @@ def with_state(args: tuple, refresh: bool) -> tuple:
     q, indices = args[0], args[3]
     shape = (*q.shape[:2], *indices.shape[2:])
     state = torch.full(shape[:3], 5, dtype=torch.int32), torch.full(shape, 6, dtype=torch.int32)
-    return (*args[:11], *state, torch.tensor([refresh]), args[11])
+    return in_order(args, (*state, torch.tensor([refresh])))
 
 
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_refresh_writes_the_state(criterion: str):
-    args = build(BY_NAME["gqa_per_head"], criterion)
+def test_refresh_writes_the_state(criterion: str, rank: str):
+    args = build(BY_NAME["gqa_per_head"], criterion, rank)
     full = with_state(args, True)
     assert OP_STATE(*full) is None
     for got, want in zip(full[11:13], OP(*args), strict=True):
         assert torch.equal(got, want)
 
 
-def test_without_refresh_nothing_is_computed(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("rank", RANKS)
+def test_without_refresh_nothing_is_computed(rank: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu_select, "select", None)
-    full = with_state(build(BY_NAME["gqa_per_head"], "mass"), False)
+    full = with_state(build(BY_NAME["gqa_per_head"], "mass", rank), False)
     OP_STATE(*full)
     assert bool((full[11] == 5).all())
     assert bool((full[12] == 6).all())
@@ -222,11 +306,16 @@ def test_state_in_a_compiled_module(backend: str, grad: bool):
 
 
 @pytest.mark.parametrize(
-    ("name", "criterion"),
-    [("ragged", "threshold"), ("gqa_per_head", "mass"), ("permuted", "ratio"), ("mask_random", "mass")],
+    ("name", "criterion", "rank"),
+    [
+        ("ragged", "threshold", "mass"),
+        ("gqa_per_head", "mass", "error"),
+        ("permuted", "ratio", "mass"),
+        ("mask_random", "mass", "error"),
+    ],
 )
-def test_opcheck(name: str, criterion: str):
-    args = build(BY_NAME[name], criterion)
+def test_opcheck(name: str, criterion: str, rank: str):
+    args = build(BY_NAME[name], criterion, rank)
     for op in (OP.default, torch.ops.dynamicrad.select_blocks_cpu.default):
         torch.library.opcheck(op, args)
     for op in (OP_STATE.default, torch.ops.dynamicrad.select_blocks_cpu_.default):
@@ -244,7 +333,7 @@ class Select(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_into_one_graph(backend: str):
-    args = build(BY_NAME["gqa"], "ratio")
+    args = build(BY_NAME["gqa"], "ratio", "error")
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(Select(args), backend=counter, fullgraph=True)
     for pair in ((0.7, 0.3), (1.0, 1.0), (0.0, 0.0)):
@@ -277,25 +366,28 @@ def test_fake_output_is_that_of_the_op(name: str):
 # ---- cost
 
 
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_costs_less_than_two_percent_of_dense_attention(dim: int, criterion: str):
+def test_costs_less_than_two_percent_of_dense_attention(dim: int, criterion: str, rank: str):
     """32,768 tokens, every block a candidate; H200: 600 TFLOP/s in dense attention, 4.8 TB/s."""
-    spent = cost(1, 40, 40, 32768, 32768, dim, 128, 128, 256, criterion)
+    spent = cost(1, 40, 40, 32768, 32768, dim, 128, 128, 256, criterion, rank=rank)
     dense = 4 * 32768**2 * dim * 40
     assert spent.flops < 0.0002 * dense
     assert spent.bytes / 4.8e12 < 0.005 * dense / 600e12
 
 
-def test_flops_are_those_of_cost():
-    args = build(BY_NAME["gqa"], "mass")
+@pytest.mark.parametrize("rank", RANKS)
+def test_flops_are_those_of_cost(rank: str):
+    args = build(BY_NAME["gqa"], "mass", rank)
     q, k, indices = args[0], args[1], args[3]
-    expected = cost(
-        *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], 32, 32, indices.shape[3], "mass"
-    ).flops
-    for op, arguments in ((OP, args), (OP_STATE, with_state(args, True))):
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], 32, 32, indices.shape[3])
+    expected = cost(*sizes, "mass", rank=rank).flops
+    named = dict(zip(in_order(Selection._fields, State._fields), with_state(args, True), strict=False))
+    q, k = named.pop("q"), named.pop("k")
+    for call in (lambda: OP(*args), lambda: OP_STATE(*with_state(args, True)), lambda: OP_STATE(q, k, **named)):
         with FlopCounterMode(display=False) as counter:
-            op(*arguments)
+            call()
         assert counter.get_total_flops() == expected
 
 
@@ -361,3 +453,8 @@ def test_wrong_arguments(changes, message):
 def test_unknown_criterion():
     with pytest.raises(OptionsError, match=r"criterion must be one of .* Did you mean 'ratio'"):
         call_with(criterion="ratios")
+
+
+def test_unknown_rank():
+    with pytest.raises(OptionsError, match=r"rank must be one of mass, error, got 'eror'\. Did you mean 'error'"):
+        call_with(rank="eror")

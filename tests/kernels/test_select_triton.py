@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.select_cases import CASES, CRITERIA, INTERPRETED_CASES, Case, build, check
+from support.select_cases import CASES, CRITERIA, RANKS, SHORT_LIST, Case, build, check
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY
@@ -17,27 +17,32 @@ pytest.importorskip("triton")
 from dynamicrad_compile.kernels import ahead_of_time
 from dynamicrad_compile.kernels import select_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.kernels import select_triton as triton_select
-from dynamicrad_compile.kernels.select_arguments import Selection
+from dynamicrad_compile.kernels.select_arguments import Selection, with_state
 from dynamicrad_compile.kernels.select_triton import _select_blocks, shape_of_program
 
 OP = torch.ops.dynamicrad.select_blocks
 OP_STATE = torch.ops.dynamicrad.select_blocks_
 
 
-@pytest.mark.parametrize(("case", "criterion"), INTERPRETED_CASES, ids=str)
-def test_interpreter_matches_reference(case: Case, criterion: str, interpreter):
-    close = check(*interpreter("select_cases", case.name, criterion), build(case, criterion))
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(("case", "criterion"), SHORT_LIST, ids=str)
+def test_interpreter_matches_reference(case: Case, criterion: str, rank: str, interpreter):
+    close = check(*interpreter("select_cases", case.name, criterion, rank), build(case, criterion, rank))
     if case.dtype == torch.float32:
         assert close <= 0.02
 
 
-def build_kernel(arch: int, dtype: str, dim: int, width: int, criterion: str, refresh: bool) -> ahead_of_time.Build:
+def build_kernel(
+    arch: int, dtype: str, dim: int, width: int, criterion: str, refresh: bool, rank: str
+) -> ahead_of_time.Build:
     """Compile for `arch`; blocks and heads do not matter."""
-    block_w, block_d, warps = shape_of_program(width, dim)
+    block_w, block_d, warps = shape_of_program(width, dim, rank)
     constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_W": block_w, "CRITERION": CRITERIA.index(criterion)}
     # What the launcher specialises because it is 1.
-    constants |= {"HAS_REFRESH": refresh, "KV_GROUP": 1} | dict.fromkeys(("stride_cm", "stride_fm", "stride_em"), 1)
-    pointers = dict.fromkeys(("q_mean", "k_mean"), f"*{dtype}") | {"thresholds": "*fp32", "refresh": "*i1"}
+    constants |= {"BY_ERROR": rank == "error", "HAS_REFRESH": refresh, "KV_GROUP": 1}
+    constants |= dict.fromkeys(("stride_cm", "stride_fm", "stride_em"), 1)
+    pointers = dict.fromkeys(("q_mean", "k_mean"), f"*{dtype}") | {"refresh": "*i1"}
+    pointers |= dict.fromkeys(("q_square", "k_variance", "thresholds"), "*fp32")
     tables = ("n_keys", "counts", "indices", "forced", "near", "out_counts", "out_indices")
     pointers |= dict.fromkeys(tables, "*i32")
     types = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in _select_blocks.arg_names}
@@ -45,8 +50,9 @@ def build_kernel(arch: int, dtype: str, dim: int, width: int, criterion: str, re
 
 
 BUILDS = [
-    (arch, dtype, dim, width, criterion, refresh)
+    (arch, dtype, dim, width, criterion, refresh, rank)
     for arch in (80, 90)
+    for rank in RANKS
     for dtype, dim, width, criterion, refresh in (
         ("bf16", 128, 100, "threshold", False),
         ("bf16", 128, 256, "mass", True),
@@ -59,7 +65,7 @@ BUILDS = [
 
 
 @pytest.mark.parametrize(
-    "options", BUILDS, ids=[f"sm_{x[0]}-{'-'.join(map(str, x[1:5]))}{'-refresh' * x[5]}" for x in BUILDS]
+    "options", BUILDS, ids=[f"sm_{x[0]}-{'-'.join(map(str, x[1:5]))}{'-refresh' * x[5]}-by_{x[6]}" for x in BUILDS]
 )
 def test_compiles_without_spills(options: tuple):
     built = build_kernel(*options)
@@ -91,24 +97,26 @@ GPU_ONLY = [
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("case", CASES + GPU_ONLY, ids=str)
-def test_cuda_matches_reference(case: Case, criterion: str):
-    args = build(case, criterion)
+def test_cuda_matches_reference(case: Case, criterion: str, rank: str):
+    args = build(case, criterion, rank)
     out = OP(*on_cuda(args))
     check(*(x.cpu() for x in out), args)
 
 
 @pytest.mark.gpu
-def test_cuda_graph_follows_thresholds_and_refresh():
+@pytest.mark.parametrize("rank", RANKS)
+def test_cuda_graph_follows_thresholds_and_refresh(rank: str):
     """A captured graph of both ops replays with other thresholds and another refresh, without the host."""
-    args = on_cuda(build(CASES[0], "mass"))
+    args = on_cuda(build(CASES[0], "mass", rank))
     fresh = OP(*args)
     state = [torch.full_like(x, 7) for x in fresh]
     refresh = torch.tensor([True], device="cuda")
 
     def both() -> tuple[torch.Tensor, ...]:
-        OP_STATE(*args[:11], *state, refresh, args[11])
+        OP_STATE(*with_state(tuple(args), (*state, refresh)))
         return OP(*args)
 
     both()

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from dynamicrad_compile.errors import ProfileError
-from dynamicrad_compile.kernels.select_criteria import CRITERIA
+from dynamicrad_compile.kernels.select_criteria import CRITERIA, RANKS
 from dynamicrad_compile.plans.make import make_plan
 from dynamicrad_compile.profiles import REGIMES, list_profiles, load_profile, pick_profile
-from dynamicrad_compile.profiles.parameters import Criterion
+from dynamicrad_compile.profiles.parameters import Criterion, Rank
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dynamicrad_compile"
@@ -187,6 +187,7 @@ def test_errors_of_the_dynamic_threshold_table(tmp_path, change, message):
 
 def test_criteria_of_a_profile_are_those_of_the_selection():
     assert get_args(Criterion) == CRITERIA
+    assert get_args(Rank) == RANKS
 
 
 def test_whole_run_sparsity_counts_dense_steps_and_layers(tmp_path):

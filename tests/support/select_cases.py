@@ -16,6 +16,7 @@ from dynamicrad_compile.kernels.select_arguments import Selection
 from support.attention_cases import make_wrong
 
 CRITERIA = ("threshold", "mass", "ratio")
+RANKS = ("mass", "error")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Case:
     spread: float = 1.0  # of q; the larger, the more peaked the scores
     thresholds: tuple[tuple[float, float], ...] = ()  # one or one a sample; usual ones of the criterion if empty
     wrong: bool = False  # some counts and ids are out of range
+    constant: bool = False  # the keys of every third block are equal
+    offset: float = 0.0  # added to all keys, many times what they vary
 
     def __str__(self) -> str:
         return self.name
@@ -72,9 +75,13 @@ CASES = [
     Case("thresholds_per_sample", batch=3, kv_len=601, thresholds=((0.2, 0.3), (0.5, 0.9), (1.0, 0.0))),
     Case("zeros", batch=2, thresholds=((0.0, 0.0), (-1.0, float("nan")))),
     Case("wrong", wrong=True, batch=2, plan_batch=2, q_len=200, kv_len=333),
+    Case("one_key_last", heads=4, kv_heads=2, kv_len=321),
+    Case("equal_keys", constant=True, batch=2, kv_len=601, mask="random", dim=24),
+    Case("all_equal_keys", constant=True, kv_len=90, block_kv=1, q_len=99),
+    Case("far_from_zero", offset=300.0, heads=1, kv_heads=1, kv_len=333, dim=80),
 ]
-# The interpreter is slow: every case with one criterion, some with all.
-INTERPRETED_CASES = [
+# Every case with one criterion, some with all: for the slow interpreter, and for ranks, which criteria do not know.
+SHORT_LIST = [
     (case, criterion)
     for i, case in enumerate(CASES)
     for j, criterion in enumerate(CRITERIA)
@@ -108,8 +115,8 @@ def build_plan(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, ..
     return counts, indices, forced, near
 
 
-def build(case: Case, criterion: str) -> tuple[Any, ...]:
-    """Positional arguments of the op."""
+def build(case: Case, criterion: str, rank: str = "mass") -> tuple[Any, ...]:
+    """Positional arguments of the op, up to `rank`, which is left out where it is the default."""
     generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
 
     def tensor(heads: int, length: int, block: int) -> torch.Tensor:
@@ -120,6 +127,11 @@ def build(case: Case, criterion: str) -> tuple[Any, ...]:
         return (x if case.layout == "bshd" else x.contiguous()).to(case.dtype)
 
     q, k = tensor(case.heads, case.q_len, case.block_q), tensor(case.kv_heads, case.kv_len, case.block_kv)
+    if case.constant:
+        fixed = torch.arange(case.kv_len) // case.block_kv % 3 == 0 if case.block_kv > 1 else torch.tensor(True)
+        first = k[:, :, :: case.block_kv].repeat_interleave(case.block_kv, 2)[:, :, : case.kv_len]
+        k = torch.where(fixed[..., None], first, k)
+    k = (k.float() + case.offset).to(k.dtype) if case.offset else k
     plan = build_plan(case, generator)
     mask = None
     if case.mask == "random":
@@ -131,7 +143,8 @@ def build(case: Case, criterion: str) -> tuple[Any, ...]:
         mask = torch.ones(case.batch, case.kv_len, dtype=torch.bool)
         mask[0] = False
     thresholds = torch.tensor(case.thresholds or [USUAL[criterion]])
-    return (q * case.spread, k, *plan, thresholds, case.scale, case.block_q, case.block_kv, criterion, mask)
+    args = (q * case.spread, k, *plan, thresholds, case.scale, case.block_q, case.block_kv, criterion, mask)
+    return args if rank == "mass" else (*args, rank)
 
 
 def check(counts: torch.Tensor, indices: torch.Tensor, args: tuple[Any, ...]) -> float:
@@ -140,7 +153,7 @@ def check(counts: torch.Tensor, indices: torch.Tensor, args: tuple[Any, ...]) ->
     Scores are sums of fp32 products of means that are rounded to the inputs' dtype, so a candidate whose score is
     that near the cut may fall on either side. Everything else must hold exactly.
     """
-    from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
+    from dynamicrad_compile.kernels.select_reference import NO_ERROR, candidate_rows, choose
 
     s = Selection(*args)
     assert counts.dtype == indices.dtype == torch.int32
@@ -163,7 +176,7 @@ def check(counts: torch.Tensor, indices: torch.Tensor, args: tuple[Any, ...]) ->
         total += 1
         if positions != (expected := choose(row, tuple(pair), s.criterion)):
             close += 1
-            tolerance = eps * max(1.0, max(abs(s) for s in row.scores if s > -math.inf) / 10)
+            tolerance = eps * max(1.0, max((abs(s) for s in row.scores if s > NO_ERROR), default=0.0) / 10)
             assert _near_the_cut(row, set(positions), pair, s.criterion, tolerance), (row.where, positions, expected)
     return close / max(1, total)
 
@@ -194,23 +207,26 @@ def _near_the_cut(row: Any, got: set[int], pair: list[float], criterion: str, ep
     return criterion != "ratio" or len(got) == len(choose(row, (pair[0], pair[1]), "ratio"))
 
 
-def interpret(name: str, criterion: str) -> tuple[torch.Tensor, ...]:
+def interpret(name: str, criterion: str, rank: str) -> tuple[torch.Tensor, ...]:
     """Counts and indices of a case."""
     from dynamicrad_compile.kernels._launch import INTERPRETED
     from dynamicrad_compile.kernels.blocks import valid_counts
-    from dynamicrad_compile.kernels.pool_triton import launch_pooling
+    from dynamicrad_compile.kernels.pool_triton import launch_moments
     from dynamicrad_compile.kernels.select_triton import launch_select
 
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     case = next(case for case in CASES if case.name == name)
-    s = Selection(*build(case, criterion))
+    s = Selection(*build(case, criterion, rank))
     n_q = valid_counts(case.q_len, case.block_q, None, s.q.device)
     n_k = valid_counts(case.kv_len, case.block_kv, s.kv_mask, s.q.device)
-    means = launch_pooling(s.q, n_q, case.block_q), launch_pooling(s.k, n_k, case.block_kv, s.kv_mask)
+    moments = ("square", "variance") if rank == "error" else ("", "")
+    q_mean, square = launch_moments(s.q, n_q, case.block_q, None, None, moments[0])
+    k_mean, variance = launch_moments(s.k, n_k, case.block_kv, s.kv_mask, None, moments[1])
+    seconds = (square, variance) if rank == "error" else None
     shape = (*s.q.shape[:2], *s.kv_indices.shape[2:])
     out = torch.full(shape[:3], 77, dtype=torch.int32), torch.full(shape, 77, dtype=torch.int32)
-    arguments = (s, *means, n_k, *out)
-    launch_select(*arguments, torch.tensor([False]))
+    arguments = (s, q_mean, k_mean, n_k, *out)
+    launch_select(*arguments, torch.tensor([False]), seconds)
     assert all(bool((x == 77).all()) for x in out), "written although refresh is False"
-    launch_select(*arguments)
+    launch_select(*arguments, None, seconds)
     return out

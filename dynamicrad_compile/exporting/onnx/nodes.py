@@ -40,7 +40,7 @@ def attention_node(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 
 def selection_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A node for `select_blocks`, of the op's arguments."""
+    """A node for `select_blocks` by mass, of the op's arguments."""
     a = Selection(*args, **kwargs)
     name, attributes = "SelectBlocksByThreshold", _attributes(a)
     if a.criterion != "threshold":
@@ -90,6 +90,11 @@ def with_onnx_nodes(module: fx.GraphModule) -> fx.GraphModule:
         if name not in NODES:
             raise ExportError(
                 f"ONNX: there is no node for dynamicrad::{name}. Set refresh_steps to None, or use format 'torch'."
+            )
+        if name == "select_blocks" and (rank := Selection(*node.args, **node.kwargs).rank) != "mass":
+            raise ExportError(
+                f"ONNX: there is no node for a selection by rank {rank!r}. Set rank to 'mass', or use format 'torch' "
+                "or 'aoti'."
             )
         node.target = NODES[name]
     return fx.GraphModule(module, graph)

@@ -9,6 +9,7 @@ from support.graphs import compile_sparse, first_output, make, relative_error
 from support.marks import INNER, slow
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.kernels import select_cpu
 from dynamicrad_compile.runtime.regimes import MAX_BATCH
 from dynamicrad_compile.runtime.router import Router
 
@@ -97,7 +98,7 @@ static_ratio = { sparsity = 0.8 }
 dynamic_threshold = { sparsity = 0.4, criterion = "threshold", near = 0.0, far = 0.0, compensate = 0.5 }
 [regimes.high]
 static_ratio = { sparsity = 0.8 }
-dynamic_threshold = { sparsity = 0.4, criterion = "mass", near = 0.9, far = 0.5 }
+dynamic_threshold = { sparsity = 0.4, criterion = "mass", rank = "error", near = 0.9, far = 0.5 }
 """
 
 
@@ -179,10 +180,23 @@ def test_the_noisy_side_of_a_timestep_is_dense(wan):
     assert graphs(compiled) == 1
 
 
-@pytest.mark.parametrize("inner", INNER)
-def test_chosen_blocks_are_kept_between_refreshes(wan, inner):
+@pytest.mark.parametrize("refresh_steps", [None, 1])
+@pytest.mark.parametrize("rank", ["mass", "error"])
+def test_blocks_are_chosen_by_the_rank_of_the_options(wan, rank, refresh_steps, monkeypatch):
     model, kwargs = wan
-    options = dict(mode="dynamic_threshold", sparsity=0.6, inner=inner)
+    ranks, select = [], select_cpu.select
+    monkeypatch.setattr(select_cpu, "select", lambda s, *rest: (ranks.append(s.rank), select(s, *rest)))
+    options = dict(mode="dynamic_threshold", sparsity=0.6, rank=rank, refresh_steps=refresh_steps)
+    compiled = sparse(model, inner="eager", **options)
+    run(compiled, kwargs)
+    assert ranks == [rank] * len(drad.report(compiled).replaced)
+
+
+@pytest.mark.parametrize("rank", ["mass", "error"])
+@pytest.mark.parametrize("inner", INNER)
+def test_chosen_blocks_are_kept_between_refreshes(wan, inner, rank):
+    model, kwargs = wan
+    options = dict(mode="dynamic_threshold", sparsity=0.6, inner=inner, rank=rank)
     keeping = sparse(model, refresh_steps=2, **options)
     choosing = sparse(model, **options)
     generator = torch.Generator().manual_seed(3)
