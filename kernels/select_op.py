@@ -5,7 +5,7 @@
 
 This is rank "mass": p is a candidate's share of the row's attention, as pooled queries and keys tell it. Rank "error"
 goes by what would be wrong if the mean of J's keys stood for them, the softmax's expected term of second order
-(`moments_op` has the derivation), with the diagonal of the keys' covariance, which costs one product of head_dim:
+(u of `moments_op`, averaged over the block's queries; it takes the covariance of keys for diagonal):
 
     s_IJ = scale * mean(q_I) . mean(k_J) + log(n_J) + log(e_IJ)
     e_IJ = scale^2 / 2 * sum_d mean(q_I,d^2) var(k_J,d)      mean over the block's queries, variance over its keys
