@@ -37,15 +37,15 @@ def test_objective_counts_compensation_and_the_constraint():
 
 @pytest.mark.parametrize("box", ["raster", [4, 2, 2], [1, 4, 4]], ids=str)
 def test_a_point_is_judged_as_the_op_computes_it(box):
-    """The whole error against masked attention of the same draws in the plan's order."""
+    """The whole error, covariances and all, against masked attention of the same draws in the plan's order."""
     chosen = task(rows=None, seeds=(3,), proxies=("video",))
-    parameters = {**DEFAULTS, "sparsity": 0.7, "box": box}
+    parameters = {**DEFAULTS, "sparsity": 0.7, "box": box, "covariance": True}
     found = Objective(chosen, "mid").evaluate("static_ratio", parameters)
     plan = make_plan("dynamicrad", GRID, 16, **parameters)
     q, k, v = video_proxy(GRID, "mid", 2, 16, 3)
     order = torch.arange(210) if plan.order is None else plan.order[0]
     blocks = (x[None, :, order].double() for x in (q, k, v))
-    sparse = masked_attention(*blocks, plan.block_mask(), 16, 1.0)[0]
+    sparse = masked_attention(*blocks, plan.block_mask(), 16, 1.0, covariance=True)[0]
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, order]
     error = float((sparse - dense).square().mean() / (dense.var(correction=0) + 1e-6))
     assert found.error == pytest.approx(error, rel=1e-3)
