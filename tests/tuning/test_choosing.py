@@ -7,7 +7,7 @@ import torch
 from support.tuning import GRID
 
 import dynamicrad_compile as drad
-from dynamicrad_compile.kernels.select_criteria import CRITERIA
+from dynamicrad_compile.kernels.select_criteria import CRITERIA, RANKS
 from dynamicrad_compile.plans.make import make_candidates, make_plan
 from dynamicrad_compile.tuning import choosing
 from dynamicrad_compile.tuning.choosing import Choice, fit_thresholds
@@ -17,7 +17,8 @@ from dynamicrad_compile.tuning.sums import BlockSums, sample_rows
 
 @pytest.mark.parametrize("box", [None, [4, 2, 2]], ids=["raster", "box"])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_choice_is_that_of_select_blocks(criterion, box):
+@pytest.mark.parametrize("rank", RANKS)
+def test_choice_is_that_of_select_blocks(criterion, rank, box):
     from dynamicrad_compile.kernels.select_reference import select_blocks_reference
 
     q, k, v = video_proxy(GRID, "mid", 2, 16, seed=5, text_after=5)
@@ -40,9 +41,11 @@ def test_choice_is_that_of_select_blocks(criterion, box):
             16,
             16,
             criterion,
+            None,
+            rank,
         )
         chosen = drad.BlockPlan(counts, indices, 16, 16, 215, 215).block_mask()[0]
-        assert torch.equal(Choice(sums, candidates, criterion).mask(near, far), chosen)
+        assert torch.equal(Choice(sums, candidates, criterion, rank).mask(near, far), chosen)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
