@@ -30,7 +30,8 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         raise PlanError(f"expected floating point tensors, got out {out_a.dtype} and lse {lse_a.dtype}.")
 
 
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """What the op computes, in the operations that it is made of."""
     _check(out_a, lse_a, out_b, lse_b)
     exact = torch.promote_types(torch.promote_types(out_a.dtype, lse_a.dtype), torch.float32)
     a, b = lse_a.to(exact), lse_b.to(exact)
@@ -50,7 +51,7 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 
 _LIBRARY = torch.library.Library("dynamicrad", "FRAGMENT")
 _LIBRARY.define("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)")
-_LIBRARY.impl("merge_states", _merge, "CompositeImplicitAutograd")
+_LIBRARY.impl("merge_states", merged, "CompositeImplicitAutograd")
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,5 +63,5 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     lse = -inf has no key in that row and its out is not used there; two of them give out = 0 and lse = -inf.
     Differentiable in all four. Raises PlanError if shapes or dtypes do not fit together.
     """
-    merged: tuple[Tensor, Tensor] = torch.ops.dynamicrad.merge_states(out_a, lse_a, out_b, lse_b)
-    return merged
+    out, lse = torch.ops.dynamicrad.merge_states(out_a, lse_a, out_b, lse_b)
+    return out, lse

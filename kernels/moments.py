@@ -63,8 +63,8 @@ def by_heads(a: Attention) -> Iterator[Attention]:
         )
 
 
-def moments_of(a: Attention) -> Moments:
-    """Of all heads in `a`, at once."""
+def moments_of(a: Attention, kept: Tensor | None = None) -> Moments:
+    """Of all heads in `a`, at once; kept bool [P, H', Mq, Mk] of its plan, for where `block_mask` can't be had."""
     (batch, kv_heads, keys, dim), heads, rows = a.k.shape, a.q.shape[1], a.kv_counts.shape[2]
     counts = valid_counts(keys, a.block_kv, a.kv_mask, a.k.device)  # [B or 1, Mk]
     n = counts.clamp(min=1).float().unsqueeze(1).unsqueeze(-1)
@@ -78,7 +78,9 @@ def moments_of(a: Attention) -> Moments:
         apart.append(torch.where(inside, deviations, 0.0))
     of_row = valid_counts(a.q.shape[2], a.block_q, None, a.q.device).float().unsqueeze(1).unsqueeze(-1)
     mean_q = (in_blocks(a.q, a.block_q).float().sum(3) / of_row).reshape(batch, kv_heads, -1, dim)
-    kept = block_mask(a.kv_counts, a.kv_indices, a.num_kv_blocks).expand(batch, heads, -1, -1)
+    if kept is None:
+        kept = block_mask(a.kv_counts, a.kv_indices, a.num_kv_blocks)
+    kept = kept.expand(batch, heads, -1, -1)
     weights = _weights(mean_q, means[0], counts, kept.reshape(batch, kv_heads, -1, kept.shape[3]), a.factor)
     variance = apart[0].square().sum(3)
     narrow_k, narrow_v = (x.to(dtype_of(a.q)) for x in apart)
@@ -90,10 +92,11 @@ def moments_of(a: Attention) -> Moments:
 
 def _weights(mean_q: Tensor, mean_k: Tensor, counts: Tensor, kept: Tensor, scale: float) -> Tensor:
     """fp32 [B, Hkv, rep Mq, Mk], softmax over dropped blocks; counts int32 [B or 1, Mk], kept bool like the result."""
-    logits = mean_q @ mean_k.transpose(-1, -2) * scale
-    logits = logits + counts.float().log().unsqueeze(1).unsqueeze(1)
-    logits = torch.where(kept, -float("inf"), logits)
-    none = (logits == -float("inf")).all(-1, keepdim=True)
+    number = counts.float().unsqueeze(1).unsqueeze(1)
+    dropped = torch.logical_and(torch.logical_not(kept), number > 0)
+    logits = mean_q @ mean_k.transpose(-1, -2) * scale + number.clamp(min=1).log()
+    logits = torch.where(dropped, logits, -float("inf"))
+    none = dropped.float().sum(-1, keepdim=True) == 0
     return torch.where(none, 0.0, torch.where(none, 0.0, logits).softmax(-1))
 
 

@@ -142,22 +142,18 @@ def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[s
                 f"{name} = {getattr(parsed, name)} needs a memory from step to step, which format {format!r} does not "
                 "have. Leave it out, and run the dense model at dense steps; or use format 'torch' or 'aoti'."
             )
-    for name in ("covariance", "qk_dtype"):
-        if getattr(parsed, name):
-            raise ExportError(
-                f"{name} = {getattr(parsed, name)!r} has no node in format {format!r}. "
-                "Leave it out, or use format 'torch' or 'aoti'."
-            )
+    if parsed.qk_dtype:
+        raise ExportError(
+            f"qk_dtype = {parsed.qk_dtype!r} has no node in format {format!r}. "
+            "Leave it out, or use format 'torch' or 'aoti'."
+        )
     steps = load_profile(parsed.profile).dense_steps if parsed.profile != "auto" else 0
     if steps and parsed.dense_steps is None:
         raise ExportError(
             f"profile {str(parsed.profile)!r} wants {steps} dense steps, for which format {format!r} has no memory. "
             "Set dense_steps to 0, and run the dense model at the first steps."
         )
-    covariance = (
-        {} if parsed.covariance is not None else {"covariance": False}
-    )  # a profile's wish that has no node here
-    return {**options, **covariance, "dense_steps": 0}
+    return {**options, "dense_steps": 0}
 
 
 def _note_if_dense(report: Report, options: Options) -> None:

@@ -84,7 +84,7 @@ def test_onnx_files_differ_in_function_bodies_alone(exported):
     result, _ = exported
     folder = result.path.parent
     with_body, without = (onnx.load(folder / name, load_external_data=False) for name in ("wan.onnx", "wan.trt.onnx"))
-    assert [function.name for function in with_body.functions] == ["BlockSparseAttention"]
+    assert [function.name for function in with_body.functions] == ["BlockSparseAttention", "AttentionOfRows"]
     assert not without.functions
     assert with_body.graph == without.graph
     (node,) = (node for node in without.graph.node if node.domain == "dynamicrad")
@@ -93,6 +93,15 @@ def test_onnx_files_differ_in_function_bodies_alone(exported):
     assert len(node.input) == 7
     assert str(Path.home()).encode() not in (folder / "wan.onnx").read_bytes()  # no stack traces
     assert any(tensor.external_data for tensor in with_body.graph.initializer)
+
+
+@pytest.mark.slow
+def test_onnx_with_covariances(tmp_path):
+    model, kwargs = make("wan", 1)
+    options = {**COMMON, "sparsity": 0.7, "compensate": 1.0, "covariance": True}
+    done = drad.export(model, (), kwargs, tmp_path, "onnx", options, dynamic_batch=True, check=True)
+    assert done.card["onnx_nodes"] == ["SecondOrderAttention"]
+    assert done.card["check"]["relative_error"] < 1e-5
 
 
 def test_program_keeps_dense_steps(tmp_path):
@@ -141,11 +150,11 @@ MISTAKES = {
     "path": ({"path": "{file}/deeper"}, "is a file"),
     "ending": ({"path": "wan.onnx"}, "format 'torch' writes .pt2 files"),
     "foreign ending": ({"path": "wan.pt", "format": "onnx"}, "format 'onnx' writes .onnx files"),
-    "covariance": ({"format": "onnx", "options": {"covariance": True}}, "covariance = True has no node"),
     "rank": (
         {"format": "onnx", "options": {**COMMON, "mode": "dynamic_threshold", "rank": "error"}},
         "no node for a selection by rank 'error'. Set rank to 'mass'",
     ),
+    "int8": ({"format": "onnx", "options": {"qk_dtype": "int8"}}, "qk_dtype = 'int8' has no node"),
     "state": ({"format": "onnx", "options": {"dense_steps": 3}}, "dense_steps = 3 needs a memory"),
     "refresh": ({"format": "onnx", "options": {"refresh_steps": 2}}, "use format 'torch' or 'aoti'"),
     "profile": ({"format": "onnx", "options": {"profile": "{profile}"}}, "wants 5 dense steps"),

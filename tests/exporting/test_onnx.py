@@ -6,7 +6,10 @@ import pytest
 import torch
 from support.select_cases import CASES, CRITERIA, build, check
 
+from dynamicrad_compile.kernels.attention_arguments import Attention
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
+from dynamicrad_compile.kernels.moments import growth_and_shift, moments_of
+from dynamicrad_compile.kernels.moments_reference import second_order_attention_reference
 from dynamicrad_compile.plans.plan import BlockPlan
 
 ort = pytest.importorskip("onnxruntime")
@@ -81,6 +84,29 @@ def test_attention(shape, mask, compensate):
     weights = torch.linspace(0, 1, batch) if compensate == "by sample" else torch.tensor(compensate)
     out, expected = attention(q, k, v, plan, keep, weights)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("mask", ["none", "random"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_second_order(shape, mask):
+    """The node with the moments that are computed before it, against the reference of the op."""
+    batch, heads, kv_heads, q_len, kv_len, dim, block_q, block_kv, plan_batch, plan_heads = shape
+    plan = random_plan(plan_batch, plan_heads, q_len, kv_len, block_q, block_kv)
+    q = torch.randn(batch, heads, q_len, dim)
+    k, v = torch.randn(2, batch, kv_heads, kv_len, dim)
+    keep = torch.ones(batch, kv_len, dtype=torch.bool)
+    if mask == "random":
+        keep = torch.rand(batch, kv_len) < 0.7
+        keep[0, :block_kv] = False
+    tables, sizes = (plan.kv_counts, plan.kv_indices), (plan.block_q, plan.block_kv)
+    weights = torch.linspace(0, 1, batch) if batch > 1 else torch.ones(1)
+    given = Attention(q, k, v, *tables, 0.3, *sizes, keep, weights)
+    growth, shift = growth_and_shift(given, moments_of(given))
+    inputs = {"q": q, "k": k, "v": v, "kv_counts": tables[0], "kv_indices": tables[1], "kv_mask": keep}
+    inputs |= {"compensate": weights, "growth": growth, "shift": shift}
+    attributes = {"scale": 0.3, "block_q": plan.block_q, "block_kv": plan.block_kv}
+    (out,) = run_node("SecondOrderAttention", inputs, {"out": (q.dtype, q.shape)}, **attributes)
+    torch.testing.assert_close(out.double(), second_order_attention_reference(*given)[0], rtol=2e-5, atol=5e-6)
 
 
 def test_dense_rows_do_not_read_indices():

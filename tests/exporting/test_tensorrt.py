@@ -118,6 +118,21 @@ def test_whole_wan_becomes_one_engine(dynamic):
     assert engine.nbytes > 0
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic batch"])
+def test_covariances_are_in_the_engine(dynamic):
+    """Two plugins for each attention, for kept blocks and for means; what is between them converts, and builds."""
+    gm, shapes, kwargs, n = rewritten("wan_t2v", dynamic, compensate=0.5, covariance=True)
+    parts, support = parts_of(gm, shapes, kwargs)
+    assert not support.unsupported_operators
+    (part,) = parts.values()
+    interpreter = TRTInterpreter(part, partitioning.construct_submodule_inputs(part), compilation_settings=SETTINGS)
+    interpreter._construct_trt_network_def()
+    plugins = ["BlockSparseAttention", "BlockSparseAttentionMeans"]
+    assert sorted(launch.plugin for launch in standin.LAUNCHES) == sorted(plugins * n)
+    engine = build(interpreter.ctx.net, interpreter.builder, interpreter.optimization_profiles or ())
+    assert engine is not None
+
+
 CASES = {
     "plain": (trt.float16, False, False, [1000, 1000, 1, 1, 5]),
     "masked": (trt.DataType.BF16, True, False, [1000, 1000, 1, 1, 5, 2]),
@@ -215,6 +230,7 @@ def placed(parts):
 BACKEND = {
     "static": {},
     "means": {"compensate": 0.5},
+    "covariances": {"compensate": 0.5, "covariance": True},
     "dynamic": {"mode": "dynamic_threshold"},
     "state": {"mode": "dynamic_threshold", "dense_steps": 1, "refresh_steps": 2},
 }
@@ -235,7 +251,7 @@ def test_inner_tensorrt(case, in_pytorch):
     for expected, actual in zip(*outputs.values(), strict=True):
         assert relative_error(actual, expected) < 1e-5
     (parts,) = in_pytorch
-    assert len(placed(parts)) == 2
+    assert len(placed(parts)) == (4 if case == "covariances" else 2)
     assert all(name.startswith("_run_on_acc") for name in placed(parts))
     (note,) = [note for note in drad.report(compiled).notes if note.startswith("TensorRT: ")]
     assert ("dynamicrad.select_blocks" in note) == (case == "dynamic")
@@ -261,10 +277,11 @@ def test_a_graph_that_does_not_build_runs_in_pytorch_and_is_reported(monkeypatch
         call(torch.compile(model, backend="dynamicrad", options={**OPTIONS, **strict}), kwargs)
 
 
+@pytest.mark.parametrize("covariance", [False, True], ids=["means", "covariances"])
 @pytest.mark.parametrize("batch", [False, True], ids=["static", "dynamic batch"])
-def test_engine_of_the_standard_onnx_model(batch, tmp_path):
+def test_engine_of_the_standard_onnx_model(batch, covariance, tmp_path):
     model, kwargs, _ = make("wan_t2v", batch=2)
-    options = {**OPTIONS, "compensate": 0.5}
+    options = {**OPTIONS, "compensate": 0.5, "covariance": covariance}
     found = drad.export(model.eval(), (), kwargs, tmp_path, "tensorrt", options, dynamic_batch=batch, via="trtexec")
     command, run = found.card["commands"]
     assert command.startswith("trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped")

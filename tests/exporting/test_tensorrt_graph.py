@@ -16,6 +16,7 @@ from dynamicrad_compile.exporting.tensorrt.build import main, parse_shapes
 from dynamicrad_compile.exporting.tensorrt.graph import (
     ATTENTION,
     PLUGIN_ATTENTION,
+    SECOND_ORDER,
     attention_for_plugin,
     block_means,
     kept_bits,
@@ -23,8 +24,9 @@ from dynamicrad_compile.exporting.tensorrt.graph import (
     lower,
     plugin_inputs,
     refusal,
+    second_order_for_plugin,
 )
-from dynamicrad_compile.exporting.tensorrt.onnx import standard_attention
+from dynamicrad_compile.exporting.tensorrt.onnx import standard_attention, standard_second_order
 from dynamicrad_compile.kernels.attention_arguments import Attention
 from dynamicrad_compile.kernels.attention_reference import kept_blocks
 from dynamicrad_compile.runtime.account import record
@@ -84,6 +86,19 @@ def test_equals_the_op(attention, plans, plan_heads, weights, masked):
         torch.testing.assert_close(other, lse)
 
 
+@pytest.mark.parametrize("attention", [second_order_for_plugin, standard_second_order])
+@pytest.mark.parametrize(("plans", "plan_heads"), [(1, 1), (BATCH, HEADS)], ids=["shared", "own"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_second_order_equals_the_op(attention, plans, plan_heads, masked):
+    q, k, v, counts, indices, mask = operands(plans, plan_heads)
+    rest = (mask if masked else None, torch.tensor([0.5, 1.0]))
+    expected, lse = SECOND_ORDER(q, k, v, counts, indices, None, BLOCK, BLOCK, *rest)
+    out, other = attention(q, k, v, counts, indices, None, BLOCK, BLOCK, *rest)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    if other is not None:
+        torch.testing.assert_close(other, lse)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked):
     q, k, v, counts, indices, mask = operands()
@@ -112,10 +127,11 @@ def test_int8_products_stay_the_op():
 
 
 @pytest.mark.slow
-def test_standard_model_in_onnxruntime(tmp_path):
+@pytest.mark.parametrize("covariance", [False, True])
+def test_standard_model_in_onnxruntime(tmp_path, covariance):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, kwargs = make("wan", 1)
-    options = {**OPTIONS, "compensate": 0.5}
+    options = {**OPTIONS, "compensate": 0.5, "covariance": covariance}
     found = drad.export(model.eval(), (), kwargs, tmp_path, "tensorrt", options, via="trtexec")
     assert found.card["commands"][0] == "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped"
     session = onnxruntime.InferenceSession(found.path, providers=["CPUExecutionProvider"])
@@ -142,6 +158,17 @@ def test_plugin_model(tmp_path):
     command = found.card["commands"][0]
     assert "exporting.tensorrt.build model.onnx model.engine --min=hidden_states:1x4x5x12x18,timestep:1" in command
     assert parse_shapes(re.search(r"--max=(\S+)", command)[1])["hidden_states"] == (8, 4, 5, 12, 18)
+
+
+@pytest.mark.slow
+def test_plugin_model_with_covariances(tmp_path):
+    """A plugin for the kept blocks, and one for the means of the others, which reads no block."""
+    onnx = pytest.importorskip("onnx")
+    model, kwargs = make("wan", 1)
+    options = {**OPTIONS, "compensate": 0.5, "covariance": True}
+    found = drad.export(model.eval(), (), kwargs, tmp_path, "tensorrt", options, dynamic_batch=True, via="plugin")
+    nodes = [n for n in onnx.load(found.path, load_external_data=False).graph.node if n.domain == "dynamicrad"]
+    assert [node.op_type for node in nodes] == ["BlockSparseAttention", "BlockSparseAttentionMeans"]
 
 
 def test_mode_that_onnx_has_not(tmp_path):

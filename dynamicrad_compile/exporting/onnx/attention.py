@@ -1,4 +1,4 @@
-"""The function body of `dynamicrad::BlockSparseAttention` in standard ONNX operators.
+"""The function bodies of `dynamicrad::BlockSparseAttention` and `SecondOrderAttention` in standard ONNX operators.
 
 A Scan goes over the query blocks. Each step gathers the key and value blocks that its rows read, so that no matrix of
 all queries and all keys ever exists; a dense row takes all blocks. A step's memory is that of
@@ -8,6 +8,7 @@ all queries and all keys ever exists; a dense row takes all blocks. A step's mem
 
 The last Mk columns are the mean keys of compensation: log(count x weight) on the score of a dropped block, and nothing
 for a kept one. Sums are in float32 whatever the dtype of q. A query without a key gives zeros.
+With covariances a query's own factor is on the weight of all its means, and its own shift on their values.
 """
 
 from onnxscript import BOOL, FLOAT, INT32, INT64, graph, script
@@ -18,7 +19,7 @@ DOMAIN = Opset("dynamicrad", 1)
 
 
 @script(DOMAIN, default_opset=op)
-def BlockSparseAttention(
+def AttentionOfRows(
     q: FLOAT,
     k: FLOAT,
     v: FLOAT,
@@ -26,16 +27,16 @@ def BlockSparseAttention(
     kv_indices: INT32,
     kv_mask: BOOL,
     compensate: FLOAT,
+    log_growth: FLOAT,
+    shift: FLOAT,
     scale: float,
     block_q: int,
     block_kv: int,
 ) -> FLOAT:
     """Block-sparse attention.
 
-    q float, float16 or bfloat16 [B, H, Sq, D]; k and v [B, Hkv, Sk, D] of the same type, Hkv divides H.
-    kv_counts int32 [B or 1, H or 1, Mq], kv_indices int32 [B or 1, H or 1, Mq, W] with Mq = ceil(Sq / block_q).
-    kv_mask bool [B or 1, Sk], False where a key is hidden; compensate float [B or 1], 0 for none.
-    Returns [B, H, Sq, D] in the type of q.
+    log_growth float [Mq, B, H, block_q, 1], added to the scores of means, and shift float [Mq, B, H, block_q, D], added
+    to their values: any of their last four sizes may be 1. The rest, and what is returned, as of the node.
     """
     one = op.Constant(value_ints=[1])
     minus_one = op.Constant(value_ints=[-1])
@@ -113,7 +114,7 @@ def BlockSparseAttention(
     indices = op.Transpose(indices, perm=[2, 0, 1, 3])
 
     @graph()
-    def row(query: FLOAT[...], kept: INT64[...], ids: INT64[...]) -> FLOAT[...]:
+    def row(query: FLOAT[...], kept: INT64[...], ids: INT64[...], more: FLOAT[...], moved: FLOAT[...]) -> FLOAT[...]:
         kept_at = op.Unsqueeze(kept, op.Constant(value_ints=[-1]))
         own = op.Where(op.Less(kept_at, m_k), ids, every)
         widest = op.Reshape(op.ReduceMax(kept, keepdims=0), op.Constant(value_ints=[1]))
@@ -141,6 +142,7 @@ def BlockSparseAttention(
         dropped = op.Slice(dropped, op.Constant(value_ints=[0]), m_k, op.Constant(value_ints=[2]))
         extra = op.Where(op.Greater(dropped, nothing), hidden, log_weight)
         extra = op.Add(op.MatMul(query, mean_k), op.Unsqueeze(extra, op.Constant(value_ints=[2])))
+        extra = op.Add(extra, more)
 
         scores = op.Concat(scores, extra, axis=3)
         top = op.ReduceMax(scores, op.Constant(value_ints=[3]), keepdims=1)
@@ -148,10 +150,97 @@ def BlockSparseAttention(
         weights = op.Where(op.Greater(scores, op.Constant(value_float=-5.0e29)), weights, nothing)
         total = op.ReduceSum(weights, op.Constant(value_ints=[3]), keepdims=1)
         result = op.MatMul(weights, op.Concat(own_values, mean_v, axis=2))
+        of_means = op.Slice(weights, op.Mul(widest, bk), op.Shape(scores, start=3, end=4), op.Constant(value_ints=[3]))
+        result = op.Add(result, op.Mul(op.ReduceSum(of_means, op.Constant(value_ints=[3]), keepdims=1), moved))
         result = op.Div(result, op.Where(op.Greater(total, nothing), total, op.Constant(value_float=1.0)))
         return result
 
-    out = op.Scan(queries, counts, indices, body=row, num_scan_inputs=3)
+    out = op.Scan(queries, counts, indices, log_growth, shift, body=row, num_scan_inputs=5)
     out = op.Transpose(out, perm=[1, 2, 0, 3, 4])
     out = op.Reshape(out, op.Concat(batch, heads, op.Mul(m_q, bq), dim, axis=0))
     return op.CastLike(op.Slice(out, end, q_len, length), q)
+
+
+@script(DOMAIN, default_opset=op)
+def BlockSparseAttention(
+    q: FLOAT,
+    k: FLOAT,
+    v: FLOAT,
+    kv_counts: INT32,
+    kv_indices: INT32,
+    kv_mask: BOOL,
+    compensate: FLOAT,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> FLOAT:
+    """Block-sparse attention.
+
+    q float, float16 or bfloat16 [B, H, Sq, D]; k and v [B, Hkv, Sk, D] of the same type, Hkv divides H.
+    kv_counts int32 [B or 1, H or 1, Mq], kv_indices int32 [B or 1, H or 1, Mq, W] with Mq = ceil(Sq / block_q).
+    kv_mask bool [B or 1, Sk], False where a key is hidden; compensate float [B or 1], 0 for none.
+    Returns [B, H, Sq, D] in the type of q.
+    """
+    rows = op.Concat(op.Shape(kv_counts, start=2, end=3), op.Constant(value_ints=[1, 1, 1, 1]), axis=0)
+    zeros = op.Expand(op.Constant(value_float=0.0), rows)
+    out = AttentionOfRows(
+        q,
+        k,
+        v,
+        kv_counts,
+        kv_indices,
+        kv_mask,
+        compensate,
+        zeros,
+        zeros,
+        scale=scale,
+        block_q=block_q,
+        block_kv=block_kv,
+    )
+    return out
+
+
+@script(DOMAIN, default_opset=op)
+def SecondOrderAttention(
+    q: FLOAT,
+    k: FLOAT,
+    v: FLOAT,
+    kv_counts: INT32,
+    kv_indices: INT32,
+    kv_mask: BOOL,
+    compensate: FLOAT,
+    growth: FLOAT,
+    shift: FLOAT,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> FLOAT:
+    """Block-sparse attention whose dropped blocks have, for each query, `growth` on their mass, `shift` on their value.
+
+    growth float [B, H, Sq, 1], 1 + u; shift float [B, H, Sq, D], t. The rest as of BlockSparseAttention.
+    """
+    one = op.Constant(value_ints=[1])
+    end = op.Constant(value_ints=[0])
+    length = op.Constant(value_ints=[2])
+    nothing = op.Constant(value_float=0.0)
+    bq = op.Reshape(op.Constant(value_int=block_q), one)
+    m_q = op.Shape(kv_counts, start=2, end=3)
+    pads = op.Concat(end, op.Sub(op.Mul(m_q, bq), op.Shape(q, start=2, end=3)), axis=0)
+    shape = op.Concat(op.Shape(q, start=0, end=2), m_q, bq, op.Constant(value_ints=[-1]), axis=0)
+    log_growth = op.Reshape(op.Pad(op.Log(growth), pads, nothing, length), shape)
+    moved = op.Reshape(op.Pad(shift, pads, nothing, length), shape)
+    out = AttentionOfRows(
+        q,
+        k,
+        v,
+        kv_counts,
+        kv_indices,
+        kv_mask,
+        compensate,
+        op.Transpose(log_growth, perm=[2, 0, 1, 3, 4]),
+        op.Transpose(moved, perm=[2, 0, 1, 3, 4]),
+        scale=scale,
+        block_q=block_q,
+        block_kv=block_kv,
+    )
+    return out

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 
 import onnx
 
-from .attention import BlockSparseAttention
+from .attention import AttentionOfRows, BlockSparseAttention, SecondOrderAttention
 from .select import BestOfGroup, CandidateScores, KeptBlocks, SelectBlocksByOrder, SelectBlocksByThreshold
 
 FUNCTIONS = {
     function.name: function
     for function in (
+        AttentionOfRows,
         BestOfGroup,
         BlockSparseAttention,
         CandidateScores,
         KeptBlocks,
+        SecondOrderAttention,
         SelectBlocksByOrder,
         SelectBlocksByThreshold,
     )

@@ -76,7 +76,7 @@ def _tidy(model: Any, paths: list[str]) -> None:
     """
     for holder in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         del holder.metadata_props[:]
-    ours = [node for node in model.graph.node if node.op_type == "BlockSparseAttention"]
+    ours = [node for node in model.graph.node if node.op_type in ("BlockSparseAttention", "SecondOrderAttention")]
     for node, path in zip(ours, paths, strict=True):
         node.name = f"{path}/{node.op_type}"
     booleans = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == 9}

@@ -5,7 +5,9 @@
 
 torch.onnx makes of it dynamicrad::BlockSparseAttention(q, k, v, kv_counts, kv_indices, kv_mask, compensate).
 
-Mask and weight are inputs of every node: all True and 0 where the op has none, so that a plugin has one signature.
+second_order_attention becomes dynamicrad::SecondOrderAttention(the same, growth, shift), with the moments of its
+queries in operators of ONNX before it. Mask and weight are inputs of every node: all True and 0 where the op has none,
+so that a plugin has one signature.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.onnx import ops as onnx_ops
 
 from ...errors import ExportError
 from ...kernels.attention_arguments import Attention
+from ...kernels.moments import growth_and_shift, moments_of
 from ...kernels.select_arguments import Selection
 
 VERSION = 1
@@ -26,17 +29,26 @@ VERSION = 1
 
 def attention_node(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """A node for `block_sparse_attention`, of the op's arguments; its lse is left out."""
+    return _attention("BlockSparseAttention", Attention(*args, **kwargs)), None
+
+
+def second_order_node(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """A node for `second_order_attention`, of the op's arguments, with the moments of its queries before it."""
     a = Attention(*args, **kwargs)
+    return _attention("SecondOrderAttention", a, *growth_and_shift(a, moments_of(a))), None
+
+
+def _attention(name: str, a: Attention, *more: Tensor) -> Tensor:
     compensate = torch.zeros(1, dtype=torch.float32, device=a.q.device) if a.compensate is None else a.compensate
-    out = onnx_ops.symbolic(
-        "dynamicrad::BlockSparseAttention",
-        (a.q, a.k, a.v, a.kv_counts, a.kv_indices, _mask(a), compensate),
+    out: Tensor = onnx_ops.symbolic(
+        f"dynamicrad::{name}",
+        (a.q, a.k, a.v, a.kv_counts, a.kv_indices, _mask(a), compensate, *more),
         _attributes(a),
         dtype=a.q.dtype,
         shape=a.q.shape,
         version=VERSION,
     )
-    return out, None
+    return out
 
 
 def selection_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -67,6 +79,7 @@ def _attributes(a: Attention | Selection) -> dict[str, float | int]:
 
 NODES = {
     "block_sparse_attention": attention_node,
+    "second_order_attention": second_order_node,
     "select_blocks": selection_node,
 }
 

@@ -18,7 +18,14 @@ from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 from torch_tensorrt.dynamo.lowering._decomposition_groups import TORCH_TRT_DECOMPOSITIONS
 
 from ...kernels.attention_arguments import Attention
-from .graph import ATTENTION, PLUGIN_ATTENTION, attention_for_plugin, refusal
+from .graph import (
+    ATTENTION,
+    PLUGIN_ATTENTION,
+    SECOND_ORDER,
+    attention_for_plugin,
+    refusal,
+    second_order_for_plugin,
+)
 from .names import INPUTS, MASK_INPUTS, MEANS_INPUTS, NAMESPACE, plugin_name
 from .plugin import ATTRIBUTES
 
@@ -56,3 +63,4 @@ def convert_plain(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 TORCH_TRT_DECOMPOSITIONS[ATTENTION] = attention_for_plugin
+TORCH_TRT_DECOMPOSITIONS[SECOND_ORDER] = second_order_for_plugin

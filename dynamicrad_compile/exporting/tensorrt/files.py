@@ -20,7 +20,7 @@ from ...errors import ExportError, nearest
 from ..job import Job
 from ..onnx import model as onnx_model
 from .graph import lower
-from .onnx import attention_node, standard_attention, write_onnx
+from .onnx import write_onnx
 
 VIA = ("torch", "plugin", "trtexec")
 STATELESS = True
@@ -54,7 +54,7 @@ def write(
     """Write the files. The details hold the commands that make or run an engine, and what runs outside of one."""
     if via == "torch":
         return _write_engines(job, dict(engine_options or {}))
-    file = write_onnx(job, attention_node if via == "plugin" else standard_attention, opset)
+    file = write_onnx(job, via, opset)
     commands = build_commands(job, file, via)
     for command in commands:
         job.say(f"then: {command}")

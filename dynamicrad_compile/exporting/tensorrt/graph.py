@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
-from ...kernels import attention_op as _registers_the_op  # noqa: F401
+from ...kernels import moments_op as _registers_the_ops  # noqa: F401
 from ...kernels.attention_arguments import Attention
 from ...kernels.blocks import cdiv, valid_counts
 from ...kernels.checks import DTYPES, MAX_HEAD_DIM
 from ...kernels.means import Means
+from ...kernels.merge_states import merged
+from ...kernels.moments import growth_and_shift, moments_of
 from ...runtime.account import record
 
 ATTENTION = torch.ops.dynamicrad.block_sparse_attention.default
+SECOND_ORDER = torch.ops.dynamicrad.second_order_attention.default
 
 
 @torch.library.custom_op("dynamicrad::plugin_attention", mutates_args=())
@@ -48,13 +51,19 @@ def plugin_attention(
 
     q, k, v, kv_counts, kv_indices as of block_sparse_attention; kv_mask int32 [B or 1, Sk], 0 for a hidden key.
     mean_k, mean_v [B, Hkv, Mk, D] in the dtype of k, n_valid int32 [B or 1, Mk], weight fp32 [B or 1] and kept
-    int32 [P, H', Mq, ceil(Mk / 32)] (see kernels.means): all or none.
+    int32 [P, H', Mq, ceil(Mk / 32)] (see kernels.means): all or none. Rows need not read what `kept` says they keep.
     Returns out [B, H, Sq, D] in the dtype of q and lse fp32 [B, H, Sq].
     """
     mask = None if kv_mask is None else kv_mask != 0
     if q.device.type == "cpu":
-        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, mask, weight)  # with own means
-        return out, lse
+        out, lse = ATTENTION(q, k, v, kv_counts, kv_indices, scale, block_q, block_kv, mask)
+        if kept is None:
+            return out, lse
+        held = ((kept.unsqueeze(-1) >> torch.arange(32, device=q.device)) & 1).flatten(3)
+        held = held.narrow(-1, 0, cdiv(k.shape[2], block_kv))
+        tables = held.sum(-1, dtype=torch.int32), held.argsort(-1, descending=True).int()
+        means = torch.ops.dynamicrad.means_attention(q, k, v, *tables, scale, block_q, block_kv, mask, weight)
+        return merged(out, lse, *means)
     from ...kernels.attention_triton import launch_forward
 
     means = None
@@ -82,6 +91,31 @@ def attention_for_plugin(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     else:
         out, lse = PLUGIN_ATTENTION(*plugin_inputs(a), a.factor, a.block_q, a.block_kv)
     return out, lse
+
+
+def second_order_for_plugin(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """second_order_attention through `plugin_attention` if that can take it; arguments and results of the op.
+
+    Two plugins, for the kept blocks and for the means of the dropped ones; what is between them is TensorRT's own.
+    """
+    a = Attention(*args, **kwargs)
+    if refusal(a):
+        out, lse = SECOND_ORDER(*a)
+        return out, lse
+    kept, kept_lse = attention_for_plugin(*a._replace(compensate=None))
+    return with_second_order(a, kept, kept_lse, PLUGIN_ATTENTION)
+
+
+def with_second_order(
+    a: Attention, kept: Tensor, kept_lse: Tensor, plugin: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of second_order_attention from those of its kept blocks; plugin: `plugin_attention`, for means."""
+    inputs = list(plugin_inputs(a))
+    inputs[3] = torch.zeros_like(a.kv_counts)  # reads no block
+    dropped, dropped_lse = plugin(*inputs, a.factor, a.block_q, a.block_kv)
+    growth, shift = growth_and_shift(a, moments_of(a, kept_flags(a.kv_counts, a.kv_indices, a.num_kv_blocks) > 0))
+    dropped = (dropped.float() + shift).to(a.q.dtype)
+    return merged(kept, kept_lse, dropped, dropped_lse + growth.log().squeeze(-1))
 
 
 def plugin_inputs(a: Attention) -> tuple[Tensor | None, ...]:
@@ -151,18 +185,22 @@ def refusal(a: Attention) -> str:
     return ""
 
 
-def lower(gm: fx.GraphModule, attention: Callable[..., Any] = attention_for_plugin) -> int:
+def lower(
+    gm: fx.GraphModule,
+    attention: Callable[..., Any] = attention_for_plugin,
+    second_order: Callable[..., Any] = second_order_for_plugin,
+) -> int:
     """Give each attention of a rewritten graph the form that a plugin takes, in place; returns their number.
 
-    attention: what stands in the graph for the op, with its arguments.
+    attention, second_order: what stands in the graph for the ops, with their arguments.
     What only counts calls for the report is taken out: an engine keeps no account of them.
     """
     count = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is record:
             gm.graph.erase_node(node)
-        elif node.op == "call_function" and node.target is ATTENTION:
-            node.target = attention
+        elif node.op == "call_function" and node.target in (ATTENTION, SECOND_ORDER):
+            node.target = attention if node.target is ATTENTION else second_order
             count += 1
         elif node.op == "call_function" and node.target in _FILLED:
             node.target = _FILLED[node.target]

@@ -1,6 +1,7 @@
 """ONNX models for TensorRT: with the attention as a plugin, or in standard operators.
 
 attention_node       dynamicrad::BlockSparseAttention..., which the plugins of `plugin` take
+second_order_node    two of these, for kept blocks and for means of dropped ones, and covariances in standard operators
 standard_attention   a softmax over all keys under the block mask: correct, and not faster than dense attention.
                      TensorRT does not read the Scan by which model.onnx of format "onnx" saves that work.
 """
@@ -19,9 +20,10 @@ from torch.onnx import ops as onnx_ops
 from ...errors import ExportError
 from ...kernels.attention_arguments import Attention
 from ...kernels.blocks import valid_counts
+from ...kernels.moments import growth_and_shift, moments_of
 from ..job import Job
 from ..onnx.model import _quiet as quiet
-from .graph import block_means, kept_flags, lower, plugin_inputs
+from .graph import block_means, kept_flags, lower, plugin_inputs, with_second_order
 from .names import NAMESPACE, plugin_name
 
 HIDDEN = -1.0e30
@@ -30,19 +32,32 @@ HIDDEN = -1.0e30
 def attention_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """block_sparse_attention as a node for a plugin, with mean keys and values computed in front of it."""
     a = Attention(*args, **kwargs)
+    return _node(*plugin_inputs(a), a.factor, a.block_q, a.block_kv)
+
+
+def second_order_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """second_order_attention as two such nodes, with covariances between them."""
+    a = Attention(*args, **kwargs)
+    return with_second_order(a, *attention_node(*a._replace(compensate=None)), _node)
+
+
+def _node(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """A node of the arguments of `plugin_attention`."""
+    *tensors, scale, block_q, block_kv = arguments
+    q = tensors[0]
     out, lse = onnx_ops.symbolic_multi_out(
-        f"{NAMESPACE}::{plugin_name(a.kv_mask is not None, a.compensate is not None)}",
-        [tensor for tensor in plugin_inputs(a) if tensor is not None],
+        f"{NAMESPACE}::{plugin_name(tensors[5] is not None, tensors[6] is not None)}",
+        [tensor for tensor in tensors if tensor is not None],
         {
-            "scale": [float(a.factor)],
-            "block_q": [a.block_q],
-            "block_kv": [a.block_kv],
+            "scale": [float(scale)],
+            "block_q": [block_q],
+            "block_kv": [block_kv],
             "plugin_namespace": NAMESPACE,  # how TensorRT's parser finds the plugin, and that it is compiled ahead
             "plugin_version": "1",
             "aot": 1,
         },
-        dtypes=(a.q.dtype, torch.float32),
-        shapes=(a.q.shape, a.q.shape[:3]),
+        dtypes=(q.dtype, torch.float32),
+        shapes=(q.shape, q.shape[:3]),
         version=1,
     )
     return out, lse
@@ -50,7 +65,19 @@ def attention_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def standard_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """block_sparse_attention in operations that every runtime has; memory is that of all scores."""
+    return _standard(Attention(*args, **kwargs)), None
+
+
+def standard_second_order(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """second_order_attention in such operations."""
     a = Attention(*args, **kwargs)
+    kept = kept_flags(a.kv_counts, a.kv_indices, a.num_kv_blocks) > 0
+    growth, shift = growth_and_shift(a, moments_of(a, kept))
+    return _standard(a, growth.log(), shift), None
+
+
+def _standard(a: Attention, log_growth: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """log_growth [B, H, Sq, 1] is added to the scores of means, shift [B, H, Sq, D] to their values."""
     (_, heads, q_len, _), (_, kv_heads, kv_len, _) = a.q.shape, a.k.shape
     plans, plan_heads, m_q = a.kv_counts.shape
 
@@ -77,20 +104,33 @@ def standard_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     if kv_heads != heads:
         keys, values = (x.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (keys, values))
     scores = queries @ keys.transpose(-1, -2) + bias
+    if log_growth is not None:
+        parts = scores.narrow(-1, 0, kv_len), scores.narrow(-1, kv_len, a.num_kv_blocks) + log_growth
+        scores = torch.cat(parts, -1)
     weights = torch.softmax(scores, -1) * (bias > HIDDEN / 2)  # a query without a key gets 0
-    return (weights @ values).to(a.q.dtype), None
+    out = weights @ values
+    if shift is not None:
+        out = out + weights.narrow(-1, kv_len, a.num_kv_blocks).sum(-1, keepdim=True) * shift
+    return out.to(a.q.dtype)
 
 
-def write_onnx(job: Job, attention: Callable[..., Any], opset: int) -> str:
+FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "plugin": (attention_node, second_order_node),
+    "trtexec": (standard_attention, standard_second_order),
+}
+"""What stands for block_sparse_attention and for second_order_attention."""
+
+
+def write_onnx(job: Job, via: str, opset: int) -> str:
     """Write STEM.onnx, and its weights as STEM.onnx.data; returns the name of the file.
 
-    attention: what stands for the op. Raises ExportError where the graph has operations that ONNX has not.
+    via: "plugin", or "trtexec" for standard operators. Raises ExportError where ONNX lacks an operation.
     """
     import onnx
     import onnx_ir
 
     module = fx.GraphModule(job.module, copy.deepcopy(job.module.graph))
-    lower(module, attention)
+    lower(module, *FORMS[via])
     for node in module.graph.nodes:
         if node.op == "call_function" and str(node.target).startswith(("dynamicrad.", "dynamicrad::")):
             raise ExportError(
