@@ -150,10 +150,6 @@ MISTAKES = {
     "path": ({"path": "{file}/deeper"}, "is a file"),
     "ending": ({"path": "wan.onnx"}, "format 'torch' writes .pt2 files"),
     "foreign ending": ({"path": "wan.pt", "format": "onnx"}, "format 'onnx' writes .onnx files"),
-    "rank": (
-        {"format": "onnx", "options": {**COMMON, "mode": "dynamic_threshold", "rank": "error"}},
-        "no node for a selection by rank 'error'. Set rank to 'mass'",
-    ),
     "int8": ({"format": "onnx", "options": {"qk_dtype": "int8"}}, "qk_dtype = 'int8' has no node"),
     "state": ({"format": "onnx", "options": {"dense_steps": 3}}, "dense_steps = 3 needs a memory"),
     "refresh": ({"format": "onnx", "options": {"refresh_steps": 2}}, "use format 'torch' or 'aoti'"),

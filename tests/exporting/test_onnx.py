@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.select_cases import CASES, CRITERIA, build, check
+from support.select_cases import CASES, CRITERIA, RANKS, build, check
 
 from dynamicrad_compile.kernels.attention_arguments import Attention
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
@@ -143,19 +143,20 @@ def test_half_precision():
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)  # rounding of the output
 
 
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_selection(criterion):
+def test_selection(criterion, rank):
     """The cases of the op itself: what is kept, in which order."""
     for case in CASES:
         if case.dtype != torch.float32:
             continue
-        args = build(case, criterion)
-        q, k, counts, indices, forced, near, thresholds, scale, block_q, block_kv, _, mask = args
+        args = build(case, criterion, rank)
+        q, k, counts, indices, forced, near, thresholds, scale, block_q, block_kv, _, mask = args[:12]
         inputs = {"q": q, "k": k, "kv_counts": counts, "kv_indices": indices, "kv_forced": forced, "kv_near": near}
         inputs["thresholds"] = thresholds
         inputs["kv_mask"] = torch.ones(1, k.shape[2], dtype=torch.bool) if mask is None else mask
         attributes = {"scale": scale or q.shape[-1] ** -0.5, "block_q": block_q, "block_kv": block_kv}
-        name = "SelectBlocksByThreshold"
+        name, attributes["by_error"] = "SelectBlocksByThreshold", int(rank == "error")
         if criterion != "threshold":
             name, attributes["by_mass"] = "SelectBlocksByOrder", int(criterion == "mass")
         shape = (*q.shape[:2], *indices.shape[2:])

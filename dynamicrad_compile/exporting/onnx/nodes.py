@@ -52,9 +52,9 @@ def _attention(name: str, a: Attention, *more: Tensor) -> Tensor:
 
 
 def selection_node(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A node for `select_blocks` by mass, of the op's arguments."""
+    """A node for `select_blocks`, of the op's arguments."""
     a = Selection(*args, **kwargs)
-    name, attributes = "SelectBlocksByThreshold", _attributes(a)
+    name, attributes = "SelectBlocksByThreshold", {**_attributes(a), "by_error": int(a.rank == "error")}
     if a.criterion != "threshold":
         name, attributes["by_mass"] = "SelectBlocksByOrder", int(a.criterion == "mass")
     shape = (*a.q.shape[:2], *a.kv_indices.shape[2:])
@@ -103,11 +103,6 @@ def with_onnx_nodes(module: fx.GraphModule) -> fx.GraphModule:
         if name not in NODES:
             raise ExportError(
                 f"ONNX: there is no node for dynamicrad::{name}. Set refresh_steps to None, or use format 'torch'."
-            )
-        if name == "select_blocks" and (rank := Selection(*node.args, **node.kwargs).rank) != "mass":
-            raise ExportError(
-                f"ONNX: there is no node for a selection by rank {rank!r}. Set rank to 'mass', or use format 'torch' "
-                "or 'aoti'."
             )
         node.target = NODES[name]
     return fx.GraphModule(module, graph)

@@ -20,8 +20,9 @@ def CandidateScores(
     scale: float,
     block_q: int,
     block_kv: int,
+    by_error: int,
 ) -> tuple[FLOAT, INT64, BOOL, BOOL]:
-    """Scores of a row's candidates, their ids, which places hold one (all [B, H, Mq, W]), and dense rows [.., Mq, 1].
+    """Scores of a row's candidates, ids, which places hold one (all [B, H, Mq, W]), and dense rows [.., Mq, 1].
 
     Scores are -inf where there is no candidate and where a block has no valid key.
     """
@@ -71,6 +72,31 @@ def CandidateScores(
     scores = op.MatMul(queries, op.Transpose(k_mean, perm=[0, 1, 3, 2]))
     scores = op.Reshape(scores, op.Concat(batch, heads, m_q, m_k, axis=0))
     scores = op.Add(op.Mul(scores, op.Constant(value_float=scale)), log_count)
+    if op.Cast(op.Constant(value_int=by_error), to=9):
+        squares = op.Pad(op.Cast(q, to=1), q_pads, nothing, length)
+        squares = op.Reshape(op.Mul(squares, squares), op.Concat(batch, heads, m_q, bq, dim, axis=0))
+        squares = op.Min(op.Div(op.ReduceSum(squares, three, keepdims=0), q_count), highest)
+        squares = op.Reshape(squares, op.Concat(batch, kv_heads, minus_one, dim, axis=0))
+        # Deviations from the first visible key, as in kernels.pool_cpu.
+        keys = op.Pad(op.Cast(k, to=1), k_pads, nothing, length)
+        keys = op.Reshape(keys, op.Concat(batch, kv_heads, m_k, bk, dim, axis=0))
+        number = op.CumSum(visible, op.Constant(value_int=3))
+        is_first = op.Mul(visible, op.Cast(op.Equal(number, op.Constant(value_float=1.0)), to=1))
+        first = op.ReduceSum(op.Mul(keys, is_first), three, keepdims=1)
+        apart = op.Mul(op.Sub(keys, first), visible)
+        keys_seen = op.Max(count, op.Constant(value_float=1.0))
+        shift = op.Div(op.ReduceSum(apart, three, keepdims=0), keys_seen)
+        variance = op.Div(op.ReduceSum(op.Mul(apart, apart), three, keepdims=0), keys_seen)
+        variance = op.Where(op.IsInf(variance), variance, op.Max(op.Sub(variance, op.Mul(shift, shift)), nothing))
+        error = op.MatMul(squares, op.Transpose(op.Min(variance, highest), perm=[0, 1, 3, 2]))
+        error = op.Reshape(error, op.Concat(batch, heads, m_q, m_k, axis=0))
+        none = op.And(op.Less(error, op.Constant(value_float=1.2e-38)), op.Not(op.IsNaN(scores)))
+        with_error = op.Max(op.Add(scores, op.Log(op.Min(error, highest))), op.Constant(value_float=-2.0e37))
+        ranked = op.Where(none, op.Constant(value_float=-3.0e37), with_error)
+        ranked = op.Where(op.Equal(log_count, lowest), lowest, ranked)
+    else:
+        ranked = op.Identity(scores)
+    scores = ranked
 
     width = op.Shape(kv_indices, start=3, end=4)
     place = op.Range(op.Constant(value_int=0), op.Squeeze(width), op.Constant(value_int=1))
@@ -141,13 +167,14 @@ def SelectBlocksByThreshold(
     scale: float,
     block_q: int,
     block_kv: int,
+    by_error: int,
 ) -> tuple[INT32, INT32]:
     """Counts and indices of the candidates with log(N p) >= threshold, and of the forced ones."""
     last = op.Constant(value_ints=[3])
     nothing = op.Constant(value_float=0.0)
     lowest = op.Constant(value_float=float("-inf"))
     scores, ids, listed, dense = CandidateScores(
-        q, k, kv_counts, kv_indices, kv_mask, scale=scale, block_q=block_q, block_kv=block_kv
+        q, k, kv_counts, kv_indices, kv_mask, scale=scale, block_q=block_q, block_kv=block_kv, by_error=by_error
     )
     place = op.Range(
         op.Constant(value_int=0), op.Squeeze(op.Shape(kv_indices, start=3, end=4)), op.Constant(value_int=1)
@@ -181,12 +208,13 @@ def SelectBlocksByOrder(
     scale: float,
     block_q: int,
     block_kv: int,
+    by_error: int,
     by_mass: int,
 ) -> tuple[INT32, INT32]:
     """Counts and indices of the best candidates of each group, by its mass or by its size, and of the forced ones."""
     last = op.Constant(value_ints=[3])
     scores, ids, listed, dense = CandidateScores(
-        q, k, kv_counts, kv_indices, kv_mask, scale=scale, block_q=block_q, block_kv=block_kv
+        q, k, kv_counts, kv_indices, kv_mask, scale=scale, block_q=block_q, block_kv=block_kv, by_error=by_error
     )
     width = op.Shape(kv_indices, start=3, end=4)
     place = op.Range(op.Constant(value_int=0), op.Squeeze(width), op.Constant(value_int=1))
