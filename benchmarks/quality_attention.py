@@ -113,6 +113,7 @@ def choice(
     table["sparsity"] = min(wide, table["sparsity"]) if found.dynamic_threshold else wide
     table |= {} if compensate is None else {"compensate": compensate}
     thresholds = [table.pop(name, None) for name in ("criterion", "near", "far")]
+    table.pop("rank", None)  # of the choice, not of the candidates
     balance = balance_of(*thresholds) if found.dynamic_threshold else 0.0
     candidates = make_candidates(subject.grid, profile.block_size, **table)
     return candidates, *ratios_for(candidates, sparsity, balance)

@@ -11,11 +11,13 @@ profile that is finished is skipped. `--install` copies the finished profiles to
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.files import to_toml, tomllib, write_file
@@ -25,13 +27,18 @@ from dynamicrad_compile.tuning.task import DEFAULT_OPTIMIZER
 
 OUTPUT = Path("outputs/profiles")
 SHIPPED = Path(__file__).parents[1] / "profiles"
-# What trained attention says (docs/quality.md): choice by error and covariances are the best in every regime, and so
-# are boxes of at least four frames. Proxies agree on the first two; which of these boxes it is, they choose.
+# What trained attention says (docs/quality.md): choice by error and covariances are the best in every regime, and boxes
+# of at least four frames, long in time where little moves and compact where much does. Proxies agree, all but for boxes
+# of fewer frames; which of these boxes it is, they choose.
 FIXED = {"covariance": True, "rank": "error", "criterion": "ratio", "thinning": 0.0}
-MIN_FRAMES = 4
+FRAMES = {"low": (8, 32), "mid": (4, 32), "high": (4, 8)}
+# A choice by content is among at least two candidates for each block that stays. The proxies have heads that attend by
+# place alone, for which few candidates are best, at some grids so few that nothing is left to choose.
+MOST_KEPT = 0.5
 RESTS_ON = (
-    "covariances, choice by error and boxes of at least 4 frames are fixed by what trained attention showed (a small "
-    "video model, docs/quality.md); which box, and the rest, by a "
+    "covariances, choice by error (among at least two candidates a block) and boxes of at least 4 frames (low motion: "
+    "at least 8, high motion: at most 8) are fixed by what trained attention showed (a small video model, "
+    "docs/quality.md); which box, and the rest, by a "
 )
 
 
@@ -86,7 +93,7 @@ def tune_target(name: str, arguments: argparse.Namespace) -> Path:
     """Tune one profile, or go on with it; returns its path."""
     target = TARGETS[name]
     path = OUTPUT / f"{name}.toml"
-    boxes = [box for box in shapes(target.grid, 128) if not isinstance(box, str) and box[0] >= MIN_FRAMES]
+    boxes = [box for box in shapes(target.grid, 128) if not isinstance(box, str) and box[0] >= 4]
     drad.tune(
         target.grid,
         path,
@@ -110,11 +117,38 @@ def tune_target(name: str, arguments: argparse.Namespace) -> Path:
         match={"models": list(target.models), "heads": list(target.heads), "layers": target.layers},
         resume=True,
     )
+    finish(path)
+    return path
+
+
+def allowed(regime: str, parameters: dict[str, Any]) -> bool:
+    """Whether a table is as trained attention wants it."""
+    least, most = FRAMES[regime]
+    return least <= parameters["box"][0] <= most and parameters.get("near", 0.0) <= MOST_KEPT
+
+
+def finish(path: Path) -> None:
+    """Say what a tuned profile rests on; where a winner is not `allowed`, take the best evaluation that is."""
     tables = tomllib.loads(path.read_text())
-    tables["provenance"]["source"] = RESTS_ON + tables["provenance"]["source"]
+    provenance = tables["provenance"]
+    provenance["source"] = RESTS_ON + provenance["source"]
+    entries = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()[1:]]
+    replaced = []
+    for regime, modes in tables["regimes"].items():
+        for mode in (mode for mode, table in modes.items() if not allowed(regime, table)):
+            place = ("search", regime, mode)
+            found = [e["evaluation"] for e in entries if (e["stage"], e["regime"], e["mode"]) == place]
+            found = [e for e in found if e["status"] == "ok" and allowed(regime, e["parameters"])]
+            best = min((e for e in found if e["sparsity"] >= 0.8), key=lambda e: e["loss"])
+            modes[mode] = best["parameters"]
+            replaced.append(f"{regime} {mode}")
+            for name in ("loss", "sparsity"):
+                provenance[name][f"{regime}_{mode}"] = round(best[name], 4)
+                provenance[name].pop(f"{regime}_{mode}_held_out", None)
+    if replaced:
+        provenance["source"] += f"; the search preferred others, which this excludes, for {', '.join(replaced)}"
     write_file(path, to_toml(tables))
     load_profile(path)
-    return path
 
 
 def main(argv: list[str] | None = None) -> int:
