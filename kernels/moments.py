@@ -81,7 +81,7 @@ def moments_of(a: Attention, kept: Tensor | None = None) -> Moments:
     if kept is None:
         kept = block_mask(a.kv_counts, a.kv_indices, a.num_kv_blocks)
     kept = kept.expand(batch, heads, -1, -1)
-    weights = _weights(mean_q, means[0], counts, kept.reshape(batch, kv_heads, -1, kept.shape[3]), a.factor)
+    weights = row_weights(mean_q, means[0], counts, kept.reshape(batch, kv_heads, -1, kept.shape[3]), a.factor)
     variance = apart[0].square().sum(3)
     narrow_k, narrow_v = (x.to(dtype_of(a.q)) for x in apart)
     both = narrow_k.transpose(-1, -2) @ narrow_v
@@ -90,7 +90,7 @@ def moments_of(a: Attention, kept: Tensor | None = None) -> Moments:
     return Moments(mean_q, means[0], narrow_k, narrow_v, weights, both, variance, products, squares)
 
 
-def _weights(mean_q: Tensor, mean_k: Tensor, counts: Tensor, kept: Tensor, scale: float) -> Tensor:
+def row_weights(mean_q: Tensor, mean_k: Tensor, counts: Tensor, kept: Tensor, scale: float) -> Tensor:
     """fp32 [B, Hkv, rep Mq, Mk], softmax over dropped blocks; counts int32 [B or 1, Mk], kept bool like the result."""
     number = counts.float().unsqueeze(1).unsqueeze(1)
     dropped = torch.logical_and(torch.logical_not(kept), number > 0)

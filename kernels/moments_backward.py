@@ -104,8 +104,7 @@ def _of_heads(a: Attention, m: Moments, grad_numerator: Tensor, grad_growth: Ten
     dk = (m.apart_v @ d_both.transpose(-1, -2)).float() + 2.0 * m.apart_k.float() * d_variance
     dk, dv = ((x * per_key).flatten(2, 3).narrow(2, 0, keys) for x in (dk, (m.apart_k @ d_both).float()))
     if a.kv_mask is not None:
-        hidden = ~a.kv_mask.unsqueeze(1).unsqueeze(-1)
-        dk, dv = (torch.where(hidden, 0.0, x) for x in (dk, dv))
+        dk, dv = (torch.where(a.kv_mask.unsqueeze(1).unsqueeze(-1), x, 0.0) for x in (dk, dv))
     dk = dk + spread(d_logits.transpose(-1, -2) @ m.mean_q, counts, a)
     rows = valid_counts(length, a.block_q, None, a.q.device)
     d_mean_q = (d_logits @ m.mean_k).reshape(batch, a.q.shape[1], -1, dim)

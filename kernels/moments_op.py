@@ -31,37 +31,24 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import attention_cpu, attention_op, moments_backward, quantise
 from . import means_op as _registers_means_attention  # noqa: F401
-from . import merge_states as _registers_merge_states  # noqa: F401
 from .attention_arguments import Attention, Results, check_means, mean_pairs, outputs
 from .attention_backward_op import PARAMETERS, TRIPLE, autograd_through, check_results, empty_gradients, split
 from .attention_backward_op import flops as attention_backward_flops
 from .define import HAS_TRITON, PAIR, define, parameters_of
 from .derivatives import no_second
-from .moments import by_heads, growth_and_shift, moments_of
 
 if HAS_TRITON:
     from .attention_backward_triton import KERNELS as BACKWARD
-    from .attention_triton import KERNELS as FORWARD
+    from .moments_triton import KERNELS as FORWARD
+    from .moments_triton import launch_second_order
 else:
     FORWARD = BACKWARD = ()
-
-
-def _in_plain_operations(a: Attention) -> tuple[Tensor, Tensor]:
-    kept, kept_lse = torch.ops.dynamicrad.block_sparse_attention(*a._replace(compensate=None))
-    dropped, dropped_lse = torch.ops.dynamicrad.means_attention(*a)
-    parts = zip(*(growth_and_shift(x, moments_of(x)) for x in by_heads(a)), strict=True)
-    growth, shift = (torch.cat(x, 1) for x in parts)
-    dropped = (dropped.float() + shift).to(a.q.dtype)
-    merged: tuple[Tensor, Tensor] = torch.ops.dynamicrad.merge_states(
-        kept, kept_lse, dropped, dropped_lse + growth.log().squeeze(-1)
-    )
-    return merged
 
 
 def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Attention(*arguments)
     check_means(a)
-    return _in_plain_operations(a)
+    return launch_second_order(a)
 
 
 def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:

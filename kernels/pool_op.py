@@ -81,9 +81,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def spread(grad_mean: Tensor, count: Tensor, block: int, length: int, kv_mask: Tensor | None) -> Tensor:
     """The gradient of x [B, H, length, D] from that of the means [B, H, M, D]; count int32 [B or 1, M]."""
-    share = grad_mean / count.clamp(min=1)[:, None, :, None].to(grad_mean.dtype)
-    grad = share.repeat_interleave(block, 2)[:, :, :length]
-    return grad if kv_mask is None else grad.masked_fill(~kv_mask[:, None, :, None], 0)
+    share = grad_mean / count.clamp(min=1).unsqueeze(1).unsqueeze(-1).to(grad_mean.dtype)
+    grad = share.unsqueeze(3).expand(-1, -1, -1, block, -1).flatten(2, 3).narrow(2, 0, length)
+    return grad if kv_mask is None else torch.where(kv_mask.unsqueeze(1).unsqueeze(-1), grad, 0.0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
