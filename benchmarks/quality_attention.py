@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dynamicrad_compile import make_plan
 from dynamicrad_compile.plans.make import make_candidates
 from dynamicrad_compile.plans.plan import Candidates
-from dynamicrad_compile.plans.table import balance_of, ratios_for
+from dynamicrad_compile.plans.ratios import balance_of, ratios_for
 from dynamicrad_compile.policy import CANDIDATE_FACTOR
 from dynamicrad_compile.profiles import Profile
 from dynamicrad_compile.quality import Subject, attention_hook

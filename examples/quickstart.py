@@ -106,7 +106,7 @@ class SmallModel:
         self.tokens = args.frames * (args.height // 4) * (args.width // 4)
         # As small as blocks can be: with 1,024 tokens there are only 64 of this size.
         self.dense_steps = args.steps // 5
-        self.options = {"min_tokens": 0, "block_size": 16, "mode": "dynamic_threshold", "compensate": 1.0}
+        self.options = {"min_tokens": 0, "block_size": 16, "mode": "dynamic_threshold"}
         self.options["dense_steps"] = self.dense_steps
 
     def generate(self, compiled: Any) -> tuple[torch.Tensor, list[float]]:

@@ -64,8 +64,6 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     for planned in placed:
         planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))
         context.notes += _how_planned(planned, homes.get(planned.video.node))
-    if any(p.table.plan.covariance for p in placed) and not any(_has_covariances(p.table.plan) for p in placed):
-        context.notes.append("covariance does nothing here: no plan compensates (compensate is 0)")
     return sum(site.replacement is not None for site in context.sites)
 
 

@@ -15,8 +15,8 @@ from dynamicrad_compile.kernels.means import means_of
 from dynamicrad_compile.kernels.select_op import cost
 from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.make import make_candidates
+from dynamicrad_compile.plans.ratios import ratios_for
 from dynamicrad_compile.plans.selection import select_blocks
-from dynamicrad_compile.plans.table import ratios_for
 from dynamicrad_compile.runtime.router import route
 
 from .bench import BLOCK, Bench

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import PlanError
 from ..profiles.parameters import Table
-from . import cost
 from .layout import Layout
 from .order import Box, inverse
 from .patterns import PATTERNS
 from .plan import BlockPlan, Candidates
+from .ratios import ratios_for, uneven
 
 KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
 """Threshold that keeps every candidate, by criterion of select_blocks."""
@@ -153,6 +151,7 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
         if regime.criterion:
             found = pattern.candidates(layout, regime.parameters)
             if regime.sparsity is not None:
+                found = uneven(found, regime.sparsity)
                 near, far = ratios_for(found, regime.sparsity, regime.balance)
         else:
             found = Candidates.forced(pattern.plan(layout, regime.parameters))
@@ -168,50 +167,3 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
         order = whole.plan.order.expand(spec.orders, -1).contiguous()
         whole = replace(whole, plan=replace(whole.plan, order=order, check_values=False), check_values=False)
     return PlanTable(whole, torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria)
-
-
-def balance_of(criterion: str, near: float, far: float) -> float:
-    """The balance that divides a budget as tuned thresholds do, -2 to 2; 0 unless they are shares of blocks."""
-    if criterion != "ratio":
-        return 0.0
-    near, far = (min(1.0 - 1e-9, max(1e-9, share)) for share in (near, far))
-    return min(2.0, max(-2.0, 0.5 * math.log(math.log1p(-near) / math.log1p(-far))))
-
-
-def ratios_for(candidates: Candidates, sparsity: float, balance: float = 0.0) -> tuple[float, float]:
-    """Shares of the near and of the far blocks to keep, by criterion "ratio", so that `sparsity` of dense is skipped.
-
-    The op keeps ceil(share * blocks) of a row's near and of its far blocks; compensation is counted. Near blocks get
-    1 - (1 - x)^exp(balance), far ones 1 - (1 - x)^exp(-balance), with one x for all, but for rounding: equal shares at
-    balance 0. 0 where the forced blocks alone are too many, 1 where all candidates are too few.
-    """
-    plan = candidates.plan
-    total, m_k = plan.kv_counts.numel() * plan.num_kv_blocks, plan.num_kv_blocks
-    thinned = plan.kv_counts < m_k
-    budget = (1.0 - sparsity) * total
-    if any(plan.compensate):
-        budget -= int(thinned.sum()) * m_k * cost.mean_keys(plan.block_kv)
-    near = (candidates.kv_near - candidates.kv_forced).double()
-    far = (plan.kv_counts - candidates.kv_near).double()
-
-    def fits(near_share: float, far_share: float) -> bool:
-        rows = candidates.kv_forced + torch.ceil(near_share * near) + torch.ceil(far_share * far)
-        return float(torch.where(thinned, rows, plan.kv_counts).sum()) <= budget
-
-    def shares(x: float) -> tuple[float, float]:
-        return 1.0 - (1.0 - x) ** math.exp(balance), 1.0 - (1.0 - x) ** math.exp(-balance)
-
-    near_share, far_share = shares(_largest(lambda x: fits(*shares(x))))
-    near_share = _largest(lambda share: fits(share, far_share), near_share)
-    return near_share, _largest(lambda share: fits(near_share, share), far_share)
-
-
-def _largest(fits: Callable[[float], bool], low: float = 0.0) -> float:
-    """The largest number in low..1 that fits, by bisection; low where none does."""
-    high = 1.0
-    if fits(high):
-        return high
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

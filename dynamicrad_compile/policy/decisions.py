@@ -8,7 +8,7 @@ from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
 from ..reporting.reason import Reason
 from .control import control_of
 from .gain import few_tokens, if_it_pays, mode_for
-from .method import method_of
+from .method import idle_covariance, method_of
 from .planning import AS_ASKED, planned, takes_regimes, without_meaning
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
 from .targets import unreached
@@ -45,7 +45,8 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             if problem:
                 unmet[problem] = None
             if isinstance(decision, PlannedSite):
-                notes |= dict.fromkeys(line for line in (method_of(decision), lacking) if line)
+                lines = (method_of(decision), lacking, idle_covariance(decision, wishes.options))
+                notes |= dict.fromkeys(line for line in lines if line)
         decided.append(decision)
     unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]
     if wishes.own is not None and unused and not any(isinstance(decision, PlannedSite) for decision in decided):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..options import Options
 from ..passes import PlannedSite
 from ..plans.table import RegimeSpec
 
@@ -23,6 +24,13 @@ def method_of(planned: PlannedSite) -> str:
         return ""
     what = "runs in raster order" if boxes == "raster" else f"boxes of {boxes} (frames x height x width)"
     return f"blocks of {plan.block_kv} tokens are {what}, chosen {chosen}; for a dropped one stands {stands}"
+
+
+def idle_covariance(planned: PlannedSite, options: Options) -> str:
+    """That option covariance was asked for in vain; '' if it was not."""
+    if not options.covariance or any(planned.table.plan.compensate):
+        return ""
+    return "option covariance does nothing here: no plan compensates (compensate is 0)"
 
 
 def _each(regimes: tuple[RegimeSpec, ...], what: Callable[[RegimeSpec], str]) -> str:

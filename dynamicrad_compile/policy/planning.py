@@ -10,7 +10,8 @@ from ..passes import Dense, PlannedSite, VideoSite, few_frames
 from ..plans.layout import MIN_FRAMES, too_long
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
-from ..plans.table import PlanSpec, RegimeSpec, balance_of
+from ..plans.ratios import balance_of
+from ..plans.table import PlanSpec, RegimeSpec
 from ..profiles import Profile
 from ..profiles.parameters import DynamicThreshold, StaticRatio
 from ..reporting.reason import NOTHING, Reason
@@ -79,12 +80,13 @@ def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
     """A regime whose blocks are chosen when the graph runs, among the candidates of the profile."""
     regime = profile.regime(name)
     table = regime.dynamic_threshold
-    target, rank = options.sparsity, options.rank or ("mass" if table is None else table.rank)
-    if target is None and (table is None or _other_choice(table, options)):
-        target = regime.static_ratio.sparsity
+    parameters = _override(table or regime.static_ratio, options)
+    rank = options.rank or _rank(table, parameters)
+    target = options.sparsity
+    if target is None and (table is None or (rank, parameters.box) != (table.rank, table.box)):
+        target = regime.static_ratio.sparsity  # the thresholds are for another choice
     if target == 0.0:  # nothing to choose
         return _static(profile, name, options)
-    parameters = _override(table or regime.static_ratio, options)
     if table is not None and target is None:
         return RegimeSpec(name, parameters, table.criterion, table.near, table.far, rank=table.rank)
     assert target is not None
@@ -94,10 +96,14 @@ def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
     return RegimeSpec(name, parameters, "ratio", sparsity=target, balance=balance, rank=rank)
 
 
-def _other_choice(table: DynamicThreshold, options: Options) -> bool:
-    """Whether the options ask for blocks that a profile's thresholds were not found for."""
-    box = None if options.box is None else options.box != table.box
-    return bool(box or (options.rank is not None and options.rank != table.rank))
+def _rank(table: DynamicThreshold | None, parameters: StaticRatio) -> str:
+    """What a profile chooses by; by error where it does not say.
+
+    Where nothing stands for dropped blocks, there is no error of what stands for them: by mass.
+    """
+    if not parameters.compensate:
+        return "mass"
+    return "error" if table is None else table.rank
 
 
 def _override(table: StaticRatio, options: Options) -> StaticRatio:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from support.graphs import OPTIONS, call, compile_sparse, drad, make, masked_dense, relative_error
 from support.marks import slow
+from support.plain import PLAIN
 from torch._dynamo.exc import BackendCompilerFailed
 
 
 def check_sparse(compiled, model, kwargs, expected, sparsity=0.6):
     """The output is the model's with dense attention under the plan for just these sizes; returns the report."""
     text = (expected["n_text_before"], expected["n_text_after"])
-    plan = drad.make_plan("dynamicrad", expected["grid"], 16, *text, sparsity=sparsity, regime="mid")
+    plan = drad.make_plan("dynamicrad", expected["grid"], 16, *text, sparsity=sparsity, regime="mid", profile=PLAIN)
     assert plan.sparsity > 0.05
     sparse = call(compiled, kwargs)
     with masked_dense(plan):

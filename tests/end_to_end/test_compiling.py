@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.conditioned import NoTime
 from support.graphs import OPTIONS, call, drad, make, masked_dense, relative_error
+from support.plain import PLAIN
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
@@ -17,7 +18,7 @@ def test_mochi_is_sparse_and_follows_the_number_of_valid_text_tokens(batch):
     for valid in (6, 4, 9):
         mask = (torch.arange(9) < valid)[None].expand(batch, -1).contiguous()
         given = {**kwargs, "encoder_attention_mask": mask}
-        plan = drad.make_plan("dynamicrad", expected["grid"], 16, 0, valid, sparsity=0.6, regime="mid")
+        plan = drad.make_plan("dynamicrad", expected["grid"], 16, 0, valid, sparsity=0.6, regime="mid", profile=PLAIN)
         sparse = call(compiled, given)
         with masked_dense(plan):
             assert relative_error(sparse, call(model, given)) < 1e-5
@@ -32,7 +33,9 @@ def test_hunyuan_video_15_is_sparse():
     """Its mask hides padded text as keys and as queries; its text is sorted by validity, so lengths depend on data."""
     model, kwargs, expected = make("hunyuan_video15")
     compiled = drad.compile(model, **OPTIONS, sparsity=0.6)
-    plan = drad.make_plan("dynamicrad", expected["grid"], 16, 0, expected["n_text_after"], sparsity=0.6, regime="mid")
+    plan = drad.make_plan(
+        "dynamicrad", expected["grid"], 16, 0, expected["n_text_after"], sparsity=0.6, regime="mid", profile=PLAIN
+    )
     for _ in range(2):
         sparse = call(compiled, kwargs)
         with masked_dense(plan):

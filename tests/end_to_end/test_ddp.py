@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from support.graphs import OPTIONS, first_output, make, masked_dense, relative_error
 from support.marks import slow
+from support.plain import PLAIN
 from torch.nn.parallel import DistributedDataParallel
 
 import dynamicrad_compile as drad
 
 SPARSE = {**OPTIONS, "sparsity": 0.6, "regime": "mid", "compensate": 0.0, "strict": True}
-PLAN = drad.make_plan("dynamicrad", (5, 6, 8), 16, sparsity=0.6, regime="mid", compensate=0.0)
+PLAN = drad.make_plan("dynamicrad", (5, 6, 8), 16, sparsity=0.6, regime="mid", profile=PLAIN)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers import transformer_wan
 from support.graphs import OPTIONS, call, make, masked_dense, relative_error
 from support.marks import slow
+from support.plain import PLAIN
 from torch import nn
 
 import dynamicrad_compile as drad
@@ -18,7 +19,7 @@ from dynamicrad_compile.errors import StrictError
 
 CPU = torch.device("cpu")
 SPARSE = {**OPTIONS, "sparsity": 0.6, "regime": "mid", "compensate": 0.0}
-PLAN = drad.make_plan("dynamicrad", (5, 6, 8), 16, sparsity=0.6, regime="mid", compensate=0.0)
+PLAN = drad.make_plan("dynamicrad", (5, 6, 8), 16, sparsity=0.6, regime="mid", profile=PLAIN)
 
 
 @torch.library.custom_op("drad_test::opaque_attention", mutates_args=())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.graphs import OPTIONS, call, make, masked_dense, relative_error
 from support.marks import slow
+from support.plain import PLAIN
 from zoo.models import ZOO
 from zoo.more import ZOO_MORE
 
@@ -133,7 +134,7 @@ def test_each_grid_of_a_regional_graph_gets_its_own_plan(name):
         _, kwargs, expected = make(name, **dict(zip("fhw", grid, strict=True)))
         plan = drad.make_plan(
             "dynamicrad", expected["grid"], 16, expected["n_text_before"], expected["n_text_after"],
-            sparsity=0.6, regime="high",
+            sparsity=0.6, regime="high", profile=PLAIN,
         )  # fmt: skip
         sparse = call(model, kwargs)
         with masked_dense(plan):

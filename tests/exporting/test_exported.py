@@ -17,13 +17,14 @@ from support.graphs import (
     sites_of,
 )
 from support.marks import fast, slow
+from support.plain import PLAIN
 from support.spellings import SPELLINGS
 from support.tiny_dit import KEEP, LATENTS, SCALE, TinyDiT, dense_attention, sparse_plan, token_mask
 
 from dynamicrad_compile.runtime.router import Router
 
 MODELS = ["wan_t2v", "hunyuan_video", "cogvideox_5b", "ltx"]
-OPTIONS = {"min_tokens": 0, "block_size": 16, "sparsity": 0.6}
+OPTIONS = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "sparsity": 0.6}
 
 
 def export(model, kwargs, dynamic=None):
@@ -78,7 +79,7 @@ def test_dynamic_frames_make_plans_when_the_program_runs():
     assert "made when the graph runs" in report.summary()
     for f in (5, 7):
         _, other, expected = make("wan_t2v", f=f)
-        plan = drad.make_plan("dynamicrad", expected["grid"], 16, sparsity=0.6, regime="mid")
+        plan = drad.make_plan("dynamicrad", expected["grid"], 16, sparsity=0.6, regime="mid", profile=PLAIN)
         with masked_dense(plan):
             assert relative_error(run(module, other), call(model, other)) < 1e-5
 
@@ -134,7 +135,7 @@ def test_written_out_attention(name):
     model = TinyDiT(attend, layout)
     with torch.no_grad():
         program = torch.export.export(model, (LATENTS,))
-        module, report = drad.rewrite(program, {"min_tokens": 0, "block_size": 16, "sparsity": 0.5})
+        module, report = drad.rewrite(program, {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "sparsity": 0.5})
         assert len(report.replaced) == 1, report.sites[0].reason
         out = module(LATENTS)
         keep = KEEP if "mask" in name else None
@@ -174,7 +175,7 @@ def test_router_in_an_exported_program(name, mode):
     router = Router(weight - weight.mean(0), torch.zeros(3))
     prompts = 3 * router.weight[[0, 2], None].expand(2, *kwargs["encoder_hidden_states"].shape[1:]).contiguous()
     kwargs = {**kwargs, "encoder_hidden_states": prompts}
-    options = {"min_tokens": 0, "block_size": 16, "mode": mode}
+    options = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "mode": mode}
     module, report = drad.rewrite(export(model, kwargs), {**options, "router": router})
     assert "chosen by the router" in str(report)
     again = torch.export.export(module, (), kwargs)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import tensorrt_standin as standin
 from support.graphs import call, dynamic_batch, make, relative_error
+from support.plain import PLAIN
 
 pytestmark = pytest.mark.tensorrt
 torch_tensorrt = standin.install()
@@ -31,7 +32,7 @@ from dynamicrad_compile.exporting.tensorrt import plugin as tensorrt_plugin  # n
 from dynamicrad_compile.exporting.tensorrt.graph import ATTENTION, PLUGIN_ATTENTION, lower  # noqa: E402
 from dynamicrad_compile.kernels.ahead_of_time import Build  # noqa: E402
 
-OPTIONS = {"min_tokens": 0, "block_size": 16, "sparsity": 0.6}
+OPTIONS = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "sparsity": 0.6}
 SETTINGS = CompilationSettings(min_block_size=1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.graphs import call, relative_error
+from support.plain import PLAIN
 from zoo.exports import make
 
 import dynamicrad_compile as drad
@@ -32,7 +33,7 @@ from dynamicrad_compile.kernels.attention_reference import kept_blocks
 from dynamicrad_compile.runtime.account import record
 
 BATCH, HEADS, KV_HEADS, TOKENS, DIM, BLOCK = 2, 4, 2, 331, 40, 16
-OPTIONS = {"min_tokens": 0, "block_size": 16, "sparsity": 0.6}
+OPTIONS = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "sparsity": 0.6}
 
 
 def operands(plans=1, plan_heads=1, width=9):

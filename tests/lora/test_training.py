@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from support.graphs import call, drad, first_output, make, masked_dense, relative_error
+from support.plain import PLAIN
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -21,7 +22,7 @@ from dynamicrad_compile.profiles import REGIMES
 from dynamicrad_compile.runtime.beside import PinnedState
 from dynamicrad_compile.runtime.regimes import MAX_BATCH
 
-SPARSE = {"min_tokens": 0, "block_size": 16, "inner": "eager"}
+SPARSE = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "inner": "eager"}
 CPU = torch.device("cpu")
 
 
@@ -92,7 +93,7 @@ def test_gradients_are_those_of_the_masked_model_in_every_regime(tmp_path):
     for order_of_rows in ((0, 1, 2), (2, 2, 0)):
         answer = made.predict(batch, asked, torch.tensor(order_of_rows))
         got = gradients(made, answer, asked.target)
-        plans = [drad.make_plan("dynamicrad", (5, 6, 8), 16, regime=REGIMES[r]) for r in order_of_rows]
+        plans = [drad.make_plan("dynamicrad", (5, 6, 8), 16, regime=REGIMES[r], profile=PLAIN) for r in order_of_rows]
         expected = torch.cat([masked(made, batch, asked, row, plan) for row, plan in enumerate(plans)])
         assert relative_error(answer, expected) < 1e-5
         assert worst(got, gradients(made, expected, asked.target)) < 1e-4

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.conditioned import Model
+from support.plain import PLAIN
 from support.tiny_dit import LATENTS, TinyDiT
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,7 @@ from dynamicrad_compile.errors import OptionsError
 from dynamicrad_compile.options import Options
 from dynamicrad_compile.passes import PASSES, dump
 
-SMALL = {"min_tokens": 0, "block_size": 16, "sparsity": 0.5}
+SMALL = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "sparsity": 0.5}
 STEPS = ["captured", *(step.__name__ for step in PASSES)]
 
 

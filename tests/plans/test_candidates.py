@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.plain import PLAIN
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.plans import prior
@@ -98,4 +99,4 @@ def test_bad_parameters():
     with pytest.raises(PlanError, match=r"unknown parameter 'far_widht'.*Did you mean 'far_width'"):
         make_candidates((4, 4, 4), 16, sparsity=0.5, far_widht=1.0)
     with pytest.raises(PlanError, match=r"no dynamic_threshold table for regime 'mid'"):
-        make_candidates((4, 4, 4), 16, profile="default")
+        make_candidates((4, 4, 4), 16, profile=PLAIN)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dynamicrad_compile.plans import cost
 from dynamicrad_compile.plans.make import make_candidates, make_plan
-from dynamicrad_compile.plans.table import KEEP_ALL, PlanSpec, RegimeSpec, balance_of, ratios_for
+from dynamicrad_compile.plans.plan import BlockPlan
+from dynamicrad_compile.plans.ratios import balance_of, ratios_for, uneven
+from dynamicrad_compile.plans.table import KEEP_ALL, PlanSpec, RegimeSpec
 from dynamicrad_compile.profiles.parameters import StaticRatio
 
 STATIC = RegimeSpec("low", StaticRatio(compensate=0.5, sparsity=0.8))
@@ -72,3 +75,33 @@ def test_shares_at_the_ends():
     found = make_candidates((6, 8, 12), 16, sparsity=0.5)
     assert ratios_for(found, 0.2) == (1.0, 1.0)
     assert ratios_for(found, 1.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "box", "compensate"), [(64, (16, 2, 2), 1.0), (16, (4, 2, 2), 1.0), (16, (16, 1, 1), 0.0)]
+)
+@pytest.mark.parametrize("sparsity", [0.7, 0.8, 0.9])
+@pytest.mark.parametrize("text", [0, 20])
+def test_a_share_of_blocks_in_boxes_meets_the_budget_to_a_few_blocks(block_size, box, compensate, sparsity, text):
+    parameters = StaticRatio(sparsity=0.0, box=box, compensate=compensate)
+    regime = RegimeSpec("mid", parameters, "ratio", sparsity=sparsity, rank="error")
+    table = PlanSpec("dynamicrad", block_size, (regime,)).build((16, 8, 8), text, 0)
+    plan, candidates = table.plan, table.candidates
+    near = float(table.thresholds[0, 0])
+    thinned = plan.kv_counts < plan.num_kv_blocks
+    kept = candidates.kv_forced + torch.ceil(torch.tensor(near) * (candidates.kv_near - candidates.kv_forced))
+    kept = torch.where(thinned, kept, plan.kv_counts)
+    forced = torch.where(thinned, candidates.kv_forced, plan.kv_counts)
+    skipped, most = (
+        1 - float(cost.computed(rows, compensate, plan.num_kv_blocks, block_size)) for rows in (kept, forced)
+    )
+    assert skipped == pytest.approx(most) or sparsity - 1e-6 <= skipped <= sparsity + 0.006
+    BlockPlan(plan.kv_counts, plan.kv_indices, block_size, block_size, plan.q_len, plan.kv_len)  # ids differ
+    assert int(plan.kv_counts[thinned].max() - plan.kv_counts[thinned].min()) <= 1
+
+
+def test_candidates_that_differ_anyway_are_left_as_they_are():
+    plan = make_candidates((16, 8, 8), 16, sparsity=0.5)
+    assert uneven(plan, 0.8) is plan  # near and far are told apart
+    boxes = make_candidates((16, 8, 8), 16, sparsity=0.03, box=(4, 2, 2))
+    assert uneven(boxes, 0.995) is boxes  # not a block to spare

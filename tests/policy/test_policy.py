@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.plain import PLAIN
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.passes import Conditions, Dense, PlannedSite, Site, TextTokens, VideoSite
@@ -19,7 +20,7 @@ from dynamicrad_compile.policy.settings import Regimes, Settings
 from dynamicrad_compile.profiles import load_profile
 from dynamicrad_compile.profiles.parameters import Table
 
-SMALL = {"min_tokens": 0, "block_size": 16, "regime": "mid"}
+SMALL = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "regime": "mid"}
 
 
 def video(path="blocks.0.attn1", grid=(4, 6, 8), text=(0, 0), device="cpu"):
@@ -118,7 +119,7 @@ def test_options_without_meaning_to_a_pattern_are_named():
 
 
 def test_profile_auto_names_what_it_picked():
-    found = decisions(video(grid=(21, 30, 52)))
+    found = decisions(video(grid=(21, 30, 52)), profile="auto")
     assert any(note.startswith("profile 'auto' is ") for note in found.notes)
 
 

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 from pydantic import ValidationError
+from support.plain import PLAIN
 
 from dynamicrad_compile.errors import ProfileError
 from dynamicrad_compile.kernels.select_criteria import CRITERIA, RANKS
@@ -17,7 +18,7 @@ from dynamicrad_compile.profiles.parameters import Criterion, Rank
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dynamicrad_compile"
-DEFAULT = (ROOT / "profiles" / "default.toml").read_text(encoding="utf-8")
+DEFAULT = Path(PLAIN).read_text(encoding="utf-8")
 
 
 def write(folder, text):
@@ -45,6 +46,10 @@ def test_default_values():
     assert profile.min_tokens == "auto"
     assert profile.provenance.optimizer == "none"
     assert profile.regimes.mid.static_ratio.sparsity == 0.80
+    tables = [table for name in REGIMES for table in profile.regime(name).tables]
+    assert len(tables) == 6
+    assert all(table.box_sizes and table.covariance and table.compensate == 1.0 for table in tables)
+    assert {profile.regime(name).dynamic_threshold.rank for name in REGIMES} == {"error"}
 
 
 def test_load_by_path(tmp_path, monkeypatch):
@@ -168,7 +173,7 @@ DYNAMIC = "[regimes.high.dynamic_threshold]\nsparsity = 0.5\nnear = -1.0\nfar = 
 def test_dynamic_threshold_table(tmp_path):
     table = load_profile(write(tmp_path, DEFAULT + DYNAMIC)).regime("high").dynamic_threshold
     assert (table.criterion, table.near, table.far, table.temporal_decay) == ("threshold", -1.0, 0.5, 2.0)
-    assert load_profile("default").regime("low").dynamic_threshold is None
+    assert load_profile(PLAIN).regime("low").dynamic_threshold is None
 
 
 @pytest.mark.parametrize(

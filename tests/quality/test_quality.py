@@ -15,7 +15,7 @@ from dynamicrad_compile import quality
 from dynamicrad_compile.errors import DynamicRadError
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
 from dynamicrad_compile.plans.make import make_candidates
-from dynamicrad_compile.plans.table import ratios_for
+from dynamicrad_compile.plans.ratios import ratios_for
 from dynamicrad_compile.quality import blocks, features, methods, metrics
 from dynamicrad_compile.quality.pictures import read_clip
 from dynamicrad_compile.quality.subject import load_subject

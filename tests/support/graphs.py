@@ -12,6 +12,7 @@ from zoo.models import ZOO, out_tensors
 import dynamicrad_compile as drad
 from dynamicrad_compile.passes import Decisions, Dense, PassContext, PlannedSite, run_passes
 from dynamicrad_compile.plans.table import PlanTable
+from support.plain import PLAIN
 
 
 def plan_each(build_plan):
@@ -86,7 +87,7 @@ def masked_dense(plan):
         yield
 
 
-OPTIONS = {"min_tokens": 0, "block_size": 16, "inner": "eager"}
+OPTIONS = {"profile": PLAIN, "min_tokens": 0, "block_size": 16, "inner": "eager"}
 
 
 def compile_sparse(model, **options):

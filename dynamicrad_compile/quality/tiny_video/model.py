@@ -111,9 +111,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, TextEn
 
     FileNotFoundError or ValueError says what is missing or does not fit.
     """
-    path = Path(path)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    settings = weights.parent / "config.json"
+    weights, settings = _files(path)
     for file in (weights, settings):
         if not file.is_file():
             raise FileNotFoundError(f"a checkpoint needs {file}, which is not there.")
@@ -132,6 +130,18 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, TextEn
         module.load_state_dict(part)
         module.to(device).eval().requires_grad_(False)
     return transformer, text
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Pixels of a side of the clips that a checkpoint was trained on."""
+    return int(json.loads(_files(path)[1].read_text(encoding="utf-8")).get("size", data.SIZE))
+
+
+def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Weights and config.json of a checkpoint, a folder or its weights."""
+    weights = Path(path)
+    weights = weights / "model.safetensors" if weights.is_dir() else weights
+    return weights, weights.parent / "config.json"
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from support.graphs import (
     relative_error,
     targets,
 )
+from support.plain import PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -80,7 +81,7 @@ def through_cond(block, x):
     return torch.cond(x.sum() > -1e9, block, lambda y: y + 1, (x,))
 
 
-PLAN = drad.make_plan("dynamicrad", (4, 3, 5), 16, sparsity=0.5, regime="mid")
+PLAN = drad.make_plan("dynamicrad", (4, 3, 5), 16, sparsity=0.5, regime="mid", profile=PLAIN)
 TABLE = PlanTable.of(PLAN)
 
 
