@@ -4,9 +4,13 @@
     python benchmarks/quality_method.py --checkpoint FOLDER --blocks 64     # another one
     python benchmarks/quality_method.py --only "error/covariances" --sparsities 0.9
 
+    python benchmarks/quality_method.py --routed --boxes 16x1x1 --only error/covariances    # and by regime
+
 Every row is one setting of the options box, rank, compensate, covariance and sparsity: all denoising steps sparse, no
 guidance, prompts of low, mid and high motion in turn, the same noise for all. Radial Attention's nearest mask runs in
-the same table, by the research hook. RMSE of clips in 0..1 to the dense clips, mean over prompts and by regime.
+the same table, by the research hook. With --routed each box has a second row: a router fitted on the model's own
+captions gives low motion fewer blocks and high motion more, in the mean as many (GRADES). RMSE of clips in 0..1 to the
+dense clips, mean over prompts and by regime.
 
 Written after each row: RESULTS/method_NAME.json and .md; clips that are in --output are not made again.
 """
@@ -22,10 +26,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import dynamicrad_compile as drad
 from dynamicrad_compile.quality import Dense, method, rmse
 from dynamicrad_compile.quality.harness import make_clips, write_json
 from dynamicrad_compile.quality.methods import Compiled
-from dynamicrad_compile.quality.tiny_video.model import CHECKPOINT
+from dynamicrad_compile.quality.tiny_video import data
+from dynamicrad_compile.quality.tiny_video.model import CHECKPOINT, load
 from dynamicrad_compile.quality.tiny_video.subject import prompts, subject
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,6 +50,8 @@ CHOICES: dict[str, tuple[str | None, float, bool]] = {
     "place/covariances": (None, 1.0, True),
     "place/nothing": (None, 0.0, False),
 }
+GRADES = {"low": 1.5, "mid": 1.0, "high": 0.5}
+"""What a regime skips more than another: the share that is read, times 1 / GRADE, scaled to the mean of all."""
 SETTLED = {
     "profile": "default",
     "regime": "mid",
@@ -61,10 +69,31 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, int, float, str, s
             yield "radial", block, sparsity, "raster", "place/nothing"
             for choice in args.only or CHOICES:
                 for box in BOXES[block]:
-                    yield "ours", block, sparsity, box if box == "raster" else "x".join(map(str, box)), choice
+                    name = box if box == "raster" else "x".join(map(str, box))
+                    yield "ours", block, sparsity, name, choice
+                    if args.routed:
+                        yield "routed", block, sparsity, name, choice
 
 
-def made(what: str, block: int, sparsity: float, box: str, choice: str, video: Any) -> Any:
+def routed(options: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """The same options with a router and a profile that grades the share which is read by regime."""
+    text = load(checkpoint)[1]
+    corpus = [data.clip(1, index) for index in range(600)]
+    labelled = [(item.caption, item.regime) for item in corpus]
+    router = drad.fit_router(lambda texts: text.encode(list(texts)).detach(), labelled, progress=False)
+    router.save(folder / "router.safetensors")
+    weights = {name: 1.0 / grade for name, grade in GRADES.items()}
+    mean = sum(weights.values()) / len(weights)
+    read = {name: (1.0 - options["sparsity"]) * weight / mean for name, weight in weights.items()}
+    lines = ["schema = 1", "[profile]", 'name = "graded"', f"block_size = {options['block_size']}"]
+    for name in REGIMES:
+        lines += [f"[regimes.{name}.static_ratio]", f"sparsity = {1.0 - read[name]:.4f}"]
+    (folder / "graded.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    others = {name: value for name, value in options.items() if name not in ("sparsity", "regime")}
+    return {**others, "profile": str(folder / "graded.toml"), "router": str(folder / "router.safetensors")}
+
+
+def made(what: str, block: int, sparsity: float, box: str, choice: str, video: Any, args: argparse.Namespace) -> Any:
     """The method of a row."""
     if what == "radial":
         return method("radial", video, sparsity, block)
@@ -80,7 +109,9 @@ def made(what: str, block: int, sparsity: float, box: str, choice: str, video: A
     }
     if rank is not None:
         options["rank"] = rank
-    return Compiled(f"{box} {choice}", sparsity, options)
+    if what == "routed":
+        options = routed(options, args.output, args.checkpoint)
+    return Compiled(f"{box} {choice} {what}", sparsity, options)
 
 
 def page(found: dict[str, Any]) -> str:
@@ -96,6 +127,7 @@ def page(found: dict[str, Any]) -> str:
         ]
         for row in sorted(rows, key=lambda row: row["rmse"]):
             name = "Radial Attention" if row["what"] == "radial" else row["choice"].replace("/", " / ")
+            name += ", routed" if row["what"] == "routed" else ""
             by = " | ".join(f"{row['by_regime'][regime]:.3f}" for regime in REGIMES)
             lines.append(
                 f"| {row['box']} | {name} | {row['rmse']:.4f} | {row['error']:.4f} | {row['psnr']:.1f} | {by} | "
@@ -117,6 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--prompts", type=int, default=9, help="low, mid and high motion in turn (9)")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps (10)")
     parser.add_argument("--only", nargs="+", choices=list(CHOICES), help="choices (all)")
+    parser.add_argument("--routed", action="store_true", help="also graded by regime, with a router")
     parser.add_argument("--boxes", nargs="+", help="such as raster 16x1x1 (all)")
     args = parser.parse_args(argv)
     video = subject(args.checkpoint, steps=args.steps, guidance_scale=1.0)
@@ -136,7 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for row in tqdm(rows, unit="row"):
         if any(tuple(old[name] for name in names) == row for old in found["rows"]):
             continue
-        got, skipped, _ = make_clips(video, made(*row, video), said, seeds, clips, batch=3)
+        got, skipped, _ = make_clips(video, made(*row, video, args), said, seeds, clips, batch=3)
         off = rmse(got, dense).double()
         found["rows"].append(
             {

@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     which.add_argument("--model", help="folder or hub name of a Wan text-to-video pipeline")
     which.add_argument("--random", action="store_true", help="random weights at the widths of Wan2.1-1.3B")
     parser.add_argument("--prompt", nargs="+", help="one or more, not with --random")
-    parser.add_argument("--sparsity", type=float, help="share of blocks to skip (0.7; 0.8 with --model or --random)")
+    parser.add_argument("--sparsity", type=float, help="share of blocks to skip (0.6; 0.8 with --model or --random)")
     parser.add_argument("--frames", type=int, help="of the video (16; 81 with --model, 49 with --random: 4 n + 1)")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (480 with --model, 320 with --random)")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (832 with --model, 512 with --random)")
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.model and args.prompt and len(args.prompt) > 1:
         parser.error("--model takes one prompt; quote it")
     sizes = {"frames": (16, 49, 81), "height": (32, 320, 480), "width": (32, 512, 832), "steps": (20, 4, 30)}
-    for name, defaults in {**sizes, "sparsity": (0.7, 0.8, 0.8)}.items():
+    for name, defaults in {**sizes, "sparsity": (0.6, 0.8, 0.8)}.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[0 if small else 2 if args.model else 1])
     if not small and (args.frames % 4 != 1 or args.height % 16 or args.width % 16):

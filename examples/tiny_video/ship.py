@@ -40,9 +40,13 @@ def facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
-    """Write everything to `output`; returns what config.json says. ValueError if the weights are too large."""
+def ship(run: Path, output: Path, machine: str, samples: int = 3, began: str = "random weights") -> dict[str, Any]:
+    """Write everything to `output`; returns what config.json says. ValueError if the weights are too large.
+
+    samples: clips of each regime; began: the weights that the run began with.
+    """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    pixels = config.get("size", data.SIZE)
     weights = {key: value.half() for key, value in load_file(run / "ema_latest.safetensors").items()}
     size = sum(2 * value.numel() for value in weights.values())
     if size > LIMIT:
@@ -50,7 +54,7 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
     model.save(output / "model.safetensors", weights, config)
     transformer, text = model.load(output)
     config["held_out"] = {
-        "loss": round(train.held_out_loss(transformer, text).mean().item(), 6),
+        "loss": round(train.held_out_loss(transformer, text, size=pixels).mean().item(), 6),
         "clips": train.HELD_OUT,
         "frames": data.FRAMES,
         "seed": data.HELD_OUT_SEED,
@@ -58,10 +62,10 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
     config["machine"] = machine
     write_file(output / "config.json", json.dumps(config, indent=1) + "\n")
 
-    captions = [caption for regime in data.REGIMES for caption in data.captions(3, regime=regime)]
-    videos = model.sample(transformer, text, captions, progress=tqdm)
+    captions = [caption for regime in data.REGIMES for caption in data.captions(samples, regime=regime)]
+    videos = model.sample(transformer, text, captions, progress=tqdm, size=(pixels, pixels))
     pictures.contact_sheet(videos, captions, output / "samples.png")
-    pictures.comparison({"samples": videos}, captions, output / "samples.gif", scale=3)
+    pictures.comparison({"samples": videos}, captions, output / "samples.gif", scale=max(1, 96 // pixels))
     numbers = facts(run, config)
     log = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     pictures.loss_curve([json.loads(line) for line in log], output / "loss.png")
@@ -83,6 +87,10 @@ def ship(run: Path, output: Path, machine: str) -> dict[str, Any]:
         guidance=model.GUIDANCE,
         samples=len(captions),
         words=len(config["vocabulary"]),
+        size=pixels,
+        tokens=data.FRAMES * (pixels // 4) ** 2,
+        began=began,
+        folder=output.name,
     )
     write_file(output / "README.md", card)
     return config
@@ -93,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="--output of the training")
     parser.add_argument("--output", type=Path, default=model.CHECKPOINT)
+    parser.add_argument("--samples", type=int, default=3, help="clips of each regime (3)")
+    parser.add_argument("--began", default="random weights", help="the weights that the run began with, for the card")
     parser.add_argument(
         "--machine", default="one core of an AMD EPYC (AVX2)", help="what it was trained on, for the card"
     )
@@ -100,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.run.is_dir():
         parser.error(f"--run: there is no folder {args.run}")
     torch.set_grad_enabled(False)
-    config = ship(args.run, args.output, args.machine)
+    config = ship(args.run, args.output, args.machine, args.samples, args.began)
     print(f"step {config['step']}, held-out loss {config['held_out']['loss']}: written to {args.output}")
 
 
