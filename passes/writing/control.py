@@ -96,8 +96,8 @@ class Controls:
         if len(planned.table.plan.kv_counts) > 1:
             regime = self._regime_for(planned.video.shape[0])
             shared = {} if several_orders(planned) else {"order": nodes.order, "inverse": nodes.inverse}
-            nodes = nodes.each(lambda node: call(torch.index_select, (node, 0, regime)))
-            nodes = replace(nodes, **shared)
+            of_regimes = replace(nodes, **dict.fromkeys(shared))
+            nodes = replace(of_regimes.each(lambda node: call(torch.index_select, (node, 0, regime))), **shared)
         if self.control.gates:
             nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
         return nodes

@@ -80,10 +80,17 @@ dynamic_threshold = {{ sparsity = 0.0, criterion = "ratio", near = 0.4, far = 0.
 REGIMES = ("low", "mid", "high")
 
 
-@pytest.mark.parametrize(
-    ("mode", "inner"), [("dynamic_threshold", "eager"), ("static_ratio", "eager"), slow("static_ratio", "inductor")]
-)
-def test_each_row_of_a_batch_has_the_order_of_its_regime(mode, inner, tmp_path):
+ROWS = [
+    ("dynamic_threshold", "eager", None),
+    ("static_ratio", "eager", None),
+    slow("static_ratio", "inductor", None),
+    ("dynamic_threshold", "eager", (4, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("mode", "inner", "box"), ROWS)
+def test_each_row_of_a_batch_has_the_order_of_its_regime(mode, inner, box, tmp_path):
+    """A box of its own in each regime, or the same for all."""
     profile = tmp_path / "boxes.toml"
     profile.write_text(PROFILE.format(mode=mode))
     model, kwargs, _ = make("wan_t2v")
@@ -91,7 +98,7 @@ def test_each_row_of_a_batch_has_the_order_of_its_regime(mode, inner, tmp_path):
     weight -= weight.mean(0)
     prompts = 3 * weight[:, None].expand(3, 7, 16)
     batch = {name: kwargs[name].repeat_interleave(3, 0) for name in ("hidden_states", "timestep")}
-    options = dict(profile=str(profile), dense_steps=0)
+    options = dict(profile=str(profile), dense_steps=0, box=box)
     compiled = compile_sparse(model, router=Router(weight, torch.zeros(3)), inner=inner, **options)
     with torch.no_grad():
         out = first_output(compiled(**{**kwargs, **batch, "encoder_hidden_states": prompts.contiguous()}))

@@ -202,3 +202,29 @@ def test_all_self_attentions_are_replaced():
     assert len(report.replaced) == model.TRANSFORMER["num_layers"]
     assert {site.grid for site in report.replaced} == {(16, 8, 8)}
     assert {site.role for site in report.sites if not site.replaced} == {"cross_attention"}
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_more_pixels_show_the_same_scene(index):
+    small = data.render(data.clip(3, index), frames=5)
+    large = data.render(data.clip(3, index), frames=5, size=2 * data.SIZE)
+    assert large.shape == (3, 5, 2 * data.SIZE, 2 * data.SIZE)
+    halved = large.reshape(3, 5, data.SIZE, 2, data.SIZE, 2).mean((3, 5))
+    assert abs(halved - small).mean() < 0.02
+
+
+def test_the_larger_checkpoint_is_sampled_at_its_size():
+    from dynamicrad_compile.quality.tiny_video.subject import subject
+
+    larger = model.CHECKPOINT.with_name("checkpoint64")
+    assert model.size_of(model.CHECKPOINT) == data.SIZE
+    assert model.size_of(larger) == 64
+    assert subject(larger, steps=1).grid == (data.FRAMES, 16, 16)
+
+
+def test_a_run_may_begin_with_a_checkpoint_at_another_size(tmp_path):
+    options = ["--size", "16", "--start", str(model.CHECKPOINT), "--steps", "1", "--batch-size", "1", "--frames", "4"]
+    run = train.main(["--output", str(tmp_path / "run"), *options])
+    assert (run.step, model.size_of(tmp_path / "run" / "ema_latest.safetensors")) == (1, 16)
+    with pytest.raises(SystemExit):
+        train.parse(["--output", str(tmp_path), "--size", "30"])
