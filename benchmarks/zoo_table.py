@@ -49,7 +49,8 @@ Make = Callable[..., tuple[Any, dict[str, Any], dict[str, Any]]]
 CASES: dict[str, Make] = {**ZOO, **ZOO_MORE, **ZOO_ORIGINAL}
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = 16
-SPARSE = {"profile": "default", "regime": "high", "sparsity": 0.7, "compensate": 0.0}
+PLAIN = {"sparsity": 0.7, "compensate": 0.0, "covariance": False, "box": "raster"}
+SPARSE = {"profile": "default", "regime": "high", "mode": "static_ratio", **PLAIN}
 
 
 @dataclass
@@ -165,7 +166,7 @@ def _against_masked_dense(make: Make, common: dict[str, Any]) -> tuple[float, bo
     model, _, _ = make()
     _wake(model)
     params = drad.load_profile("default").regime("high").static_ratio.model_dump()
-    params |= {"sparsity": SPARSE["sparsity"], "compensate": SPARSE["compensate"]}
+    params |= PLAIN
     compiled = _compile(model, **SPARSE, **common)
     errors: list[float] = []
     dense_elsewhere = False

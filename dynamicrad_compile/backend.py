@@ -184,7 +184,7 @@ def _site_report(site: Site) -> SiteReport:
         text_tokens=text,
         shape=None if hidden else site.q_shape,
         kv_length=None if hidden else site.kv_length,
-        sparsity=done.plan.sparsity - done.overhead if done is not None else 0.0,
+        sparsity=done.sparsity - done.overhead if done is not None else 0.0,
         path=site.path,
         source=source_line(site.node),
         plan=done.plan if done is not None else None,

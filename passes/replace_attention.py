@@ -169,4 +169,4 @@ def _replace(
         out = original_output(graph, video.site, out)
     copy_origin(before, node)
     take_over(graph, video.site, out, context.sites)
-    return Replacement(pair, plan, stats, overhead)
+    return Replacement(pair, plan, stats, overhead, table.sparsity)

@@ -103,12 +103,14 @@ class Replacement:
     stats     name of the slot that adds up what its calls compute (see dynamicrad_compile.runtime.account); empty where
               the plan is all there is to know
     overhead  share of dense attention that covariances of dropped blocks add
+    sparsity  share of dense attention that is expected to be skipped, without the overhead
     """
 
     node: fx.Node
     plan: BlockPlan
     stats: str = ""
     overhead: float = 0.0
+    sparsity: float = 0.0
 
 
 @dataclass

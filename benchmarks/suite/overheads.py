@@ -14,7 +14,8 @@ from dynamicrad_compile.kernels.blocks import cdiv
 from dynamicrad_compile.kernels.means import means_of
 from dynamicrad_compile.kernels.select_op import cost
 from dynamicrad_compile.plans.cost import covariances
-from dynamicrad_compile.plans.make import make_candidates
+from dynamicrad_compile.plans.make import make_candidates, make_plan
+from dynamicrad_compile.plans.order import inverse, reordered
 from dynamicrad_compile.plans.ratios import ratios_for
 from dynamicrad_compile.plans.selection import select_blocks
 from dynamicrad_compile.runtime.router import route
@@ -39,6 +40,8 @@ def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
               {**facts, "what": "compensation (means and kernel)"})  # fmt: skip
     yield Row(f"covariance/{at}", "overhead", lambda: run_covariance(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "compensation by covariances"})  # fmt: skip
+    yield Row(f"order/{at}", "overhead", lambda: run_order(bench, tokens, dim, sparsity), 4.0,
+              {**facts, "what": "tokens into boxes and back, not fused"})  # fmt: skip
     yield Row(f"int8/{at}", "overhead", lambda: run_int8(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "scores from int8 instead (below 0: faster)"})  # fmt: skip
     yield Row(f"router/{at}", "overhead", lambda: run_router(bench, at), 3.0, {**facts, "what": "router, once a step"})
@@ -102,6 +105,20 @@ def run_covariance(bench: Bench, tokens: int, dim: int, sparsity: float) -> Valu
     floor = moved / bench.ceilings.memory * 1e-9
     return {"ms": added, "attention_ms": both["means"].ms, "share": added / both["means"].ms, "floor_ms": floor,
             "bound": "memory", "of_floor": floor / added, "summary": f"{extra:.1%} of dense products"}  # fmt: skip
+
+
+def run_order(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
+    """q, k, v into the order of boxes and the output back, as four passes; in a graph RoPE and projection do most."""
+    grid, _ = bench.shapes[tokens]
+    order = make_plan("dynamicrad", grid, BLOCK, sparsity=sparsity, box=(BLOCK // 16, 4, 4)).order
+    assert order is not None
+    order = order.to(bench.device)
+    back = inverse(order)
+    q, k, v = bench.qkv(tokens, dim)
+    call = lambda: [*(reordered(x, order) for x in (q, k, v)), reordered(q, back)]  # noqa: E731
+    values = _share(bench, f"{tokens}/{dim}/{sparsity:g}", bench.clock.time(call).ms)
+    floor = 8 * q.numel() * q.element_size() / bench.ceilings.memory * 1e-9
+    return {**values, "floor_ms": floor, "bound": "memory", "of_floor": floor / values["ms"]}
 
 
 def run_int8(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:

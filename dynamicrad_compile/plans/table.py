@@ -126,6 +126,22 @@ class PlanTable:
         """The static plans of all regimes."""
         return self.candidates.plan
 
+    @property
+    def sparsity(self) -> float:
+        """Share of dense attention that is skipped, over all regimes, compensation counted.
+
+        By criterion "ratio" as the op will choose; other criteria may choose all candidates.
+        """
+        plan = self.plan
+        counts, forced, near = plan.kv_counts, self.candidates.kv_forced, self.candidates.kv_near
+        thinned = counts < plan.num_kv_blocks
+        for place, (criterion, _) in enumerate(self.criteria):
+            if criterion == "ratio":
+                shares = self.thresholds[:, 3 * place : 3 * place + 3, None, None].unbind(1)
+                kept = forced + torch.ceil(shares[0] * (near - forced)) + torch.ceil(shares[1] * (counts - near))
+                counts = torch.where(thinned & (shares[2] != 0), kept.to(torch.int32), counts)
+        return replace(plan, kv_counts=counts, check_values=False).sparsity
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a graph reads, by name: counts and indices; forced, near and thresholds where something is to be
         selected; the order of tokens and its inverse where they have one.

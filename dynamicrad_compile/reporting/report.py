@@ -39,7 +39,7 @@ class SiteReport:
     kv_length    number of keys
     sparsity     share of dense attention that is skipped, 0.0 where dense. Where it is decided when the graph runs
                  (mode dynamic_threshold, router, dense steps): the mean over all calls so far; before the first one
-                 that of the plan, of all regimes and of all candidates
+                 that of the plan, of all regimes, and where thresholds choose of all candidates
     path         dotted path of the module
     source       file and line of the call in the model's code
     graph        number of the captured graph, from 0

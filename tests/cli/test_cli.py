@@ -74,6 +74,7 @@ def test_explain_takes_pixels(capsys):
 def test_explain_options_and_page(capsys, tmp_path):
     page = tmp_path / "report.html"
     options = ["--set", "sparsity=0.5", "--set", "grid=5,16,16", "--set", "regime=high", "--set", "min_tokens=100"]
+    options += ["--set", "mode=static_ratio", "--set", "compensate=0"]
     code, out, _ = run(
         capsys, "explain", "--model", "WanTransformer3DModel", *SMALL, *options, "--html", str(page), "--json"
     )

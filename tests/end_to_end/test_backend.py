@@ -159,7 +159,7 @@ def test_regional_compilation_reads_the_grid_from_the_rope_table(name):
         _, kwargs, expected = make(name, **sizes)
         grid = expected["grid"]
         planned = sorted(grid[1:]) == [6, 8]
-        pattern = {"sparsity": 0.6, "regime": "mid"} if planned else {}
+        pattern = {"sparsity": 0.6, "regime": "mid", "profile": PLAIN} if planned else {}
         text = (expected["n_text_before"], expected["n_text_after"])
         plan = drad.make_plan("dynamicrad" if planned else "dense", grid, 16, *text, **pattern)
         sparse = call(model, kwargs)
@@ -190,7 +190,7 @@ def test_a_given_grid_is_looked_for_at_every_call():
 
 def test_regional_compilation_with_a_grid():
     model, kwargs, _ = make("wan_t2v")
-    options = dict(min_tokens=0, block_size=16, inner="eager", grid=(5, 6, 8), sparsity=0.6)
+    options = dict(OPTIONS, grid=(5, 6, 8), sparsity=0.6)
     reference, _, _ = make("wan_t2v")
     model.compile_repeated_blocks(backend="dynamicrad", options=options)
     sparse = call(model, kwargs)

@@ -26,7 +26,7 @@ def test_one_line_a_graph(said):
         call(compiled, kwargs)
     (line,) = said(logging.INFO)
     assert "2 of 2 video self-attentions replaced" in line
-    for part in ("[0/0]", "grid 5x6x8", "sparsity 60", "profile default", "compiled in"):
+    for part in ("[0/0]", "grid 5x6x8", "sparsity 60", "profile plain", "compiled in"):
         assert part in line
     assert said(logging.WARNING) == []
 

@@ -109,7 +109,7 @@ def test_steps_lower_the_loss_on_a_fixed_batch(tmp_path, one_layer):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, one_layer, monkeypatch, capsys):
     monkeypatch.setattr(train, "HELD_OUT", 2)
     monkeypatch.setattr(train, "LOG_STEPS", 2)
-    monkeypatch.setattr(train, "held_out_loss", lambda *models: torch.zeros(1))
+    monkeypatch.setattr(train, "held_out_loss", lambda *models, size: torch.zeros(1))
     monkeypatch.setattr(train, "show", lambda *arguments: None)
     size = ["--steps", "6", "--batch-size", "2", "--frames", "4"]
     whole = train.main(["--output", str(tmp_path / "whole"), *size])
@@ -147,7 +147,7 @@ def test_ship_writes_a_checkpoint_with_its_card(tmp_path, one_layer, monkeypatch
     from PIL import Image
 
     monkeypatch.setattr(model, "sample", lambda transformer, text, captions, **_: torch.rand(len(captions), 3, 2, 8, 8))
-    monkeypatch.setattr(train, "held_out_loss", lambda *models: torch.full((2,), 0.125))
+    monkeypatch.setattr(train, "held_out_loss", lambda *models, size: torch.full((2,), 0.125))
     run = train.Run(tmp_path / "run", lr=1e-3)
     run.folder.mkdir()
     run.train_step(train.example(0, 2, 2, 0.0), 1.0, run.transformer)

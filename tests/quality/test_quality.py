@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.graphs import relative_error
+from support.plain import PLAIN
 
 import dynamicrad_compile as drad
 from dynamicrad_compile import quality
@@ -219,14 +220,16 @@ def test_hook_equals_the_compiled_model():
     for weight in (0.0, 1.0):
         plan = drad.make_plan("dynamicrad", GRID, 16, sparsity=0.5, compensate=weight)
         hooked, skipped = run(subject, methods.Hooked("x", 0.5, methods.fixed(plan.block_mask()), 16, weight))
-        compiled, reported = run(subject, quality.method("static_ratio", subject, 0.5, 16, compensate=weight))
+        compiled, reported = run(
+            subject, quality.method("static_ratio", subject, 0.5, 16, profile=PLAIN, compensate=weight)
+        )
         torch.testing.assert_close(hooked, compiled, atol=1e-5, rtol=0)
         assert skipped == pytest.approx(reported) == pytest.approx(plan.sparsity)
 
 
 def test_hook_equals_the_compiled_model_where_it_chooses_blocks():
     subject = tiny()
-    options = {"profile": "default", "regime": "mid", "compensate": 1.0}
+    options = {"profile": PLAIN, "regime": "mid", "compensate": 1.0, "rank": "mass"}
     compiled, reported = run(subject, quality.method("dynamic_threshold", subject, 0.5, 16, **options))
     candidates = make_candidates(GRID, 16, sparsity=0.0, compensate=1.0)
     near, far = ratios_for(candidates, 0.5)
@@ -275,7 +278,7 @@ def test_radial_is_the_nearest_mask():
 
 def test_harness_measures_all_methods_writes_pictures_and_resumes(tmp_path, monkeypatch):
     subject = tiny()
-    chosen = [quality.method(name, subject, 0.5, 16) for name in quality.METHODS]
+    chosen = [quality.method(name, subject, 0.5, 16, profile=PLAIN) for name in quality.METHODS]
     results = quality.evaluate(subject, chosen, ["a", "b"], tmp_path, batch=2, real=6, progress=False)
     rows = {row.method: row for row in results.rows}
     assert list(rows) == ["real", *quality.METHODS]

@@ -18,7 +18,7 @@ from zoo.models import ZOO, out_tensors
 GRID = {"f": 5, "h": 6, "w": 9}
 MODELS = {"wan": "wan_t2v", "hunyuan": "hunyuan_video", "cogvideox": "cogvideox_5b", "ltx": "ltx"}
 FORMATS = ("torch", "onnx", "aoti")
-COMMON = {"min_tokens": 0, "block_size": 16, "compensate": 0.7}
+COMMON = {"min_tokens": 0, "block_size": 16, "compensate": 0.7, "mode": "static_ratio", "covariance": False}
 MODES = ("static", "router", "dynamic")
 DEPTHS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 
