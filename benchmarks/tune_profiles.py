@@ -36,9 +36,9 @@ FRAMES = {"low": (8, 32), "mid": (4, 32), "high": (4, 8)}
 # place alone, for which few candidates are best, at some grids so few that nothing is left to choose.
 MOST_KEPT = 0.5
 RESTS_ON = (
-    "covariances, choice by error (among at least two candidates a block) and boxes of at least 4 frames (low motion: "
-    "at least 8, high motion: at most 8) are fixed by what trained attention showed (a small video model, "
-    "docs/quality.md); which box, and the rest, by a "
+    "covariances, choice by error, mode auto and boxes of at least 4 frames are fixed by what trained attention showed "
+    "(two small video models, docs/quality.md), at least two candidates a block and boxes of at least 8 frames in low "
+    "and at most 8 in high motion by hand; which box, and the rest, by a "
 )
 
 
@@ -112,7 +112,7 @@ def tune_target(name: str, arguments: argparse.Namespace) -> Path:
             "description": f"{', '.join(target.models)}: {target.what}.",
             "dense_layers": target.dense_layers,
             "dense_steps": target.dense_steps,
-            "mode": "static_ratio",  # until selection has been timed on a GPU
+            "mode": "auto",
         },
         match={"models": list(target.models), "heads": list(target.heads), "layers": target.layers},
         resume=True,
