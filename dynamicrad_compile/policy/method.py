@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ..options import Options
@@ -22,7 +23,9 @@ def method_of(planned: PlannedSite) -> str:
         stands = "mean and covariances" if plan.covariance else "mean"
     if (boxes, chosen, stands) == ("raster", "by place", "nothing"):
         return ""
-    what = "runs in raster order" if boxes == "raster" else f"boxes of {boxes} (frames x height x width)"
+    whole = all(regime.box is None or math.prod(regime.box) == plan.block_kv for regime in regimes)
+    what = f"{'' if whole else 'cut from '}boxes of {boxes} (frames x height x width)"
+    what = "runs in raster order" if boxes == "raster" else what
     return f"blocks of {plan.block_kv} tokens are {what}, chosen {chosen}; for a dropped one stands {stands}"
 
 

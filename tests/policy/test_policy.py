@@ -238,3 +238,8 @@ def test_a_device_that_nothing_is_known_of_gets_static_blocks(tmp_path, monkeypa
     found = decisions(video(grid=(16, 16, 32)), profile=profile, min_tokens="auto", block_size=None)
     assert "nothing is known of this device" in " ".join(found.notes)
     assert not found.sites[0].spec.criteria
+
+
+def test_blocks_smaller_than_the_box_of_a_profile_are_cut_from_it():
+    found = decisions(video(), sparsity=0.5, profile="default", mode="static_ratio")
+    assert any("blocks of 16 tokens are cut from boxes of 4x4x8" in note for note in found.notes)
