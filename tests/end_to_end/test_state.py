@@ -21,7 +21,7 @@ from dynamicrad_compile.runtime.router import Router
 
 STEPS = (900.0, 700.0, 500.0, 300.0)
 GATED = [True, True, False, False]  # dense at the first two steps
-OPTIONS = dict(block_size=16, inner="eager", sparsity=0.6, regime="mid", min_tokens=0)
+OPTIONS = dict(block_size=16, inner="eager", sparsity=0.6, regime="mid", min_tokens=0, covariance=False)
 LOW, MID, HIGH = range(3)
 
 
