@@ -34,10 +34,8 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
-from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.layout import MIN_FRAMES
 from dynamicrad_compile.plans.order import reordered_keys
-from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.reporting.reason import FIX_SIZES, Reason
 
 from .axes.positions import PositionTable, table_of
@@ -65,10 +63,6 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
         planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))
         context.notes += _how_planned(planned, homes.get(planned.video.node))
     return sum(site.replacement is not None for site in context.sites)
-
-
-def _has_covariances(plan: BlockPlan) -> bool:
-    return plan.covariance and any(plan.compensate)
 
 
 def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedSite], dict[fx.Node, RuntimeSizes]]:
@@ -139,7 +133,7 @@ def _replace(
     """Put the op in the place of a site."""
     video, table, graph = planned.video, planned.table, gm.graph
     node, call, plan = video.node, video.call, table.plan
-    nodes, stats, overhead = written.nodes, written.stats, 0.0
+    nodes, stats = written.nodes, written.stats
     before = node.prev
     with graph.inserting_before(node):
         keys = keys_node(graph, call) if call.mask is not None else None
@@ -157,9 +151,8 @@ def _replace(
             arguments = (*arguments, nodes.compensate)
         options = {"qk_int8": True} if context.qk_int8 else {}
         op = torch.ops.dynamicrad.block_sparse_attention.default
-        if _has_covariances(plan):
+        if planned.overhead:
             op = torch.ops.dynamicrad.second_order_attention.default
-            overhead = covariances(video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
         pair = graph.call_function(op, arguments, options)
         out = graph.call_function(operator.getitem, (pair, 0))
         if nodes.order is not None and nodes.inverse is not None:
@@ -169,4 +162,4 @@ def _replace(
         out = original_output(graph, video.site, out)
     copy_origin(before, node)
     take_over(graph, video.site, out, context.sites)
-    return Replacement(pair, plan, stats, overhead, table.sparsity)
+    return Replacement(pair, plan, stats, planned.overhead, table.sparsity)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 from dynamicrad_compile.reporting.reason import Reason
@@ -201,6 +202,14 @@ class PlannedSite:
     table: PlanTable
     spec: PlanSpec | None = None
     at_least: int = 0
+
+    @property
+    def overhead(self) -> float:
+        """Share of dense attention that covariances of dropped blocks add."""
+        plan = self.table.plan
+        if not (plan.covariance and any(plan.compensate)):
+            return 0.0
+        return covariances(self.video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class SiteReport:
         if self.stats is None:
             return self
         computed, calls = self.stats.tolist()
-        return replace(self, sparsity=1.0 - computed / calls - self.overhead) if calls else self
+        return replace(self, sparsity=1.0 - computed / calls) if calls else self
 
     @property
     def dense_flops(self) -> int:

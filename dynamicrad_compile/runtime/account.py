@@ -16,13 +16,22 @@ def new_stats(device: torch.device) -> Tensor:
 
 @has_side_effect
 def record(
-    stats: Tensor, kv_counts: Tensor, compensate: Tensor | None, kv_indices: Tensor, num_kv: int | None, block_kv: int
+    stats: Tensor,
+    kv_counts: Tensor,
+    compensate: Tensor | None,
+    kv_indices: Tensor,
+    num_kv: int | None,
+    block_kv: int,
+    overhead: float = 0.0,
 ) -> None:
     """Add a call to `stats`; see `new_stats`.
 
-    num_kv None: the width of the indices is the number of kv blocks.
+    num_kv None: the width of the indices is the number of kv blocks. overhead: what covariances add where rows drop
+    blocks; a dense row has none.
     """
     blocks = kv_indices.shape[-1] if num_kv is None else num_kv
     weights = None if compensate is None else compensate[:, None, None]
     share = computed(kv_counts, weights, blocks, block_kv)
+    if overhead:
+        share = share + overhead * (kv_counts < blocks).double().mean()
     stats.add_(torch.stack([share, torch.ones_like(share)]))

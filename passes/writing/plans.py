@@ -77,7 +77,7 @@ class PlanWriter:
         slot = Slot("stats", functools.partial(new_stats, self.controls.device), "model")
         sums = state_node(self.gm, self.controls.context, slot)
         arguments = (sums, nodes.counts, nodes.compensate, nodes.indices, num_kv)
-        self.gm.graph.call_function(record, (*arguments, planned.table.plan.block_kv))
+        self.gm.graph.call_function(record, (*arguments, planned.table.plan.block_kv, planned.overhead))
         return self.controls.context.slots[-1].name
 
     def _nodes(self, planned: PlannedSite, where: RuntimeSizes | None) -> PlanNodes:
