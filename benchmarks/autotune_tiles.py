@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.files import toml_value, whole_file
-from dynamicrad_compile.kernels.tiles import TABLE, Table, Tile, read_table
+from dynamicrad_compile.kernels.tiles import TABLE, Section, Table, Tile, read_table
 
 
 def to_toml(table: Table, comment: str) -> str:
@@ -24,12 +24,12 @@ def to_toml(table: Table, comment: str) -> str:
     lines = [comment.rstrip("\n")]
     for arch, dtypes in sorted(table.items()):
         for dtype, dims in sorted(dtypes.items(), reverse=True):
-            for dim, tiles in sorted(dims.items()):
+            for dim, section in sorted(dims.items()):
                 lines += ["", f"[sm_{arch}.{dtype}.{dim}]"]
-                for kernel, tile in tiles.items():
+                lines += [f"use = {toml_value(list(section.use))}"] * bool(section.use)
+                for name, tile in section.tiles.items():
                     sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages]
-                    tma = {"tma": True} if tile.tma else {}
-                    lines.append(f"{kernel} = {toml_value({'tile': sizes, **tma, 'source': tile.source})}")
+                    lines.append(f"{name} = {toml_value({'tile': sizes, 'source': tile.source})}")
     return "\n".join(lines) + "\n"
 
 
@@ -49,9 +49,13 @@ def update(table: Table, content: dict, margin: float) -> list[str]:
         dim, now = proposal["head_dim"], proposal.get("current_score")
         if now is not None and now < proposal["score"] * (1 + margin):
             continue
-        tile = Tile(*proposal["tile"], tma=proposal["tma"], source=f"measured: {about['chip']}, {about['date']}")
-        before = entries.get(dim, {}).get("forward")
-        entries.setdefault(dim, {})["forward"] = tile
+        tile = Tile(*proposal["tile"], kernel=proposal["kernel"], source=f"measured: {about['chip']}, {about['date']}")
+        section = entries.setdefault(dim, Section({}))
+        name = "forward" if tile.kernel == "triton" else f"forward_{tile.kernel}"
+        before = section.tiles.get(name)
+        section.tiles[name] = tile
+        others = tuple(other for other in section.use if not other.startswith("forward_"))
+        section.use = others if name == "forward" else (*others, name)
         gain = "new entry" if now is None else f"{now / proposal['score'] - 1:.1%} faster"
         changes.append(f"sm_{arch} {dtype} head_dim {dim}: {before} -> {tile}, {gain}")
     return changes

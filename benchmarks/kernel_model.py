@@ -73,11 +73,13 @@ def tiles(arch: int, head_dims: list[int]) -> None:
 
     chip = CHIPS[arch]
     print(f"\nsm_{arch} ({chip.name}), bf16, blocks of 128, without masks; TFLOP/s on active blocks by arithmetic\n")
-    print("| head_dim | tile | warps | stages | loads | registers | shared | blocks | serial | overlap | bound | |")
+    print("| head_dim | tile | warps | stages | kernel | registers | shared | blocks | serial | overlap | bound | |")
     print("|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---|---|")
     for dim in head_dims:
         chosen = choose_tile(divmod(arch, 10), True, dim, 128, 128)
-        grid = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3), (False, True) if arch >= 90 else (False,))
+        grid = itertools.product(
+            (64, 128), (32, 64, 128), (4, 8), (2, 3), ("triton", "tma") if arch >= 90 else ("triton",)
+        )
         for tile in (Tile(*sizes) for sizes in grid):
             if tile.block_m == 64 and tile.num_warps == 8:
                 continue
@@ -85,11 +87,11 @@ def tiles(arch: int, head_dims: list[int]) -> None:
             if built.spilled or built.shared > SHARED_MEMORY[arch]:
                 continue
             e = estimate(chip, tile, dim, built.registers, built.shared, SHARED_MEMORY[arch])
-            same = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.tma)
-            mine = same == (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages, chosen.tma)
+            same = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.kernel)
+            mine = same == (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages, chosen.kernel)
             print(
                 f"| {dim} | {tile.block_m} x {tile.block_n} | {tile.num_warps} | {tile.num_stages} | "
-                f"{'TMA' if tile.tma else 'plain'} | {built.registers} | {built.shared >> 10} KiB | {e.blocks} | "
+                f"{tile.kernel} | {built.registers} | {built.shared >> 10} KiB | {e.blocks} | "
                 f"{e.serial:.0f} | {e.overlap:.0f} | {e.bound} | {'in use' if mine else ''} |",
                 flush=True,
             )

@@ -137,7 +137,7 @@ def build_forward(
         "COMPENSATE": compensate,
         "ORDERED": True,
         "SPLITS": 1,
-        "TMA": tile.tma,
+        "TMA": tile.kernel == "tma",
         "QK8": qk_int8,
         "WIDEN": False,
         # What the launcher specialises because it is 1.
@@ -147,7 +147,7 @@ def build_forward(
     operands = dict.fromkeys(("q", "k", "v", "mean_k", "mean_v", "out"), f"*{dtype}")
     if qk_int8:
         operands |= dict.fromkeys(("q", "k", "mean_k"), "*i8")
-    if tile.tma:
+    if tile.kernel == "tma":
         shape = f"[1, 1, {tile.block_n}, {constants['BLOCK_D']}]"
         operands |= {x: f"tensordesc<{operands[x][1:]}{shape}>" for x in "kv"}
     types = POINTERS | operands | {"scale": "fp32"}

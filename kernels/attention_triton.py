@@ -70,7 +70,7 @@ def launch_forward(
     sizes = sizes_of(v)
     keys: Any = k
     values: Any = v
-    described = [descriptor(x, tile.block_n, sizes["BLOCK_D"]) for x in (k, v)] if tile.tma else [None]
+    described = [descriptor(x, tile.block_n, sizes["BLOCK_D"]) for x in (k, v)] if tile.kernel == "tma" else [None]
     tma = all(x is not None for x in described)
     if tma:
         keys, values = described

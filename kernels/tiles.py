@@ -7,6 +7,7 @@ bytes, because TF32x3 keeps each operand twice. `benchmarks/kernel_model.py` sho
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,13 @@ from dynamicrad_compile.files import tomllib
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block may use, in bytes, by architecture (CUDA programming guide, table of limits)."""
 KERNELS = ("forward", "dq", "dk_dv", "dmeans")
+VARIANTS = {"forward": ("tma", "gluon", "gluon_pingpong"), "dq": ("tma",), "dk_dv": ("tma",)}
+"""Other forms of a kernel than the plain one: they read through the copy engine, and those of Gluon are for sm_90 alone.
+
+An entry KERNEL_VARIANT of the table is a variant's tile; it runs where the section's `use` names it.
+"""
+CHOICE = "DYNAMICRAD_KERNEL"
+"""Environment variable: "triton" or a variant that runs instead of what the table uses, where a tensor allows it."""
 DTYPES = ("half", "float")
 TABLE = Path(__file__).with_name("tiles.toml")
 
@@ -30,7 +38,7 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
-    tma: bool = False  # keys and values through the copy engine, sm_90 and newer
+    kernel: str = "triton"  # or one of VARIANTS
     source: str = ""  # how it was chosen
 
     def __post_init__(self) -> None:
@@ -42,6 +50,8 @@ class Tile:
             raise PlanError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}.")
         if not isinstance(self.num_stages, int) or not 1 <= self.num_stages <= 8:
             raise PlanError(f"num_stages must be 1 to 8, got {self.num_stages}.")
+        if self.kernel != "triton" and self.kernel not in VARIANTS["forward"]:
+            raise PlanError(f"kernel must be triton, {', '.join(VARIANTS['forward'])}, got {self.kernel!r}.")
 
 
 class BackwardTiles(NamedTuple):
@@ -52,8 +62,16 @@ class BackwardTiles(NamedTuple):
     dmeans: Tile  # its block_n counts mean keys
 
 
-# architecture -> dtype -> largest head_dim -> kernel -> tile
-Table = dict[int, dict[str, dict[int, dict[str, Tile]]]]
+@dataclass
+class Section:
+    """The tiles of a dtype and head_dim of an architecture."""
+
+    tiles: dict[str, Tile]  # by KERNEL or KERNEL_VARIANT
+    use: tuple[str, ...] = ()  # the variants that run instead of the plain kernels
+
+
+# architecture -> dtype -> largest head_dim -> section
+Table = dict[int, dict[str, dict[int, Section]]]
 
 
 def read_table(path: Path = TABLE) -> Table:
@@ -67,25 +85,37 @@ def read_table(path: Path = TABLE) -> Table:
                     place = f"[{arch}.{dtype}.{dim}]"
                     if not (arch.startswith("sm_") and arch[3:].isdigit() and dtype in DTYPES and dim.isdigit()):
                         raise PlanError(f"{place} is not [sm_ARCH.half or float.HEAD_DIM].")
-                    tiles = {kernel: _tile(entry, f"{place} {kernel}", kernel) for kernel, entry in entries.items()}
-                    table.setdefault(int(arch[3:]), {}).setdefault(dtype, {})[int(dim)] = tiles
+                    table.setdefault(int(arch[3:]), {}).setdefault(dtype, {})[int(dim)] = _section(entries, place)
     except (OSError, AttributeError, tomllib.TOMLDecodeError, PlanError) as error:
         raise PlanError(f"{path.name}: {error}") from error
     return table
 
 
-def _tile(entry: Any, place: str, kernel: str) -> Tile:
-    if kernel not in KERNELS:
-        raise PlanError(f"{place}: the kernels are {', '.join(KERNELS)}.")
+def _section(entries: dict[str, Any], place: str) -> Section:
+    tiles = {name: _tile(entry, f"{place} {name}", name) for name, entry in entries.items() if name != "use"}
+    use = entries.get("use", [])
+    if not isinstance(use, list) or any(name not in tiles or name in KERNELS for name in use):
+        variants = [name for name in tiles if name not in KERNELS]
+        raise PlanError(f"{place} use must list variants of this section ({', '.join(variants) or 'none'}), got {use}.")
+    return Section(tiles, tuple(use))
+
+
+def _tile(entry: Any, place: str, name: str) -> Tile:
+    variants = {f"{kernel}_{variant}": variant for kernel, known in VARIANTS.items() for variant in known}
+    if name not in KERNELS and name not in variants:
+        raise PlanError(f"{place}: the kernels are {', '.join((*KERNELS, *variants))}.")
     if not isinstance(entry, dict) or not isinstance(entry.get("tile"), list) or len(entry["tile"]) != 4:
         raise PlanError(f"{place} needs tile = [block_m, block_n, warps, stages].")
-    if unknown := set(entry) - {"tile", "tma", "source"}:
-        raise PlanError(f"{place}: unknown {', '.join(sorted(unknown))}; known are tile, tma and source.")
+    if unknown := set(entry) - {"tile", "source"}:
+        raise PlanError(f"{place}: unknown {', '.join(sorted(unknown))}; known are tile and source.")
     try:
         block_m, block_n, warps, stages = entry["tile"]
-        return Tile(block_m, block_n, warps, stages, bool(entry.get("tma", False)), str(entry.get("source", "")))
+        return Tile(block_m, block_n, warps, stages, variants.get(name, "triton"), str(entry.get("source", "")))
     except PlanError as error:
         raise PlanError(f"{place}: {error}") from error
+
+
+NOTHING = Section({})
 
 
 @cache
@@ -102,7 +132,7 @@ def architecture(capability: tuple[int, int], dtype: str = "half", head_dim: int
     known = [
         arch
         for arch, dtypes in table().items()
-        if arch <= number and arch not in skipped and kernel in dtypes.get(dtype, {}).get(head_dim, {})
+        if arch <= number and arch not in skipped and kernel in dtypes.get(dtype, {}).get(head_dim, NOTHING).tiles
     ]
     if not known:
         raise PlanError(f"the CUDA kernels need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}.")
@@ -114,22 +144,56 @@ def _largest_power_of_two(n: int) -> int:
     return n & -n
 
 
-def choose_tile(
-    capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int, kernel: str = "forward"
-) -> Tile:
-    """Tile of a kernel for a device and a plan: the table's entry, cut so that it divides the plan's blocks.
+def variant_in_use(capability: tuple[int, int], half: bool, head_dim: int, kernel: str = "forward") -> str | None:
+    """The variant that is to run: that of the environment (CHOICE), else the table's; None for the plain kernel.
 
-    Raises PlanError for a device older than 8.0, a head_dim above 256, or blocks that are not multiples of 16.
+    Raises PlanError if the environment names none.
     """
-    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if block % 16 or not 16 <= block <= 256:
-            raise PlanError(f"{name} must be a multiple of 16 up to 256 on CUDA, got {block}.")
+    asked = os.environ.get(CHOICE)
+    if asked:
+        if asked != "triton" and asked not in VARIANTS["forward"]:
+            raise PlanError(f"{CHOICE} must be triton, {', '.join(VARIANTS['forward'])}, got {asked!r}.")
+        return asked if asked in VARIANTS.get(kernel, ()) else None
+    section = _entry(capability, half, head_dim, kernel)
+    return next((variant for variant in VARIANTS.get(kernel, ()) if f"{kernel}_{variant}" in section.use), None)
+
+
+def _entry(capability: tuple[int, int], half: bool, head_dim: int, kernel: str) -> Section:
     dtype = "half" if half else "float"
     sizes = {size for dtypes in table().values() for size in dtypes.get(dtype, {})}
     entry = min((size for size in sizes if size >= head_dim), default=None)
     if entry is None:
         raise PlanError(f"head_dim must be at most {max(sizes)}, got {head_dim}.")
-    tile = table()[architecture(capability, dtype, entry, kernel)][dtype][entry][kernel]
+    return table()[architecture(capability, dtype, entry, kernel)][dtype][entry]
+
+
+def choose_tile(
+    capability: tuple[int, int],
+    half: bool,
+    head_dim: int,
+    block_q: int,
+    block_kv: int,
+    kernel: str = "forward",
+    variant: str | None = None,
+) -> Tile:
+    """Tile of a kernel for a device and a plan: the table's entry, cut so that it divides the plan's blocks.
+
+    variant: one of VARIANTS. The plain kernel's tile instead where there is no such entry, the device is none for it,
+    or, with Gluon, the plan's blocks would cut its tile.
+    Raises PlanError for a device older than 8.0, a head_dim above 256, or blocks that are not multiples of 16.
+    """
+    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+        if block % 16 or not 16 <= block <= 256:
+            raise PlanError(f"{name} must be a multiple of 16 up to 256 on CUDA, got {block}.")
+    tiles = _entry(capability, half, head_dim, kernel).tiles
+    if variant is not None and capability[0] == 9 and f"{kernel}_{variant}" in tiles:
+        tile = tiles[f"{kernel}_{variant}"]
+        if "gluon" not in variant or (block_q % tile.block_m == 0 and block_kv % tile.block_n == 0):
+            return _cut(tile, block_q, block_kv, kernel)
+    return _cut(tiles[kernel], block_q, block_kv, kernel)
+
+
+def _cut(tile: Tile, block_q: int, block_kv: int, kernel: str) -> Tile:
     block_m = min(tile.block_m, _largest_power_of_two(block_q))
     block_n = min(tile.block_n, _largest_power_of_two(block_kv))
     cut = block_m < tile.block_m or (kernel != "forward" and block_n < tile.block_n)

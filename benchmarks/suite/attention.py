@@ -192,13 +192,13 @@ def sample_error(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor) 
 
 
 def tile_of(bench: Bench, dim: int) -> list[int] | None:
-    """[block_m, block_n, warps, stages, tma] that the kernel takes here; None on the CPU or where it can't be told."""
+    """[block_m, block_n, warps, stages, kernel] that the kernel takes here; None on the CPU or where it can't be told."""
     if bench.device == "cpu":
         return None
     try:
         from dynamicrad_compile.kernels.tiles import choose_tile
 
         tile = choose_tile(torch.cuda.get_device_capability(), bench.dtype != torch.float32, dim, 128, 128)
-        return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.tma]
+        return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.kernel]
     except Exception:
         return None

@@ -127,7 +127,7 @@ SECTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Tiles", "tiles", {
         "tokens": _tokens, "dim": lambda r: r["head_dim"],
         "tile": lambda r: f"{r['block_m']} x {r['block_n']}, {r['num_warps']} warps, {r['num_stages']} stages",
-        "tma": lambda r: "yes" if r["tma"] else "", "ms": lambda r: _ms(r["ms"]),
+        "kernel": lambda r: r["kernel"], "ms": lambda r: _ms(r["ms"]),
         "TFLOP/s": lambda r: f"{r['tflops']:.3g}", "now": lambda r: "yes" if r["is_current"] else "",
     }),
 )  # fmt: skip
@@ -171,7 +171,7 @@ def _proposals(content: Values) -> str:
 def _proposal(item: Values) -> str:
     now = "" if item["current_score"] is None else f", the table's own {item['current_score']:.3f}"
     return (
-        f"{item['dtype']} head_dim {item['head_dim']}: tile = {item['tile']}{', tma = true' * item['tma']}, "
+        f"{item['dtype']} head_dim {item['head_dim']}: tile = {item['tile']}, kernel = {item['kernel']}, "
         f"{item['score']:.3f} of the fastest at each length{now}"
     )
 

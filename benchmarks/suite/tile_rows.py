@@ -18,18 +18,20 @@ from .bench import BLOCK, Bench, active_pairs
 from .runner import Row, Unsupported, Values
 
 BLOCK_M, BLOCK_N, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
-FIELDS = ("block_m", "block_n", "num_warps", "num_stages", "tma")
+FIELDS = ("block_m", "block_n", "num_warps", "num_stages", "kernel")
 
 
 def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
     """One row for each tile."""
     facts = {"tokens": tokens, "head_dim": dim, "dtype": str(bench.dtype)[6:], "wanted_sparsity": sparsity}
-    engines = (False, True) if bench.device != "cpu" and torch.cuda.get_device_capability() >= (9, 0) else (False,)
-    for sizes in itertools.product(BLOCK_M, BLOCK_N, WARPS, STAGES, engines):
+    kernels = (
+        ("triton", "tma") if bench.device != "cpu" and torch.cuda.get_device_capability() >= (9, 0) else ("triton",)
+    )
+    for sizes in itertools.product(BLOCK_M, BLOCK_N, WARPS, STAGES, kernels):
         tile = dict(zip(FIELDS, sizes, strict=True))
-        name = "tile/{}/{}/{block_m}x{block_n}/{num_warps}/{num_stages}".format(tokens, dim, **tile)
+        name = "tile/{}/{}/{kernel}/{block_m}x{block_n}/{num_warps}/{num_stages}".format(tokens, dim, **tile)
         run = lambda t=tile: run_tile(bench, tokens, dim, sparsity, t)  # noqa: E731
-        yield Row(name + "/tma" * tile["tma"], "tiles", run, 3.0, {**facts, **tile})
+        yield Row(name, "tiles", run, 3.0, {**facts, **tile})
 
 
 def run_tile(bench: Bench, tokens: int, dim: int, sparsity: float, sizes: dict[str, Any]) -> Values:
@@ -74,6 +76,6 @@ def proposal(rows_done: list[Values]) -> list[Values]:
             continue
         key = min(whole, key=lambda k: whole[k])
         now = [row["ms"] / best[row["tokens"]] for row in own if row["is_current"]]
-        found.append({"dtype": dtype, "head_dim": dim, "tile": list(key[:4]), "tma": key[4], "score": whole[key],
+        found.append({"dtype": dtype, "head_dim": dim, "tile": list(key[:4]), "kernel": key[4], "score": whole[key],
                       "current_score": sum(now) / len(now) if now else None})  # fmt: skip
     return found

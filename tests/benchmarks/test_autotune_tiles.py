@@ -12,7 +12,7 @@ import pytest
 from dynamicrad_compile.kernels.tiles import TABLE, Tile, read_table
 
 ABOUT = {"device": "cuda", "arch": "sm_90", "dtype_class": "half", "chip": "NVIDIA H200", "date": "2026-12-01"}
-FASTER = {"head_dim": 128, "tile": [128, 128, 8, 2], "tma": True, "score": 1.0, "current_score": 1.2}
+FASTER = {"head_dim": 128, "tile": [128, 128, 8, 2], "kernel": "tma", "score": 1.0, "current_score": 1.2}
 
 
 @pytest.fixture
@@ -33,8 +33,10 @@ def test_a_faster_tile_is_written(files):
     table = files({"about": ABOUT, "tile_proposal": [FASTER]})
     after, before = read_table(table), read_table()
     source = "measured: NVIDIA H200, 2026-12-01"
-    assert after[90]["half"][128].pop("forward") == Tile(128, 128, 8, 2, tma=True, source=source)
-    before[90]["half"][128].pop("forward")
+    assert after[90]["half"][128].tiles.pop("forward_tma") == Tile(128, 128, 8, 2, kernel="tma", source=source)
+    assert after[90]["half"][128].use == ("forward_tma",)
+    after[90]["half"][128].use = before[90]["half"][128].use
+    before[90]["half"][128].tiles.pop("forward_tma")
     assert after == before
     assert table.read_text().startswith(TABLE.read_text().split("\n\n")[0])
 
@@ -46,7 +48,7 @@ def test_nothing_is_written(files, flags: list[str]):
 
 def test_an_architecture_may_be_new(files):
     table = files({"about": ABOUT | {"arch": "sm_103"}, "tile_proposal": [FASTER | {"current_score": None}]})
-    assert read_table(table)[103]["half"][128]["forward"].tma
+    assert read_table(table)[103]["half"][128].use == ("forward_tma",)
 
 
 @pytest.mark.parametrize(

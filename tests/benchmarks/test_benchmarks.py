@@ -140,14 +140,14 @@ def test_crossover_measures_this_machine(tmp_path, monkeypatch):
 def test_tile_proposal():
     from suite import tile_rows
 
-    def row(tokens, m, tma, ms, current):
-        sizes = {"block_m": m, "block_n": 64, "num_warps": 8, "num_stages": 3, "tma": tma}
+    def row(tokens, m, kernel, ms, current):
+        sizes = {"block_m": m, "block_n": 64, "num_warps": 8, "num_stages": 3, "kernel": kernel}
         shape = {"group": "tiles", "status": "ok", "dtype": "bfloat16", "head_dim": 128, "tokens": tokens}
         return {**sizes, **shape, "ms": ms, "is_current": current}
 
     # 64 wins at one length, 128 with the copy engine over both; 256 failed at one of them.
-    rows = [row(1, 64, False, 1.0, True), row(1, 128, True, 1.1, False), row(1, 256, False, 0.9, False)]
-    rows += [row(2, 64, False, 2.0, True), row(2, 128, True, 1.0, False)]
+    rows = [row(1, 64, "triton", 1.0, True), row(1, 128, "tma", 1.1, False), row(1, 256, "triton", 0.9, False)]
+    rows += [row(2, 64, "triton", 2.0, True), row(2, 128, "tma", 1.0, False)]
     (found,) = tile_rows.proposal(rows)
-    assert (found["tile"], found["tma"]) == ([128, 64, 8, 3], True)
+    assert (found["tile"], found["kernel"]) == ([128, 64, 8, 3], "tma")
     assert found["current_score"] == pytest.approx((1 / 0.9 + 2.0) / 2)

@@ -65,7 +65,7 @@ def test_tile_compiles_without_spills(arch: int, dtype: str, dim: int, masked: b
 )
 def test_the_copy_engine_needs_fewer_registers(dim: int, tile: Tile):
     plain = build_forward(90, "bf16", dim, tile)
-    tma = build_forward(90, "bf16", dim, dataclasses.replace(tile, tma=True))
+    tma = build_forward(90, "bf16", dim, dataclasses.replace(tile, kernel="tma"))
     check(tma, 90, True, tma=True)
     assert tma.instructions["cp_async"] == 0
     assert tma.registers < plain.registers

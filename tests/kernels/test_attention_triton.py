@@ -71,7 +71,7 @@ def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     if variant == "tma" and capability < (9, 0):
         pytest.skip("the copy engine needs sm_90")
     tile = choose_tile(capability, case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
-    tile = dataclasses.replace(tile, tma=variant == "tma")
+    tile = dataclasses.replace(tile, kernel="tma" if variant == "tma" else "triton")
     means = None if a.compensate is None else means_of(a)
     out, lse = launch_forward(
         a._replace(qk_int8=variant == "int8"), means, tile, splits=3 if variant == "splits" else 1
@@ -163,9 +163,9 @@ def test_every_entry_of_the_table_says_where_it_is_from():
     for arch, dtypes in table().items():
         assert arch in SHARED_MEMORY
         for dims in dtypes.values():
-            for tiles in dims.values():
-                assert all(tile.source for tile in tiles.values())
-                assert all(not tile.tma or arch >= 90 for tile in tiles.values())
+            for section in dims.values():
+                assert all(tile.source for tile in section.tiles.values())
+                assert all(tile.kernel == "triton" or arch == 90 for tile in section.tiles.values())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,11 @@ def test_every_entry_of_the_table_says_where_it_is_from():
             r"forward needs tile = \[block_m, block_n, ",
         ),
         ("[sm_90.half.64]\nforward = {tile = [60, 64, 4, 2]}", "forward: block_m must be a power of two .*, got 60"),
-        ("[sm_90.half.64]\nforward = {tile = [64, 64, 4, 2], tna = true}", "unknown tna; known are tile, tma"),
+        ("[sm_90.half.64]\nforward = {tile = [64, 64, 4, 2], tna = true}", "unknown tna; known are tile and source"),
+        (
+            "[sm_90.half.64]\nuse = ['forward_tma']\nforward_gluon = {tile = [64, 64, 4, 2]}",
+            r"use must list variants of this section \(forward_gluon\), got \['forward_tma'\]",
+        ),
         ("sm_90 = 3", "bad.toml: "),
         ("= 3", "bad.toml: "),
     ],

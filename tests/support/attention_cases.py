@@ -266,7 +266,7 @@ def interpret(name: str, variant: str = "") -> tuple[torch.Tensor, ...]:
         out, lse = launch_forward(
             a._replace(kv_counts=read, qk_int8=variant == "int8"),
             means,
-            tile=replace(tile, tma=variant == "tma", block_n=16),
+            tile=replace(tile, kernel="tma" if variant == "tma" else "triton", block_n=16),
             splits=3 if variant == "splits" else 1,
         )
     assert out.is_contiguous()
