@@ -20,7 +20,7 @@ SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 
 """Shared memory that one block may use, in bytes, by architecture (CUDA programming guide, table of limits)."""
 KERNELS = ("forward", "dq", "dk_dv", "dmeans")
 VARIANTS = {"forward": ("tma", "gluon", "gluon_pingpong"), "dq": ("tma",), "dk_dv": ("tma",)}
-"""Other forms of a kernel than the plain one: they read through the copy engine, and those of Gluon are for sm_90 alone.
+"""Other forms of a kernel than the plain one. They read through the copy engine; those of Gluon are for sm_90 alone.
 
 An entry KERNEL_VARIANT of the table is a variant's tile; it runs where the section's `use` names it.
 """

@@ -192,7 +192,7 @@ def sample_error(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor) 
 
 
 def tile_of(bench: Bench, dim: int) -> list[int] | None:
-    """[block_m, block_n, warps, stages, kernel] that the kernel takes here; None on the CPU or where it can't be told."""
+    """[block_m, block_n, warps, stages, kernel] of the forward here; None on the CPU or where it can't be told."""
     if bench.device == "cpu":
         return None
     try:
