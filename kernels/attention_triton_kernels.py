@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows_triton import _block_at, _row_of_plan
+from .rows_triton import _block_at, _place_of_program, _row_of_plan
 
 
 @triton.jit
@@ -161,24 +161,17 @@ def _block_sparse_forward(
     WIDEN: tl.constexpr,  # tl.dot in fp32, for the interpreter
     PRECISION: tl.constexpr,
 ):
-    # Which row of which head: heavy rows of all heads, then head by head.
-    R: tl.constexpr = BLOCK_Q // BLOCK_M  # tiles of a row
-    MQ = tl.cdiv(SQ, BLOCK_Q)
-    BH = tl.num_programs(0) // (MQ * R)
-    pid = tl.program_id(0)
+    n_rows, TILES_Q = tl.cdiv(SQ, BLOCK_Q), tl.constexpr(BLOCK_Q // BLOCK_M)
     n_heavy = 0
     if ORDERED:
-        n_heavy = tl.load(order) * R
-    n_light = MQ * R - n_heavy
-    is_heavy = pid < n_heavy * BH
-    light = pid - n_heavy * BH
-    i_bh = tl.where(is_heavy, pid % BH, light // tl.maximum(n_light, 1)).to(tl.int64)
-    i_m = tl.where(is_heavy, pid // BH, n_heavy + light % tl.maximum(n_light, 1))
-    i_row = i_m // R
+        n_heavy = tl.load(order)
+    i_bh, i_m = _place_of_program(n_heavy, n_rows, TILES_Q)
+    i_row = i_m // TILES_Q
     if ORDERED:
         i_row = tl.load(order + 1 + i_row)
-        i_m = i_row * R + i_m % R
+        i_m = i_row * TILES_Q + i_m % TILES_Q
     i_row = i_row.to(tl.int64)
+    BH = tl.num_programs(0) // (n_rows * TILES_Q)
     i_b, i_h = i_bh // H, i_bh % H
     i_hkv = i_h // KV_GROUP
     TILES: tl.constexpr = BLOCK_KV // BLOCK_N

@@ -1,9 +1,28 @@
-"""What kernels load: a row of the plan, rows of a tensor, and the biases of mean keys."""
+"""What kernels share: which row is a program's, what they load of a plan and of a tensor, biases of mean keys."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _place_of_program(n_heavy, n_rows, TILES: tl.constexpr):
+    """(sample and head, tile of queries) of this program; a row of the plan has TILES tiles, one program each.
+
+    The first n_heavy rows of all heads come first, then the others head by head. Tiles are those of the rows as
+    `heavy_first` lists them. No pointer comes in: for compilers all that goes into an address that is written to would
+    be written to.
+    """
+    BH = tl.num_programs(0) // (n_rows * TILES)
+    pid = tl.program_id(0)
+    n_heavy = n_heavy * TILES
+    n_light = n_rows * TILES - n_heavy
+    is_heavy = pid < n_heavy * BH
+    light = pid - n_heavy * BH
+    i_bh = tl.where(is_heavy, pid % BH, light // tl.maximum(n_light, 1)).to(tl.int64)
+    i_m = tl.where(is_heavy, pid // BH, n_heavy + light % tl.maximum(n_light, 1))
+    return i_bh, i_m
 
 
 @triton.jit
