@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .kernels.tiles import CHOICE
 from .options import INNER, Options, mode_options
 
 Compiled = Callable[..., Any]
@@ -21,13 +23,18 @@ _NOTES = "aot_inductor.metadata"
 _CACHEABLE = "unsafe_marked_cacheable_functions"
 
 
+def _key() -> str:
+    """What PyTorch's compile caches know us by: what they keep was made by our code and by the kernels' variant."""
+    return " ".join([_sources(), *filter(None, [os.environ.get(CHOICE)])])
+
+
 @functools.cache
 def _sources() -> str:
-    """A digest of our own code, for the keys of PyTorch's compile caches: what they keep was made by calling it."""
+    """A digest of our own code and tables."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
     rooms = [root, *(root / name for name in ("kernels", "passes", "profiles"))]  # links in a checkout: no walk enters
-    for path in sorted({path for room in rooms for path in room.rglob("*.py")}):
+    for path in sorted({path for room in rooms for path in room.rglob("*") if path.suffix in (".py", ".toml")}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -36,7 +43,7 @@ def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
     """Our functions in a graph, for PyTorch's cache of traced graphs, which takes no unknown function without a key."""
     targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     ours = [f for f in targets if getattr(f, "__module__", "").startswith(__package__)]
-    return {f"{f.__module__}.{f.__name__}": _sources() for f in ours}
+    return {f"{f.__module__}.{f.__name__}": _key() for f in ours}
 
 
 def inner_compiler(
@@ -51,7 +58,7 @@ def inner_compiler(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**of_mode, **options.inner_options}
-        patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _sources()}
+        patches[_NOTES] = {**patches.get(_NOTES, {}), "dynamicrad": _key()}
 
         def with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
             known = {**torch._inductor.config.unsafe_marked_cacheable_functions, **patches.get(_CACHEABLE, {})}

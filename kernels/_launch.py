@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import is_fake
 
 from .attention_arguments import Means
 from .tiles import Tile
@@ -20,9 +24,30 @@ INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 """True if Triton was imported with TRITON_INTERPRET=1."""
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """A kernel to be called as `wrap_triton(kernel)[grid](...)`, which compilers see as it is."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+PLAIN: ContextVar[bool] = ContextVar("dynamicrad_plain_kernels", default=False)
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Inside, ops launch plain kernels only: a compiler that writes files must see the kernels themselves."""
+    token = PLAIN.set(True)
+    try:
+        yield
+    finally:
+        PLAIN.reset(token)
+
+
+def variants_allowed() -> bool:
+    """Whether an op may launch another form of a kernel, which compilers see as an op that they can't look into."""
+    return not PLAIN.get()
+
+
+def wrap_triton(kernel: Any, described: bool = False) -> Any:
+    """A kernel to be called as `wrap_triton(kernel)[grid](...)`, which compilers see as it is.
+
+    described: it takes descriptors, which can't be traced.
+    """
+    return kernel if INTERPRETED or described else torch.library.wrap_triton(kernel)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -81,10 +106,14 @@ def mean_operands(means: Means | None, unread: torch.Tensor) -> tuple[tuple[torc
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     """x [B, H, S, D] for the copy engine of sm_90, in blocks [1, 1, rows, columns]; None where it can't be read.
 
-    It needs strides of 16 bytes, and sizes that are known.
+    It needs an address and strides of 16 bytes, and sizes that are known.
     """
-    known = all(isinstance(n, int) for n in (*x.shape, *x.stride()))
-    if not (known and x.stride(3) == 1 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:3])):
+    offset = x.storage_offset() if is_fake(x) else 0
+    if not all(isinstance(n, int) for n in (*x.shape, *x.stride(), offset)):
+        return None
+    # A fake tensor has no address, but allocators give storages one that divides by 16.
+    address = offset * x.element_size() if is_fake(x) else x.data_ptr()
+    if address % 16 or x.stride(3) != 1 or any(s * x.element_size() % 16 or s <= 0 for s in x.stride()[:3]):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 

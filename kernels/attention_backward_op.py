@@ -2,6 +2,9 @@
 
 P is computed again from q, k and lse, so the forward saves its arguments and results and nothing else. Two runs give
 the same bits.
+
+Where the tile table or the environment says that a kernel reads through the copy engine, `_described` launches it:
+descriptors can't be traced, so compilers see that op and not its kernels.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from dynamicrad_compile.errors import PlanError
 from . import attention_backward_cpu
 from .attention_arguments import Attention, Results, check, kept_pairs, mean_pairs
 from .checks import require
-from .define import HAS_TRITON, define, parameters_of
+from .define import HAS_TRITON, define, parameters_of, signed
 from .derivatives import Autograd, no_second
 from .means import means_of
 
 if HAS_TRITON:
-    from .attention_backward_triton import KERNELS, launch_backward
+    from ._launch import variants_allowed
+    from .attention_backward_triton import KERNELS, backward_tiles, launch_backward
 else:
     KERNELS = ()
 
@@ -63,7 +67,14 @@ def _checked(arguments: tuple[Any, ...]) -> tuple[Attention, Results]:
 
 def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     a, results = _checked(arguments)
+    if variants_allowed() and any(tile.kernel != "triton" for tile in backward_tiles(a)):
+        return _described(*arguments)
     return launch_backward(a, results, None if a.compensate is None else means_of(a))
+
+
+def _with_variants(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a, results = split(arguments)
+    return launch_backward(a, results, None if a.compensate is None else means_of(a), backward_tiles(a))
 
 
 def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +95,13 @@ define(
     fake=_fake,
     autograd=no_second("block_sparse_attention"),
 )
+_described = torch.library.custom_op(
+    "dynamicrad::block_sparse_attention_backward_described",
+    signed(_with_variants, PARAMETERS, TRIPLE),
+    mutates_args=(),
+    device_types="cuda",
+)
+_described.register_fake(_fake)
 
 
 def autograd_through(backward_op: str) -> Autograd:
@@ -108,6 +126,7 @@ def autograd_through(backward_op: str) -> Autograd:
     [
         torch.ops.dynamicrad.block_sparse_attention_backward,
         torch.ops.dynamicrad.block_sparse_attention_backward_cpu,
+        torch.ops.dynamicrad.block_sparse_attention_backward_described,
     ],
     get_raw=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import triton
 
 from ._launch import (
     capability,
+    descriptor,
     mean_operands,
     row_strides,
     shared_strides,
@@ -18,13 +20,31 @@ from ._launch import (
     wrap_triton,
 )
 from .attention_arguments import Attention, Means, Results
-from .attention_backward_triton_kernels import _dk_dv, _dq, _row_terms
+from .attention_backward_triton_kernels import _dk_dv, _dq
 from .blocks import in_range
 from .means_backward_triton import _dmeans, launch_dmeans
-from .tiles import BackwardTiles, choose_backward_tiles
+from .row_terms_triton import _row_terms
+from .tiles import BackwardTiles, Tile, choose_backward_tiles
 from .transpose_plan import transpose_plan
 
+MEANS_TILE = 32
+"""Means of blocks at a time in `_dq`, whose loop over them would else need the most registers."""
+
 KERNELS: tuple[Any, ...] = (_row_terms, _dq, _dk_dv, _dmeans)
+
+
+def backward_tiles(a: Attention, variants: bool = True) -> BackwardTiles:
+    """Tiles of the table for the op's arguments; `variants` as of `choose_backward_tiles`."""
+    half = a.q.dtype != torch.float32
+    return choose_backward_tiles(capability(a.q.device), half, a.q.shape[3], a.block_q, a.block_kv, variants)
+
+
+def _operands(tile: Tile, plain: Tile, rows: int, columns: int, *tensors: torch.Tensor) -> tuple[Tile, Sequence[Any]]:
+    """(tile, descriptors) of a variant that reads the tensors in blocks of rows x columns, else (plain, tensors)."""
+    if tile.kernel != "tma":
+        return tile, tensors
+    described = [descriptor(x, rows, columns) for x in tensors]
+    return (plain, tensors) if None in described else (tile, described)
 
 
 def launch_backward(
@@ -32,13 +52,13 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), contiguous; arguments as of the op, already checked.
 
-    `means`: of `means_of`, None for no compensation. `tiles` override the table of `tiles`.
+    `means`: of `means_of`, None for no compensation. `tiles`: those of the table's plain kernels if None. A variant
+    runs only where its tensors can be described: else the plain kernel does, with its own tile.
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
     (batch, heads, q_len, dim), (kv_heads, kv_len) = a.q.shape, a.k.shape[1:3]
-    if tiles is None:
-        half = a.q.dtype != torch.float32
-        tiles = choose_backward_tiles(capability(a.q.device), half, dim, a.block_q, a.block_kv)
+    plain = backward_tiles(a, variants=False)
+    tiles = tiles or plain
     q, k, v, grad_out = (unit_last_stride(x) for x in (a.q, a.k, a.v, results.grad_out))
     # Here and not in `_dq`, which has no register left for it.
     counts, indices = in_range(a.kv_counts, a.kv_indices, a.num_kv_blocks)
@@ -66,24 +86,31 @@ def launch_backward(
         dmeans = launch_dmeans(a, means, (q, grad_out, lse2, delta), tiles.dmeans)
 
     dq = q.new_empty((batch, heads, q_len, dim))
-    wrap_triton(_dq)[(triton.cdiv(q_len, tiles.dq.block_m), batch * heads)](
-        *(q, k, v, grad_out, lse2, delta, counts, indices, mask, *mean_tensors, dq, *numbers),
+    tile, (keys, values) = _operands(tiles.dq, plain.dq, tiles.dq.block_n, sizes["BLOCK_D"], k, v)
+    tma = tile.kernel == "tma"
+    wrap_triton(_dq, tma)[(triton.cdiv(q_len, tile.block_m), batch * heads)](
+        *(q, keys, values, grad_out, lse2, delta, counts, indices, mask, *mean_tensors, dq, *numbers),
         *(*strides["q"], *strides["k"], *strides["v"], *strides["g"]),
         *(*row_strides(counts), *row_strides(indices), mask_stride, *mean_strides),
         **sizes,
         **flags,
+        BLOCK_J=min(MEANS_TILE, tile.block_n),
         RAGGED=kv_len % a.block_kv != 0,
-        **tile_sizes(tiles.dq),
+        TMA=tma,
+        **tile_sizes(tile),
     )
 
     q_counts, q_indices = transpose_plan(counts, indices, a.num_kv_blocks)
     dk, dv = (q.new_empty((batch, kv_heads, kv_len, dim)) for _ in range(2))
-    wrap_triton(_dk_dv)[(triton.cdiv(kv_len, tiles.dk_dv.block_n), batch * kv_heads)](
-        *(q, k, v, grad_out, lse2, delta, q_counts, q_indices, mask, *dmeans, dk, dv, *numbers, q_indices.shape[3]),
+    tile, (queries, grads) = _operands(tiles.dk_dv, plain.dk_dv, tiles.dk_dv.block_m, sizes["BLOCK_D"], q, grad_out)
+    tma = tile.kernel == "tma"
+    wrap_triton(_dk_dv, tma)[(triton.cdiv(kv_len, tile.block_n), batch * kv_heads)](
+        *(queries, k, v, grads, lse2, delta, q_counts, q_indices, mask, *dmeans, dk, dv, *numbers, q_indices.shape[3]),
         *(*strides["q"], *strides["k"], *strides["v"], *strides["g"], *shared_strides(q_counts, 0, 1), mask_stride),
         **sizes,
         **flags,
         RAGGED=q_len % a.block_q != 0,
-        **tile_sizes(tiles.dk_dv),
+        TMA=tma,
+        **tile_sizes(tile),
     )
     return dq, dk, dv

@@ -4,10 +4,12 @@ With P = exp(scale * q k^T - lse) and delta = rowsum(do * out) - dlse (Dao 2023,
 
     dv = P^T do,  dS = P * (do v^T - delta),  dq = scale dS k,  dk = scale dS^T q
 
-`_row_terms` computes delta, and lse in powers of two with +inf where a query has no key, so that its P is 0.
+`row_terms_triton` computes delta, and lse in powers of two with +inf where a query has no key, so that its P is 0.
 `_dq` walks the key tiles of a row of the plan, `_dk_dv` the query tiles of a row of the transposed plan, head by
 head of the group that shares the keys. Each result is written once by one program: no atomics, always the same bits.
 Hidden keys need a select in `_dq`; in `_dk_dv` they are rows of their own, zeroed at the end.
+
+With TMA the rows of the loop are read through host tensor descriptors by the copy engine of sm_90.
 
 With compensation `_dq` also walks the mean keys of the blocks that a row drops, and `_dk_dv` adds the gradient of the
 means, of `means_backward_triton`, to the keys of each block.
@@ -22,40 +24,18 @@ from .rows_triton import _load_rows, _mean_bias
 
 
 @triton.jit
-def _row_terms(
-    out,  # [B, H, Sq, D] contiguous
-    grad_out,  # [B, H, Sq, D], last stride 1
-    lse,  # fp32 [B, H, Sq] contiguous, as of the rest
-    grad_lse,
-    lse2,  # log2(e) * lse, +inf where lse is -inf
-    delta,
-    H,
-    SQ,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    i_bh = tl.program_id(1).to(tl.int64)
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_m = o_m < SQ
-    p_grad = grad_out + (i_bh // H) * stride_gb + (i_bh % H) * stride_gh
-    b_out = _load_rows(out + i_bh * SQ * D, o_m, D, o_d, SQ, D, BLOCK_D, True, True)
-    b_grad = _load_rows(p_grad, o_m, stride_gm, o_d, SQ, D, BLOCK_D, True, True)
-    b_lse = tl.load(lse + i_bh * SQ + o_m, mask=m_m, other=0.0)
-    b_grad_lse = tl.load(grad_lse + i_bh * SQ + o_m, mask=m_m, other=0.0)
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
-    tl.store(lse2 + i_bh * SQ + o_m, b_lse, mask=m_m)
-    tl.store(delta + i_bh * SQ + o_m, tl.sum(b_out * b_grad, 1) - b_grad_lse, mask=m_m)
+def _described_rows(x, i_b, i_h, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):
+    """[ROWS, BLOCK_D] from row `first` on of a head of x, a descriptor of [B, H, S, D]; zeros beyond S and D."""
+    b_x = x.load([i_b, i_h, first, 0]).reshape(ROWS, BLOCK_D)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
 
 
 @triton.jit
 def _dq(
     q,  # [B, H, Sq, D], last stride 1, as of k, v, grad_out
-    k,  # [B, Hkv, Sk, D]
+    k,  # [B, Hkv, Sk, D]; with TMA a descriptor of it with blocks [1, 1, BLOCK_N, BLOCK_D], as v
     v,  # [B, Hkv, Sk, D]
     grad_out,  # [B, H, Sq, D]
     lse2,  # fp32 [B, H, Sq] contiguous, of `_row_terms`, as delta
@@ -104,9 +84,11 @@ def _dq(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # means of blocks at a time
     RAGGED: tl.constexpr,  # SK is not a multiple of BLOCK_KV
     HAS_MASK: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    TMA: tl.constexpr,
     WIDEN: tl.constexpr,  # tl.dot in fp32, for the interpreter
     PRECISION: tl.constexpr,
 ):
@@ -127,8 +109,12 @@ def _dq(
     b_do = _load_rows(p_do, o_m, stride_gm, o_d, SQ, D, BLOCK_D, True, WIDEN)
     b_lse = tl.load(lse2 + i_bh * SQ + o_m, mask=m_m, other=float("inf"))
     b_delta = tl.load(delta + i_bh * SQ + o_m, mask=m_m, other=0.0)
-    p_k = k + i_b * stride_kb + i_hkv * stride_kh
-    p_v = v + i_b * stride_vb + i_hkv * stride_vh
+    if TMA:
+        p_k, p_v = k, v
+    else:
+        p_k = k + i_b * stride_kb + i_hkv * stride_kh
+        p_v = v + i_b * stride_vb + i_hkv * stride_vh
+    i_b32, i_h32 = i_b.to(tl.int32), i_hkv.to(tl.int32)
 
     n_blocks = tl.cdiv(SK, BLOCK_KV)
     count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm)
@@ -145,12 +131,12 @@ def _dq(
         n_means = tl.where((count < n_blocks) & (b_weight > 0.0), n_blocks, 0)
         first_mean = (i_b * (H // KV_GROUP) + i_hkv) * n_blocks * D
         p_kept = kept + i_b * stride_eb + i_h * stride_eh + i_row * stride_em
-        for start in range(0, n_means, BLOCK_N):
-            o_j = start + o_n
+        for start in range(0, n_means, BLOCK_J):
+            o_j = start + tl.arange(0, BLOCK_J)
             b_k = _load_rows(mean_k + first_mean, o_j, D, o_d, n_blocks, D, BLOCK_D, True, WIDEN)
             b_v = _load_rows(mean_v + first_mean, o_j, D, o_d, n_blocks, D, BLOCK_D, True, WIDEN)
             b_bias = _mean_bias(n_valid + i_b * stride_nb, b_weight, p_kept, o_j, n_blocks)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_J]
             b_p = tl.exp2(tl.fma(b_s, scale2, b_bias[None, :] - b_lse[:, None]))
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_ds = b_p * (b_dp - b_delta[:, None])
@@ -158,9 +144,14 @@ def _dq(
     for i_t in range(count * TILES):
         i_next = (i_t + 1) // TILES
         i_kv_next = tl.load(p_ids + i_next, mask=i_next < n_listed, other=i_next)
-        o_key = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N + o_n
-        b_k = _load_rows(p_k, o_key, stride_kn, o_d, SK, D, BLOCK_D, RAGGED, WIDEN)
-        b_v = _load_rows(p_v, o_key, stride_vn, o_d, SK, D, BLOCK_D, RAGGED, WIDEN)
+        first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
+        o_key = first + o_n
+        if TMA:
+            b_k = _described_rows(k, i_b32, i_h32, first, BLOCK_N, BLOCK_D, WIDEN)
+            b_v = _described_rows(v, i_b32, i_h32, first, BLOCK_N, BLOCK_D, WIDEN)
+        else:
+            b_k = _load_rows(p_k, o_key, stride_kn, o_d, SK, D, BLOCK_D, RAGGED, WIDEN)
+            b_v = _load_rows(p_v, o_key, stride_vn, o_d, SK, D, BLOCK_D, RAGGED, WIDEN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         b_p = tl.exp2(tl.fma(b_s, scale2, -b_lse[:, None]))
         if RAGGED or HAS_MASK:
@@ -180,10 +171,10 @@ def _dq(
 
 @triton.jit
 def _dk_dv(
-    q,  # [B, H, Sq, D], last stride 1, as of k, v, grad_out
+    q,  # [B, H, Sq, D], last stride 1, as of k, v, grad_out; with TMA a descriptor, blocks [1, 1, BLOCK_M, BLOCK_D]
     k,  # [B, Hkv, Sk, D]
     v,  # [B, Hkv, Sk, D]
-    grad_out,  # [B, H, Sq, D]
+    grad_out,  # [B, H, Sq, D]; with TMA a descriptor, as of q
     lse2,  # fp32 [B, H, Sq] contiguous, of `_row_terms`, as delta
     delta,
     counts,  # int32 [B', H', Mk] contiguous, the transposed plan
@@ -223,6 +214,7 @@ def _dk_dv(
     RAGGED: tl.constexpr,  # SQ is not a multiple of BLOCK_Q
     HAS_MASK: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    TMA: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -238,6 +230,7 @@ def _dk_dv(
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_n = o_n < SK
+    i_b32 = i_b.to(tl.int32)
     p_k = k + i_b * stride_kb + i_hkv * stride_kh
     p_v = v + i_b * stride_vb + i_hkv * stride_vh
     b_k = _load_rows(p_k, o_n, stride_kn, o_d, SK, D, BLOCK_D, True, WIDEN)
@@ -251,22 +244,32 @@ def _dk_dv(
         i_row = i_b * stride_cb + i_h * stride_ch + i_kv
         count = tl.load(counts + i_row)
         p_ids = indices + i_row * MQ
-        p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_do = grad_out + i_b * stride_gb + i_h * stride_gh
-        first = (i_b * H + i_h) * SQ
+        if TMA:
+            p_q, p_do = q, grad_out
+        else:
+            p_q = q + i_b * stride_qb + i_h * stride_qh
+            p_do = grad_out + i_b * stride_gb + i_h * stride_gh
+        i_h32 = i_h.to(tl.int32)
+        p_lse = lse2 + (i_b * H + i_h) * SQ
+        p_delta = delta + (i_b * H + i_h) * SQ
         i_q = tl.load(p_ids)
-        for i_t in range(count * TILES):
+        for i_t in tl.range(count * TILES, disable_licm=TMA):
             i_next = (i_t + 1) // TILES
             i_q_next = tl.load(p_ids + i_next, mask=i_next < count, other=0)
-            o_query = i_q * BLOCK_Q + (i_t % TILES) * BLOCK_M + o_m
-            b_q = _load_rows(p_q, o_query, stride_qm, o_d, SQ, D, BLOCK_D, RAGGED, WIDEN)
-            b_do = _load_rows(p_do, o_query, stride_gm, o_d, SQ, D, BLOCK_D, RAGGED, WIDEN)
-            if RAGGED:
-                b_lse = tl.load(lse2 + first + o_query, mask=o_query < SQ, other=float("inf"))
-                b_delta = tl.load(delta + first + o_query, mask=o_query < SQ, other=0.0)
+            first = i_q * BLOCK_Q + (i_t % TILES) * BLOCK_M
+            o_query = first + o_m
+            if TMA:
+                b_q = _described_rows(q, i_b32, i_h32, first, BLOCK_M, BLOCK_D, WIDEN)
+                b_do = _described_rows(grad_out, i_b32, i_h32, first, BLOCK_M, BLOCK_D, WIDEN)
             else:
-                b_lse = tl.load(lse2 + first + o_query)
-                b_delta = tl.load(delta + first + o_query)
+                b_q = _load_rows(p_q, o_query, stride_qm, o_d, SQ, D, BLOCK_D, RAGGED, WIDEN)
+                b_do = _load_rows(p_do, o_query, stride_gm, o_d, SQ, D, BLOCK_D, RAGGED, WIDEN)
+            if RAGGED:
+                b_lse = tl.load(p_lse + o_query, mask=o_query < SQ, other=float("inf"))
+                b_delta = tl.load(p_delta + o_query, mask=o_query < SQ, other=0.0)
+            else:
+                b_lse = tl.load(p_lse + o_query)
+                b_delta = tl.load(p_delta + o_query)
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             b_p = tl.exp2(tl.fma(b_s, scale2, -b_lse[None, :]))
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)

@@ -202,9 +202,12 @@ def _cut(tile: Tile, block_q: int, block_kv: int, kernel: str) -> Tile:
 
 
 def choose_backward_tiles(
-    capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int
+    capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int, variants: bool = True
 ) -> BackwardTiles:
-    """`choose_tile` for the three kernels of the backward."""
-    return BackwardTiles(
-        *(choose_tile(capability, half, head_dim, block_q, block_kv, kernel) for kernel in BackwardTiles._fields)
-    )
+    """`choose_tile` for the three kernels of the backward, of the variants in use; without `variants` all are plain."""
+
+    def choose(kernel: str) -> Tile:
+        variant = variant_in_use(capability, half, head_dim, kernel) if variants else None
+        return choose_tile(capability, half, head_dim, block_q, block_kv, kernel, variant)
+
+    return BackwardTiles(*map(choose, BackwardTiles._fields))

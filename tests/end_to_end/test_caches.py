@@ -9,6 +9,8 @@ from support.marks import slow
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
+from dynamicrad_compile.inner import _key
+from dynamicrad_compile.kernels.tiles import CHOICE
 from dynamicrad_compile.runtime.router import Router
 
 CASES = [
@@ -51,3 +53,10 @@ def test_a_second_compilation_comes_from_the_cache(tmp_path, monkeypatch):
     assert counters["aot_autograd"]["autograd_cache_hit"] == 1
     for first, again in zip(*outputs, strict=True):
         assert torch.equal(first, again)
+
+
+def test_the_caches_know_which_variant_of_the_kernels_was_traced(monkeypatch):
+    monkeypatch.delenv(CHOICE, raising=False)
+    usual = _key()
+    monkeypatch.setenv(CHOICE, "tma")
+    assert _key() != usual

@@ -12,9 +12,10 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from dynamicrad_compile.kernels import ahead_of_time  # noqa: E402
+from dynamicrad_compile.kernels.attention_backward_triton import MEANS_TILE  # noqa: E402
 from dynamicrad_compile.kernels.attention_backward_triton_kernels import _dk_dv, _dq  # noqa: E402
 from dynamicrad_compile.kernels.means_backward_triton import _dmeans  # noqa: E402
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_backward_tiles  # noqa: E402
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_backward_tiles, choose_tile  # noqa: E402
 
 KERNELS = {"dq": _dq, "dk_dv": _dk_dv, "dmeans": _dmeans}
 POINTERS = dict.fromkeys(("counts", "indices", "n_valid", "kept"), "*i32") | dict.fromkeys(
@@ -34,9 +35,11 @@ def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) 
         "BLOCK_KV": 128,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "BLOCK_J": min(MEANS_TILE, tile.block_n),
         "RAGGED": full,
         "HAS_MASK": full,
         "COMPENSATE": full,
+        "TMA": tile.kernel == "tma",
         "WIDEN": False,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         # What the launcher specialises because it is 1.
@@ -45,9 +48,13 @@ def build(kernel: str, arch: int, dtype: str, dim: int, tile: Tile, full: bool) 
     }
     constants = {name: value for name, value in constants.items() if name in names}
     pointers = POINTERS | {"key_mask": "*i1"} | dict.fromkeys(OPERANDS, f"*{dtype}")
-    signature = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in names}
+    types = pointers | {"scale": "fp32"}
+    if tile.kernel == "tma":
+        described, rows = {"dq": ("kv", tile.block_n), "dk_dv": (("q", "grad_out"), tile.block_m)}[kernel]
+        types |= dict.fromkeys(described, f"tensordesc<{dtype}[1, 1, {rows}, {constants['BLOCK_D']}]>")
+    signature = {name: types.get(name, "i32") for name in names}
     # As at run time: pointers and the strides of q, k, v, grad_out divide by 16, or loads would be scalar.
-    aligned = [n for n in names if n in pointers or re.match("stride_[qkvg]", n)]
+    aligned = [n for n in names if signature[n].startswith("*") or re.match("stride_[qkvg]", n)]
     return ahead_of_time.build(function, signature, constants, aligned, arch, ahead_of_time.options_of(tile))
 
 
@@ -82,3 +89,19 @@ def test_tile_compiles_without_spills(arch: int, kernel: str, dtype: str, dim: i
     assert built.shared <= SHARED_MEMORY[86 if arch == 80 else arch]
     if arch == 90 and dtype != "fp32":
         assert built.instructions["wgmma"] > 0
+
+
+@pytest.mark.parametrize("kernel", ["dq", "dk_dv"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+def test_the_copy_engine_compiles_without_spills(kernel: str, dim: int, full: bool):
+    tile = choose_tile((9, 0), True, dim, 128, 128, kernel, "tma")
+    built = build(kernel, 90, "bf16", dim, tile, full)
+    print(f"\nsm_90 {kernel} bf16 head_dim {dim} {'full' if full else 'plain'} {tile} {built}")
+    assert built.spilled == 0
+    assert built.shared <= SHARED_MEMORY[90]
+    assert built.instructions["wgmma"] > 0
+    # Each of the two operands of the loop, for each stage; `_dk_dv` still loads a number for each row.
+    assert built.instructions["tma"] == 2 * tile.num_stages
+    if kernel == "dq" and not full:
+        assert built.instructions["cp_async"] == 0

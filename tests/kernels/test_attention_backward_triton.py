@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.attention_cases import CASES, Case, build, case_of
-from support.backward_cases import INTERPRETED_CASES, build_backward, check_gradients
+from support.backward_cases import INTERPRETED_CASES, VARIANTS, build_backward, check_gradients, tiles_of
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, choose_backward_tiles
+from dynamicrad_compile.kernels.tiles import CHOICE, SHARED_MEMORY, choose_backward_tiles
 
 pytest.importorskip("triton")
 
@@ -20,6 +20,13 @@ OP = torch.ops.dynamicrad.block_sparse_attention_backward
 @pytest.mark.parametrize("case", INTERPRETED_CASES, ids=str)
 def test_interpreter_matches_reference(case: Case, interpreter):
     check_gradients(interpreter("backward_cases", case.name), build_backward(case))
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [(variant, name) for variant, names in VARIANTS.items() for name in names]
+)
+def test_interpreter_matches_reference_however_launched(variant: str, name: str, interpreter):
+    check_gradients(interpreter("backward_cases", name, variant), build_backward(case_of(name)))
 
 
 def on_cuda(args: tuple) -> list:
@@ -47,9 +54,43 @@ def test_cuda_matches_reference_and_itself(case: Case):
     assert all(torch.equal(a, b) for a, b in zip(OP(*there), grads, strict=True))
 
 
+def needs_the_copy_engine():
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the copy engine needs sm_90")
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES + GPU_ONLY, ids=str)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_cuda_matches_reference_however_launched(case: Case, variant: str):
+    from dynamicrad_compile.kernels.attention_backward_op import split
+    from dynamicrad_compile.kernels.attention_backward_triton import launch_backward
+    from dynamicrad_compile.kernels.means import means_of
+
+    needs_the_copy_engine()
+    args = build_backward(case)
+    a, results = split(tuple(on_cuda(args)))
+    means = None if a.compensate is None else means_of(a)
+    grads = launch_backward(a, results, means, tiles_of(a, variant))
+    check_gradients(tuple(grad.cpu() for grad in grads), args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in GPU_ONLY if case.dtype != torch.float32], ids=str)
+def test_cuda_matches_reference_with_the_variant_of_the_table(case: Case, monkeypatch: pytest.MonkeyPatch):
+    needs_the_copy_engine()
+    monkeypatch.setenv(CHOICE, "tma")
+    args = build_backward(case)
+    there = on_cuda(args)
+    check_gradients(tuple(grad.cpu() for grad in OP(*there)), args)
+    torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention_backward_described.default, there)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ["triton", "tma"])
 @pytest.mark.parametrize("name", ["permuted", "mean_mask_padding", "fp16"])
-def test_cuda_compiles_with_the_kernels_in_the_graph(name: str):
+def test_cuda_compiles(name: str, choice: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, choice)
     forward = on_cuda(build(case_of(name)))
     forward[:3] = [x.detach().requires_grad_() for x in forward[:3]]
     torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, forward)
@@ -65,9 +106,8 @@ def test_cuda_compiles_with_the_kernels_in_the_graph(name: str):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("compensate", [False, True])
-def test_compiled_graph_holds_the_kernels(compensate: bool, monkeypatch: pytest.MonkeyPatch):
-    """On CUDA the op decomposes into kernels that are known to write nothing but their results."""
+def traced(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, compensate: bool) -> torch.fx.Graph:
+    """The graph of the op on a CUDA device of sm_90 that need not be there."""
     from torch._functorch.aot_autograd import aot_export_module
     from torch._subclasses import FakeTensorMode
     from triton.backends.compiler import GPUTarget
@@ -82,18 +122,64 @@ def test_compiled_graph_holds_the_kernels(compensate: bool, monkeypatch: pytest.
             return OP(*args[:9], None, 32, 32, None, *args[9:])
 
     with FakeTensorMode():
-        q, k, v, grad = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(4))
-        out = torch.empty(2, 4, 101, 64, device="cuda")
+        q, k, v, grad = (torch.empty(2, 101, 4, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(4))
+        out = torch.empty(2, 4, 101, 64, device="cuda", dtype=dtype)
         lse = torch.empty(2, 4, 101, device="cuda")
         counts = torch.empty(1, 1, 4, device="cuda", dtype=torch.int32)
         indices = torch.empty(1, 1, 4, 2, device="cuda", dtype=torch.int32)
         weight = [torch.empty(1, device="cuda")] if compensate else []
         args = (q, k, v, out, lse, grad, lse, counts, indices, *weight)
         graph, _ = aot_export_module(Backward(), args, trace_joint=False)
-    kernels = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
-    written = [node.kwargs["tensors_to_clone"] for node in kernels]
+    return graph.graph
+
+
+def written(graph: torch.fx.Graph) -> list:
+    kernels = [n for n in graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    return [node.kwargs["tensors_to_clone"] for node in kernels]
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_compiled_graph_holds_the_kernels(compensate: bool, monkeypatch: pytest.MonkeyPatch):
+    """On CUDA the op decomposes into kernels that are known to write nothing but their results."""
+    graph = traced(monkeypatch, torch.float32, compensate)
     for names in (["lse2", "delta"], ["dq"], ["dk", "dv"], *([["dmean_k", "dmean_v"]] * compensate)):
-        assert names in written
+        assert names in written(graph)
+
+
+def test_compiled_graph_holds_an_op_where_descriptors_are_used(monkeypatch: pytest.MonkeyPatch):
+    from dynamicrad_compile.kernels._launch import plain_kernels, variants_allowed
+
+    monkeypatch.setenv(CHOICE, "tma")
+    graph = traced(monkeypatch, torch.bfloat16, False)
+    described = torch.ops.dynamicrad.block_sparse_attention_backward_described.default
+    assert [node.target for node in graph.nodes if node.op == "call_function"].count(described) == 1
+    assert not written(graph)
+    with plain_kernels():
+        assert not variants_allowed()
+        assert ["dk", "dv"] in written(traced(monkeypatch, torch.bfloat16, False))
+    assert variants_allowed()
+
+
+def test_what_the_copy_engine_can_read():
+    from torch._subclasses import FakeTensorMode
+
+    from dynamicrad_compile.kernels._launch import descriptor
+
+    def check(make):
+        wide = make(2, 3, 64, 48)
+        assert descriptor(wide, 16, 64).block_shape == [1, 1, 16, 64]
+        assert descriptor(wide[..., 8:], 16, 64) is not None
+        assert descriptor(wide[..., 4:], 16, 64) is None  # an address of 8 bytes
+        assert descriptor(wide[..., ::2], 16, 64) is None
+        assert descriptor(make(2, 3, 64, 44), 16, 64) is None  # strides of 88 bytes
+        assert descriptor(wide[:, :1].expand(2, 3, 64, 48), 16, 64) is None  # strides of 0
+
+    def make(*shape):
+        return torch.empty(shape, dtype=torch.float16)
+
+    check(make)
+    with FakeTensorMode():
+        check(make)
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))

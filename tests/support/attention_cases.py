@@ -69,6 +69,7 @@ CASES = [
     Case("scale", scale=0.5, q_len=101, kv_len=101),
     Case("fp16", dtype=HALF, q_len=101, kv_len=101),
     Case("bf16", dtype=BF16, q_len=101, kv_len=101, mask="padding"),
+    Case("fp16_unaligned", dtype=HALF, layout="slice", q_len=101, kv_len=101, dim=28),
     Case("fp16_blocks_of_16", dtype=HALF, q_len=101, kv_len=101, block_q=16, block_kv=16, dim=24),
     Case("mean_even", compensate=(1.0,)),
     Case("mean_ragged", compensate=(0.7,), batch=2, q_len=101, kv_len=115),
@@ -122,6 +123,7 @@ VARIANTS = {
         "permuted",
         "sliced",
         "fp16",
+        "fp16_unaligned",
         "wrong",
     ],
 }

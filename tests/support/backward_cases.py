@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from dynamicrad_compile.kernels.attention_arguments import Attention
+from dynamicrad_compile.kernels.tiles import BackwardTiles
 from support.attention_cases import BF16, CASES, HALF, Case, build, case_of, reference
 
 # The interpreter is slow: one case of each kind.
@@ -16,6 +20,12 @@ _INTERPRETED = """
     mean_ragged mean_one_block mean_per_sample mean_many_blocks mean_gqa mean_sliced mean_mask_random mean_mask_all
     mean_fp16 mean_bf16 mean_keeps_nothing wrong_per_head mean_wrong
 """
+# How the kernels may be launched, and the cases that are run so; the copy engine can't read the unaligned one.
+_TMA = """
+    ragged_both cross_lengths gqa_per_head dim_24 permuted sliced mask_random fp16 bf16 fp16_unaligned mean_ragged
+    mean_sliced wrong_per_head
+"""
+VARIANTS = {"tma": _TMA.split()}
 INTERPRETED_CASES = [case for case in CASES if case.name in set(_INTERPRETED.split())]
 
 
@@ -55,8 +65,18 @@ def check_gradients(got: tuple[torch.Tensor, ...], args: tuple) -> None:
             assert (grad.transpose(1, 2)[hidden] == 0).all()
 
 
-def interpret(name: str) -> tuple[torch.Tensor, ...]:
-    """dq, dk and dv of a case, in fp32."""
+def tiles_of(a: Attention, variant: str) -> BackwardTiles:
+    """The plain kernels' tiles, with several tiles a block where they are large enough, for a variant of VARIANTS."""
+    from dynamicrad_compile.kernels.attention_backward_triton import backward_tiles
+
+    tiles = backward_tiles(a, variants=False)
+    return tiles._replace(
+        dq=replace(tiles.dq, block_n=16, kernel=variant), dk_dv=replace(tiles.dk_dv, block_m=16, kernel=variant)
+    )
+
+
+def interpret(name: str, variant: str = "") -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv of a case, in fp32, launched as by default or as one of VARIANTS says."""
     from dynamicrad_compile.kernels._launch import INTERPRETED
     from dynamicrad_compile.kernels.attention_backward_op import split
     from dynamicrad_compile.kernels.attention_backward_triton import launch_backward
@@ -65,6 +85,7 @@ def interpret(name: str) -> tuple[torch.Tensor, ...]:
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     case = case_of(name)
     a, forward = split(build_backward(case))
-    grads = launch_backward(a, forward, None if a.compensate is None else means_of(a))
+    means = None if a.compensate is None else means_of(a)
+    grads = launch_backward(a, forward, means, tiles_of(a, variant) if variant else None)
     assert all(grad.is_contiguous() and grad.dtype == case.dtype for grad in grads)
     return tuple(grad.float() for grad in grads)
