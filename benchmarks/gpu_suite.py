@@ -69,9 +69,10 @@ def all_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
     shapes = sorted(bench.shapes)
     s = args.sparsity
     if args.tiles:
+        major, minor = (9, 0) if bench.device == "cpu" else torch.cuda.get_device_capability()
         for dim in (128, 64):
             for tokens in shapes[:1] if bench.reduced else (32760,):
-                yield from tile_rows.rows(bench, tokens, dim, s)
+                yield from tile_rows.rows(bench, tokens, dim, s, tile_rows.every_tile(10 * major + minor, dim))
         return
     yield from correctness.rows(bench.device, bench.reduced)
     if bench.reduced:
@@ -126,7 +127,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.resume:
         journal = _resumed(args.resume, about)
     else:
-        name = args.name or _name(about, args)
+        kinds = [kind for kind in ("tiles", "reduced") if getattr(args, kind)]
+        name = args.name or machine.file_name("gpu_suite", about, kinds)
         content = {"schema": SCHEMA, "name": name, "command": _command(args), "about": about, "rows": []}
         content["reduced"] = args.reduced
         journal = Journal(args.output / f"{name}.json", content)
@@ -179,12 +181,6 @@ def _command(args: argparse.Namespace) -> str:
     only = [f"--only {' '.join(args.only)}"] if args.only else []
     device = f"--device {args.device} --dtype {args.dtype}"
     return " ".join(["python benchmarks/gpu_suite.py", device, *flags, *numbers, *only])
-
-
-def _name(about: dict, args: argparse.Namespace) -> str:
-    chip = "".join(c if c.isalnum() else "_" for c in about["chip"].lower().removeprefix("nvidia ")).strip("_")
-    kinds = [name for name in ("tiles", "reduced") if getattr(args, name)]
-    return "-".join(["gpu_suite", chip, about["date"], *kinds])
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dynamicrad_compile as drad
+from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.plans.plan import BlockPlan
 
 from .bench import Bench, active_pairs
 from .roofline import attention_work, roofline
 from .runner import Row, Unsupported, Values
 from .timing import peak_memory
+from .variants import current_tile
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -196,9 +198,7 @@ def tile_of(bench: Bench, dim: int) -> list[int] | None:
     if bench.device == "cpu":
         return None
     try:
-        from dynamicrad_compile.kernels.tiles import choose_tile
-
-        tile = choose_tile(torch.cuda.get_device_capability(), bench.dtype != torch.float32, dim, 128, 128)
-        return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.kernel]
-    except Exception:
+        tile = current_tile(bench.dtype, dim)
+    except PlanError:
         return None
+    return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.kernel]

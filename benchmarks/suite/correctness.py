@@ -7,7 +7,7 @@ On CUDA the memory an output will take is filled with NaN first, so that an elem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ LSE_BOUND = 1e-4  # absolute; scores are summed in fp32 whatever the dtype
 SELECT_BOUND = 0.02  # share of rows whose choice may differ, by a candidate at the cut
 CRITERIA = {"threshold": (0.1, -0.2), "mass": (0.8, 0.6), "ratio": (0.5, 0.3)}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Forward = Callable[..., tuple[Tensor, Tensor]]  # of the arguments of `_attention`
+Gradients = Callable[..., Sequence[Tensor]]  # of the arguments of `_gradients`
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,11 @@ def make(case: Case) -> tuple[Tensor, Tensor, Tensor, BlockPlan, Tensor | None, 
     return q, k, v, plan, mask, weights
 
 
-def check_forward(case: Case, device: str) -> Values:
-    """Output and lse against the reference."""
+def check_forward(case: Case, device: str, forward: Forward | None = None) -> Values:
+    """Output and lse of the op, or of `forward`, against the reference."""
     q, k, v, plan, mask, weights = make(case)
     _poison(q, device)
-    out, lse = _attention(q, k, v, plan, mask, weights, device)
+    out, lse = (forward or _attention)(q, k, v, plan, mask, weights, device)
     blocks = (plan.kv_counts, plan.kv_indices, None, plan.block_q, plan.block_kv)
     expected, expected_lse = block_sparse_attention_reference(q, k, v, *blocks, mask, weights)
     finite = expected_lse.isfinite()
@@ -141,11 +143,11 @@ def check_forward(case: Case, device: str) -> Values:
     return {**_within(out, expected, FORWARD_BOUND[case.dtype]), "lse_error": lse_error}
 
 
-def check_backward(case: Case, device: str) -> Values:
-    """Gradients of q, k and v against the reference, and the same bits when computed again."""
+def check_backward(case: Case, device: str, gradients: Gradients | None = None) -> Values:
+    """Gradients of q, k and v by the op, or by `gradients`, against the reference, and the same bits once more."""
     q, k, v, plan, mask, weights = make(case)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
-    found = [_gradients(q, k, v, plan, mask, weights, grad, device) for _ in range(2)]
+    found = [(gradients or _gradients)(q, k, v, plan, mask, weights, grad, device) for _ in range(2)]
     if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
         raise AssertionError("two runs gave different bits")
     blocks = (plan.kv_counts, plan.kv_indices, None, plan.block_q, plan.block_kv)

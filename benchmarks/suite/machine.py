@@ -107,6 +107,12 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
+def file_name(script: str, about: dict[str, Any], kinds: list[str]) -> str:
+    """Name of a run's files: script, chip, date and what kind of run it was."""
+    chip = "".join(c if c.isalnum() else "_" for c in about["chip"].lower().removeprefix("nvidia ")).strip("_")
+    return "-".join([script, chip, about["date"], *kinds])
+
+
 def short(about: dict[str, Any]) -> str:
     """One line: chip and what its speed depends on."""
     if about["device"] == "cpu":

@@ -1,0 +1,60 @@
+"""What keeps a row of the day from running: the build or the check that failed before it."""
+
+from __future__ import annotations
+
+from .runner import Row, Values
+from .tile_rows import FIELDS
+from .variants import entry_of
+
+MEASURED = ("dense", "forward", "backward", "overhead", "graphs", "steps")
+
+
+def bar(row: Row, content: Values, step_dim: int) -> str | None:
+    """Why a row must not run, None if it may; `step_dim`: head_dim of the rows that name none."""
+    rows, facts = content["rows"], row.facts
+    if row.group in ("tiles", "tries"):
+        return _tile_bar(row, rows)
+    if row.group == "correctness" and facts["kernel"].startswith("forward "):
+        kernel = facts["kernel"].removeprefix("forward ")
+        built = [other for other in rows if other["group"] == "builds" and other["kernel"] == kernel]
+        if built and not any(_may_be(other) for other in built):
+            return f"no tile of it was built: {built[0]['why']}"
+    if row.group in MEASURED and row.group != "dense":
+        return _form_bar(kernel_in_use(content, facts.get("head_dim", step_dim)), facts.get("head_dim", step_dim), rows)
+    return None
+
+
+def kernel_in_use(content: Values, dim: int) -> str:
+    """The form of the forward that the op takes at a head_dim."""
+    for item in content.get("tile_proposal", []):
+        if item["head_dim"] == dim:
+            return str(item["kernel"])
+    return "triton"
+
+
+def _tile_bar(row: Row, rows: list[Values]) -> str | None:
+    dim, tile = row.facts["head_dim"], {name: row.facts[name] for name in FIELDS}
+    for group in ("builds", "tries") if row.group == "tiles" else ("builds",):
+        same = lambda other, g=group: other["group"] == g and other["head_dim"] == dim  # noqa: E731
+        for other in rows:
+            if same(other) and all(other[name] == tile[name] for name in FIELDS) and other["status"] != "ok":
+                if group == "builds" and _may_be(other):
+                    continue
+                return f"{other['name']}: {other['status']}, {other['why']}"
+    return _form_bar(tile["kernel"], dim, rows) if row.group == "tiles" else None
+
+
+def _form_bar(kernel: str, dim: int, rows: list[Values]) -> str | None:
+    """A check of this form that failed: in half precision at such a head_dim, or anywhere if it took its process."""
+    for other in rows:
+        if other["group"] != "correctness" or other.get("kernel") != f"forward {kernel}" or other["status"] != "failed":
+            continue
+        near = entry_of(other["head_dim"]) == entry_of(dim) and other["dtype"] != "float32"
+        if near or other.get("lost_its_process"):
+            return f"{other['name']} failed: {other['why']}"
+    return None
+
+
+def _may_be(build: Values) -> bool:
+    """A build that was not made in time says nothing against its tile."""
+    return build["status"] in ("ok", "skipped")
