@@ -1,7 +1,8 @@
 """Write the tiles that a GPU run found fastest into the tile table of the kernels.
 
-    python benchmarks/gpu_suite.py --tiles --name tiles            # on the GPU: times every admissible tile
-    python benchmarks/autotune_tiles.py benchmarks/results/tiles.json
+    bash benchmarks/gpu_day.sh --name day                          # on the GPU: the tiles worth a look, of every form
+    python benchmarks/gpu_suite.py --tiles --name tiles            # or every admissible tile
+    python benchmarks/autotune_tiles.py benchmarks/results/day.json
 
 An entry is replaced where the proposal is faster than the entry in use by more than `--margin`; its source becomes chip
 and date. The table is checked before it is written, in one piece. `--dry-run` only says what would change.
@@ -36,13 +37,13 @@ def to_toml(table: Table, comment: str) -> str:
 def update(table: Table, content: dict, margin: float) -> list[str]:
     """Put the proposals of a run's JSON into the table; what changed, a line each.
 
-    Raises PlanError if the JSON is not of a run with --tiles on a GPU.
+    Raises PlanError if the JSON is not of a run on a GPU that timed tiles.
     """
     about = content.get("about", {})
     proposals, dtype = content.get("tile_proposal"), about.get("dtype_class")
     arch = int(str(about.get("arch", "")).removeprefix("sm_") or 0) if about.get("device") == "cuda" else 0
     if not proposals or not arch or dtype not in ("half", "float"):
-        raise PlanError("no tile proposal in it. Make one on a GPU: python benchmarks/gpu_suite.py --tiles")
+        raise PlanError("no tile proposal in it. Make one on a GPU: bash benchmarks/gpu_day.sh")
     changes = []
     entries = table.setdefault(arch, {}).setdefault(dtype, {})
     for proposal in proposals:
@@ -64,7 +65,7 @@ def update(table: Table, content: dict, margin: float) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON of benchmarks/gpu_suite.py --tiles")
+    parser.add_argument("result", type=Path, help="JSON of benchmarks/gpu_day.sh, or of gpu_suite.py --tiles")
     parser.add_argument("--table", type=Path, default=TABLE, help="table to rewrite (that of the package)")
     parser.add_argument("--margin", type=float, default=0.02, help="gain below which an entry stays (0.02)")
     parser.add_argument("--dry-run", action="store_true")

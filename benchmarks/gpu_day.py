@@ -25,7 +25,7 @@ try:
     from suite.apart import Batch, run_apart
     from suite.bars import bar
     from suite.day import Day
-    from suite.runner import SCHEMA, Journal, Values
+    from suite.runner import SCHEMA, Journal, Row, Values
 
     from dynamicrad_compile.kernels.tiles import CHOICE
 except ImportError as error:
@@ -81,19 +81,26 @@ def start(args: argparse.Namespace) -> Journal:
     return Journal(args.output / f"{name}.json", {**content, "reduced": args.reduced})
 
 
-def run_stage(stage: day.Stage, about: Day, journal: Journal, deadline: float, only: tuple[str, ...]) -> None:
-    """Run a stage until its deadline, then bring up to date what the next ones read from the journal."""
-    groups = [[row for row in group if row.name.startswith(only)] for group in day.groups_of(stage, about, journal.content)]
-    groups = [group for group in groups if group]
-    if not groups:
-        return
+def chosen(stage: day.Stage, about: Day, content: Values, only: tuple[str, ...]) -> list[list[Row]]:
+    """Groups of the stage's rows whose names begin with one of `only`."""
+    groups = [[row for row in group if row.name.startswith(only)] for group in day.groups_of(stage, about, content)]
+    return [group for group in groups if group]
+
+
+def run_stage(stage: day.Stage, groups: list[list[Row]], about: Day, journal: Journal, deadline: float) -> None:
+    """Run rows of a stage until its deadline, then bring up to date what the next ones read from the journal."""
     jobs, left = day.jobs_of(stage), deadline - time.monotonic()
     print(f"[{stage.name}] {sum(map(len, groups))} rows, {left:.0f} s", file=sys.stderr, flush=True)
     settings = replace(about, clock_ms=stage.clock_ms, settled=stage.settled, threads=1 if jobs > 1 else 0)
     step_dim = about.dims[0]
     batch = Batch(groups, day.make, settings, deadline, jobs, stage.limit,
+                  method=journal.content.get("method", "forkserver"),
                   bar=lambda row: bar(row, journal.content, step_dim))  # fmt: skip
     run_apart(batch, journal)
+    if stage is day.STAGES[0] and any(row["status"] == "failed" for row in journal.rows):
+        print("  again, in a process that is no fork", file=sys.stderr, flush=True)
+        journal.content["rows"], journal.content["method"] = [], "spawn"
+        run_apart(replace(batch, method="spawn"), journal)
     for row in journal.rows:
         if row["group"] == "machine" and row["status"] == "ok":
             journal.content["ceilings"] = {k: row[k] for k in ("matmul_tflops", "copy_tbs", "launch_us", "ceilings")}
@@ -112,15 +119,20 @@ def main(argv: list[str] | None = None) -> Values:
     arch = args.arch or (90 if args.device == "cpu" else int(content["about"]["arch"].removeprefix("sm_")))
     about = Day(args.device, args.reduced, not args.reduced, args.dtype, arch, args.sparsity, args.layers)
     print(f"{machine.short(content['about'])}; {machine.versions(content['about'])}", file=sys.stderr, flush=True)
-    only, share = tuple(args.only or ("",)), 0.0
+    wanted = [(stage, chosen(stage, about, content, tuple(args.only or ("",)))) for stage in day.STAGES]
+    wanted = [(stage, groups) for stage, groups in wanted if groups]
+    if not wanted:
+        sys.exit(f"no row begins with {' or '.join(args.only)}; day.py has their names")
+    total, share = sum(stage.share for stage, _ in wanted) or 1.0, 0.0
     try:
-        for stage in day.STAGES:
+        for stage, groups in wanted:
             share += stage.share
-            run_stage(stage, about, journal, began + args.budget * share / day.TOTAL, only)
+            part = 1.0 if stage is wanted[-1][0] else share / total
+            run_stage(stage, groups, about, journal, began + args.budget * part)
     finally:
         page = journal.path.with_suffix(".md")
         page.write_text(tables.page(content), encoding="utf-8")
-        print(day_table.short(content, about.main, about.dims, about.sparsity), flush=True)
+        print(day_table.short(content, about.main, about.long, about.dims, about.sparsity), flush=True)
         print(f"wrote {journal.path} and {page.name}, {time.monotonic() - began:.0f} s")
     return content
 

@@ -30,6 +30,7 @@ STRIKES = 2
 GRACE = 3.0  # seconds over its limit that a row has to stop by itself
 START = 40.0  # seconds that a child may take to begin
 LOG = 20_000  # characters of a child's output that are kept
+PRELOADED = ["torch", "dynamicrad_compile", "suite.apart"]
 Make = Callable[[Any, Values], Iterable[Row]]
 """(settings, content of the journal) -> rows; a function of a module, so that a child can import it."""
 
@@ -47,6 +48,7 @@ class Batch:
     deadline: float  # of time.monotonic()
     jobs: int = 1
     limit: float = 60.0  # seconds for one row
+    method: str = "forkserver"  # or "spawn", which imports everything again for each child
     bar: Callable[[Row], str | None] = lambda row: None
 
 
@@ -116,8 +118,8 @@ def _skipped(row: Row, left: float) -> Values:
 
 
 def _start(rows: list[Row], strikes: int, batch: Batch, journal: Journal, log: Path) -> _Child:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dynamicrad_compile", "suite.apart"])
+    context: Any = multiprocessing.get_context(batch.method)
+    context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe()
     given = (batch.make, batch.settings, journal.content, [row.name for row in rows], batch.limit, batch.deadline)
     process = context.Process(target=_child, args=(theirs, str(log), *given))
@@ -217,4 +219,3 @@ def _child(
         pipe.send(("end", record))
         if lost:
             return
-

@@ -13,13 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.errors import PlanError
+from dynamicrad_compile.kernels.attention_arguments import Attention, Results
 from dynamicrad_compile.plans.plan import BlockPlan
 
+from . import variants
 from .bench import Bench, active_pairs
 from .roofline import attention_work, roofline
 from .runner import Row, Unsupported, Values
 from .timing import peak_memory
-from .variants import current_tile
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -58,6 +59,15 @@ def backward_row(bench: Bench, tokens: int, dim: int, sparsity: float) -> Row:
     name = f"backward/{tokens}/{dim}/{sparsity:g}"
     run = lambda: run_backward(bench, tokens, dim, sparsity)  # noqa: E731
     return Row(name, "backward", run, seconds=10.0, facts={**_facts(bench, tokens, dim), "wanted_sparsity": sparsity})
+
+
+def backward_form_rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
+    """The backward's own kernels by each form; after `backward_row`, whose dense times it takes."""
+    for kernel in variants.BACKWARD:
+        name = f"backward/{tokens}/{dim}/{sparsity:g}/{kernel}"
+        run = lambda k=kernel: run_backward_form(bench, tokens, dim, sparsity, k)  # noqa: E731
+        facts = {**_facts(bench, tokens, dim), "wanted_sparsity": sparsity, "kernel": kernel}
+        yield Row(name, "backward", run, seconds=6.0, facts=facts)
 
 
 def _facts(bench: Bench, tokens: int, dim: int) -> Values:
@@ -173,6 +183,25 @@ def run_backward(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values
     return values
 
 
+def run_backward_form(bench: Bench, tokens: int, dim: int, sparsity: float, kernel: str) -> Values:
+    """Time of the backward's kernels in one form, called without autograd."""
+    plan, heads = bench.plan(tokens, sparsity), bench.shapes[tokens][1]
+    q, k, v = bench.qkv(tokens, dim)
+    given = Attention(q, k, v, plan.kv_counts, plan.kv_indices, None, plan.block_q, plan.block_kv)
+    out, lse = variants.forward(given, variants.tile_for(given, "triton"))
+    results = Results(out, lse, torch.randn_like(out), torch.zeros_like(lse))
+    call = lambda: variants.backward(given, results, kernel)  # noqa: E731
+    timing = bench.clock.time(call)
+    dense = bench.found(f"backward/{tokens}/{dim}/{sparsity:g}") or {}
+    best_ms = dense.get("best_dense_ms")
+    return {
+        "ms": timing.ms, "spread": timing.spread, "repeats": timing.repeats, "sparsity": plan.sparsity,
+        "tflops": 10.0 * active_pairs(plan, heads) * dim / timing.ms * 1e-9,
+        "memory_bytes": peak_memory(call, bench.device), "best_dense": dense.get("best_dense", "-"),
+        "best_dense_ms": best_ms, "gain": best_ms / timing.ms if best_ms else None,
+    }  # fmt: skip
+
+
 def sample_error(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor) -> float:
     """Relative error of the first, a middle and the last block of queries, first and last head, against float32."""
     worst = 0.0
@@ -198,7 +227,7 @@ def tile_of(bench: Bench, dim: int) -> list[int] | None:
     if bench.device == "cpu":
         return None
     try:
-        tile = current_tile(bench.dtype, dim)
+        tile = variants.current_tile(bench.dtype, dim)
     except PlanError:
         return None
     return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.kernel]

@@ -6,7 +6,7 @@ from .runner import Row, Values
 from .tile_rows import FIELDS
 from .variants import entry_of
 
-MEASURED = ("dense", "forward", "backward", "overhead", "graphs", "steps")
+MEASURED = ("forward", "backward", "overhead", "graphs", "steps")
 
 
 def bar(row: Row, content: Values, step_dim: int) -> str | None:
@@ -19,9 +19,10 @@ def bar(row: Row, content: Values, step_dim: int) -> str | None:
         built = [other for other in rows if other["group"] == "builds" and other["kernel"] == kernel]
         if built and not any(_may_be(other) for other in built):
             return f"no tile of it was built: {built[0]['why']}"
-    if row.group in MEASURED and row.group != "dense":
-        return _form_bar(kernel_in_use(content, facts.get("head_dim", step_dim)), facts.get("head_dim", step_dim), rows)
-    return None
+    dim = facts.get("head_dim", step_dim)
+    if row.group == "backward" and (why := _form_bar(f"backward {facts.get('kernel', 'triton')}", dim, rows)):
+        return why
+    return _form_bar(f"forward {kernel_in_use(content, dim)}", dim, rows) if row.group in MEASURED else None
 
 
 def kernel_in_use(content: Values, dim: int) -> str:
@@ -33,21 +34,20 @@ def kernel_in_use(content: Values, dim: int) -> str:
 
 
 def _tile_bar(row: Row, rows: list[Values]) -> str | None:
-    dim, tile = row.facts["head_dim"], {name: row.facts[name] for name in FIELDS}
-    for group in ("builds", "tries") if row.group == "tiles" else ("builds",):
-        same = lambda other, g=group: other["group"] == g and other["head_dim"] == dim  # noqa: E731
-        for other in rows:
-            if same(other) and all(other[name] == tile[name] for name in FIELDS) and other["status"] != "ok":
-                if group == "builds" and _may_be(other):
-                    continue
-                return f"{other['name']}: {other['status']}, {other['why']}"
-    return _form_bar(tile["kernel"], dim, rows) if row.group == "tiles" else None
+    same = {name: row.facts[name] for name in ("head_dim", *FIELDS)}
+    for other in rows:
+        before = other["group"] == "builds" or (other["group"] == "tries" and row.group == "tiles")
+        if not before or any(other[name] != value for name, value in same.items()):
+            continue
+        if other["status"] != "ok" and not (other["group"] == "builds" and _may_be(other)):
+            return f"{other['name']}: {other['status']}, {other['why']}"
+    return _form_bar(f"forward {same['kernel']}", same["head_dim"], rows) if row.group == "tiles" else None
 
 
-def _form_bar(kernel: str, dim: int, rows: list[Values]) -> str | None:
+def _form_bar(form: str, dim: int, rows: list[Values]) -> str | None:
     """A check of this form that failed: in half precision at such a head_dim, or anywhere if it took its process."""
     for other in rows:
-        if other["group"] != "correctness" or other.get("kernel") != f"forward {kernel}" or other["status"] != "failed":
+        if other["group"] != "correctness" or other.get("kernel") != form or other["status"] != "failed":
             continue
         near = entry_of(other["head_dim"]) == entry_of(dim) and other["dtype"] != "float32"
         if near or other.get("lost_its_process"):

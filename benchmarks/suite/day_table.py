@@ -8,42 +8,40 @@ from .runner import Values
 from .tables import PLUMBING, _proposal, _times
 from .variants import FORWARD
 
-LINES, COLUMNS = 60, 150
+LINES, COLUMNS, FAILURES = 60, 150, 5
 
 
-def short(content: Values, main: int, dims: tuple[int, ...], sparsity: float) -> str:
+def short(content: Values, main: int, long: int, dims: tuple[int, ...], sparsity: float) -> str:
     """The table; long tails are cut, the page has them."""
     rows = {row["name"]: row for row in content["rows"]}
     count = {s: sum(row["status"] == s for row in rows.values()) for s in ("ok", "failed", "unsupported", "skipped")}
     lines = [f"{content['about']['chip']}: " + ", ".join(f"{n} {status}" for status, n in count.items() if n)]
     lines += [PLUMBING] * content["reduced"]
-    lines += _goals(rows, main, dims[0], sparsity)
+    lines += _goals(rows, main, long, dims[0], sparsity)
     for dim in dims:
         lines += _forms(content["rows"], main, dim)
     lines += [_proposal(item) for item in content.get("tile_proposal", [])]
-    tail = [*_times_of(rows), *_checks(content["rows"])]
-    kept = [*lines, *tail]
+    kept = [*lines, *_checks(content["rows"]), *_times_of(rows)]
     if len(kept) > LINES:
         kept = [*kept[: LINES - 1], f"... {len(kept) - LINES + 1} more lines: see the page"]
     return "\n".join(line[:COLUMNS] for line in kept)
 
 
-def _goals(rows: dict[str, Values], main: int, dim: int, sparsity: float) -> list[str]:
+def _goals(rows: dict[str, Values], main: int, long: int, dim: int, sparsity: float) -> list[str]:
     at = f"{main}/{dim}/{sparsity:g}"
     forward, flex = _ok(rows, f"forward/{at}"), _ok(rows, f"flex/{at}")
-    step = _ok(rows, f"step/{main}/static")
-    beside = [_ok(rows, f"{name}/{at}") for name in ("select", "covariance", "plan")]
-    beside[0] = _ok(rows, f"select/{at}/ratio")
+    step, long_step = (_ok(rows, f"step/{tokens}/static") for tokens in (main, long))
+    select, covariance = _ok(rows, f"select/{at}/ratio"), _ok(rows, f"covariance/{at}")
     over_flex = flex["ms"] / forward["ms"] if flex and forward else None
     share = None
-    if step and beside[0] and beside[1]:
-        share = step.get("layers", 1) * (beside[0]["ms"] + beside[1]["ms"]) / step["ms"]
+    if step and select and covariance:
+        share = step["layers"] * (select["ms"] + covariance["ms"]) / step["ms"]
     figures = (
         ("TFLOP/s on active blocks", forward and forward["tflops"], 450.0, True, "{:.0f}"),
         ("over the best dense", forward and forward["gain"], 3.75, True, "{:.2f}x"),
         ("over FlexAttention", over_flex, 1.2, True, "{:.2f}x"),
-        ("step over dense step", step and step["gain"], 2.0, True, "{:.2f}x"),
-        ("selection and covariances of a step", share, 0.02, False, "{:.1%}"),
+        (f"step over dense step, {long:,} tokens", long_step and long_step["gain"], 2.0, True, "{:.2f}x"),
+        ("selection and covariances in a step", share, 0.02, False, "{:.1%}"),
     )
     lines = [f"goals, {main:,} tokens, head_dim {dim}, {sparsity:.0%} sparse:"]
     for name, value, goal, above, form in figures:
@@ -70,16 +68,15 @@ def _forms(rows: list[Values], main: int, dim: int) -> list[str]:
 
 
 def _times_of(rows: dict[str, Values]) -> list[str]:
-    """One line for each row of the groups that hold figures."""
+    """One line for each row of the groups that hold figures, if it has some or failed."""
     lines = ["everything else:"]
     for name, row in rows.items():
-        if row["group"] not in ("dense", "forward", "flex", "backward", "overhead", "steps", "graphs"):
-            continue
-        if row["status"] == "ok":
-            lines.append(f"  {name:36} {_figures(row)}")
-        else:
-            lines.append(f"  {name:36} {row['status']}: {row['why']}")
-    return lines
+        if row["group"] in ("dense", "forward", "flex", "backward", "overhead", "steps", "graphs"):
+            if row["status"] == "ok":
+                lines.append(f"  {name:36} {_figures(row)}")
+            elif row["status"] == "failed":
+                lines.append(f"  {name:36} FAILED: {row['why']}")
+    return lines if len(lines) > 1 else []
 
 
 def _figures(row: Values) -> str:
@@ -93,13 +90,13 @@ def _figures(row: Values) -> str:
 
 
 def _checks(rows: list[Values]) -> list[str]:
-    """How many builds and checks passed, and each that failed."""
+    """How many builds and checks passed, and the first that failed."""
     lines = []
     for group in ("builds", "correctness", "tries"):
         own = [row for row in rows if row["group"] == group]
         if own:
             lines.append(f"{group}: {sum(row['status'] == 'ok' for row in own)} of {len(own)} passed")
-            lines += [f"  FAILED {row['name']}: {row['why']}" for row in own if row["status"] == "failed"]
+            lines += [f"  FAILED {row['name']}: {row['why']}" for row in own if row["status"] == "failed"][:FAILURES]
     return lines
 
 

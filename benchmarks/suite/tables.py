@@ -43,7 +43,7 @@ def short(content: Values) -> str:
         lines.append(f"correctness: {passed} of {len(checks)} checks passed")
     for title, group, columns in SECTIONS:
         own = [row for row in rows if row["group"] == group and row["status"] == "ok"]
-        if own and group not in order and group != "tiles":
+        if own and group not in order and group not in ("tiles", "builds"):
             lines += ["", title, _table(columns, own, content)]
     for item in content.get("tile_proposal", []):
         lines.append(_proposal(item))
@@ -106,7 +106,8 @@ SECTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "MiB": lambda r: _mib(r["memory_bytes"]),
     }),
     ("Backward", "backward", {
-        **SPARSE, "ms": lambda r: _ms(r["ms"]), "TFLOP/s": lambda r: f"{r['tflops']:.3g}",
+        **SPARSE, "form": lambda r: r.get("kernel", "op"), "ms": lambda r: _ms(r["ms"]),
+        "TFLOP/s": lambda r: f"{r['tflops']:.3g}",
         "best dense": lambda r: r.get("best_dense", "-"), "dense ms": lambda r: _ms(r.get("best_dense_ms")),
         "gain": lambda r: _times(r["gain"]), "of ideal": lambda r: _share(r.get("of_ideal")),
         "MiB": lambda r: _mib(r["memory_bytes"]),
@@ -123,6 +124,11 @@ SECTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "sparse ms": lambda r: _ms(r["ms"]), "gain": lambda r: _times(r["gain"]), "ideal": lambda r: _times(r["ideal"]),
         "dense by": lambda r: r["best_dense"] or "default", "MiB dense": lambda r: _mib(r["dense_memory_bytes"]),
         "MiB sparse": lambda r: _mib(r["memory_bytes"]), "compile s": lambda r: f"{r['compile_s']:.0f}",
+    }),
+    ("Builds", "builds", {
+        "arch": lambda r: r["arch"], "dim": lambda r: r["head_dim"], "kernel": lambda r: r["kernel"],
+        "tile": lambda r: f"{r['block_m']} x {r['block_n']}, {r['num_warps']} warps, {r['num_stages']} stages",
+        "what ptxas says": lambda r: r["summary"], "s": lambda r: f"{r['build_s']:.1f}",
     }),
     ("Tiles", "tiles", {
         "tokens": _tokens, "dim": lambda r: r["head_dim"],

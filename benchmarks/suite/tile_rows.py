@@ -23,7 +23,7 @@ FIELDS = ("block_m", "block_n", "num_warps", "num_stages", "kernel")
 
 
 def every_tile(arch: int, dim: int) -> list[Tile]:
-    """All admissible tiles of the plain kernel; on sm_90 also of the copy engine's, and the candidates of the others."""
+    """All admissible tiles of the plain kernel; on sm_90 also of the copy engine's, and candidates of the others."""
     others = [tile for tile in variants.candidates(arch, dim) if tile.kernel not in ("triton", "tma")]
     kernels = ("triton", "tma") if arch // 10 == 9 else ("triton",)
     return [Tile(*sizes) for sizes in itertools.product(BLOCK_M, BLOCK_N, WARPS, STAGES, kernels)] + others

@@ -54,7 +54,9 @@ def _forward(kernel: str) -> correctness.Forward:
 def _gradients(kernel: str) -> correctness.Gradients:
     """The backward by this form, of results of the plain forward."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, mask: Any, weights: Any, grad: Tensor, device: str) -> Any:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, mask: Any, weights: Any, grad: Tensor, device: str
+    ) -> Any:
         a = _given(q, k, v, plan, mask, weights, device)
         out, lse = variants.forward(a, variants.tile_for(a, "triton"))
         return variants.backward(a, Results(out, lse, grad.to(device), torch.zeros_like(lse)), kernel)

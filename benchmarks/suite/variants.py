@@ -52,7 +52,7 @@ def current_tile(dtype: torch.dtype, dim: int) -> Tile:
 
 def tile_for(a: Attention, kernel: str) -> Tile:
     """The table's tile of this form for these arguments. Raises Unsupported where another form would run."""
-    if a.q.device.type == "cpu":
+    if _on_cpu(a):
         return Tile(128, 64, 8, 2, kernel)
     capability, half = torch.cuda.get_device_capability(), a.q.dtype != torch.float32
     variant = None if kernel == "triton" else kernel
@@ -64,7 +64,7 @@ def tile_for(a: Attention, kernel: str) -> Tile:
 
 def forward(a: Attention, tile: Tile) -> tuple[Tensor, Tensor]:
     """(out, lse) by the form that the tile names."""
-    if a.q.device.type == "cpu":
+    if _on_cpu(a):
         return attention_cpu.forward(a)
     from dynamicrad_compile.kernels.attention_triton import launch_forward
 
@@ -77,7 +77,7 @@ def checked_forward(a: Attention, tile: Tile) -> tuple[Tensor, Tensor]:
     result = watched(lambda: forward(a, tile), names)
     if "gluon" in tile.kernel and PLAIN in names:
         raise Unsupported("the launcher took the plain kernel")
-    if tile.kernel == "tma" and a.q.device.type != "cpu":
+    if tile.kernel == "tma" and not _on_cpu(a):
         from dynamicrad_compile.kernels._launch import descriptor, sizes_of
 
         if any(descriptor(x, tile.block_n, sizes_of(x)["BLOCK_D"]) is None for x in (a.k, a.v)):
@@ -87,7 +87,7 @@ def checked_forward(a: Attention, tile: Tile) -> tuple[Tensor, Tensor]:
 
 def backward(a: Attention, results: Results, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) by kernels of this form, where they have it. Raises Unsupported where none has."""
-    if a.q.device.type == "cpu":
+    if _on_cpu(a):
         return attention_backward_cpu.backward(a, results)
     from dynamicrad_compile.kernels.attention_backward_triton import launch_backward
 
@@ -99,6 +99,10 @@ def backward(a: Attention, results: Results, kernel: str) -> tuple[Tensor, Tenso
     if kernel != "triton" and all(tile.kernel != kernel for tile in chosen):
         raise Unsupported("the table has no tile of it here")
     return launch_backward(a, results, None if a.compensate is None else means_of(a), BackwardTiles(*chosen))
+
+
+def _on_cpu(a: Attention) -> bool:
+    return a.q.device.type == "cpu"
 
 
 def watched(call: Callable[[], Any], names: set[str]) -> Any:
