@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,6 +141,7 @@ def test_the_table_is_short():
     rows += [
         {"name": "forward/32760/128/0.8", "group": "forward", "status": "ok", "ms": 2.0, "tflops": 500.0, "gain": 3.5}
     ]
+    rows += [{"name": f"forward/{i}", "group": "forward", "status": "ok", "ms": 2.0} for i in range(100)]
     text = day_table.short({"about": ABOUT, "rows": rows, "reduced": False}, 32760, 69120, (128,), 0.8)
     lines = text.splitlines()
     assert sum("FAILED" in line for line in lines) == day_table.FAILURES
@@ -182,6 +186,18 @@ def test_the_whole_day_reduced(tmp_path, capsys):
     assert all(f"## {title}" in page for title in ("Correctness", "Builds", "Tiles", "Whole block and step"))
     assert str(Path.home()) not in page
     assert "goals, 512 tokens" in capsys.readouterr().out
+
+
+def test_missing_packages_are_named_at_once(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    script = Path(gpu_day.__file__).with_suffix(".sh")
+    environment = {**os.environ, "PYTHON": str(bare), "PYTHONPATH": ""}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "lacks torch, triton, numpy, pydantic," in done.stderr
+    assert "which wheels to bring" in done.stderr
 
 
 def test_wrong_arguments(monkeypatch, capsys):
