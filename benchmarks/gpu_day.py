@@ -87,13 +87,15 @@ def chosen(stage: day.Stage, about: Day, content: Values, only: tuple[str, ...])
     return [group for group in groups if group]
 
 
-def run_stage(stage: day.Stage, groups: list[list[Row]], about: Day, journal: Journal, deadline: float) -> None:
-    """Run rows of a stage until its deadline, then bring up to date what the next ones read from the journal."""
+def run_stage(
+    stage: day.Stage, groups: list[list[Row]], about: Day, journal: Journal, deadline: float, end: float
+) -> None:
+    """Start rows of a stage until its deadline, then bring up to date what the next ones read from the journal."""
     jobs, left = day.jobs_of(stage), deadline - time.monotonic()
     print(f"[{stage.name}] {sum(map(len, groups))} rows, {left:.0f} s", file=sys.stderr, flush=True)
     settings = replace(about, clock_ms=stage.clock_ms, settled=stage.settled, threads=1 if jobs > 1 else 0)
     step_dim = about.dims[0]
-    batch = Batch(groups, day.make, settings, deadline, jobs, stage.limit,
+    batch = Batch(groups, day.make, settings, deadline, end, jobs, stage.limit,
                   method=journal.content.get("method", "forkserver"),
                   bar=lambda row: bar(row, journal.content, step_dim))  # fmt: skip
     run_apart(batch, journal)
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> Values:
         for stage, groups in wanted:
             share += stage.share
             part = 1.0 if stage is wanted[-1][0] else share / total
-            run_stage(stage, groups, about, journal, began + args.budget * part)
+            run_stage(stage, groups, about, journal, began + args.budget * part, began + args.budget)
     finally:
         page = journal.path.with_suffix(".md")
         page.write_text(tables.page(content), encoding="utf-8")

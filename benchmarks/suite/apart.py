@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,9 +29,10 @@ from .runner import Journal, Row, Values, _brief, _guarded, _progress, _usable
 
 STRIKES = 2
 GRACE = 3.0  # seconds over its limit that a row has to stop by itself
-START = 40.0  # seconds that a child may take to begin
+START = 60.0  # seconds that a child may take to begin
 LOG = 20_000  # characters of a child's output that are kept
 PRELOADED = ["torch", "dynamicrad_compile", "suite.apart"]
+CUT: Values = {"status": "skipped", "why": "the run had to end while it ran"}
 Make = Callable[[Any, Values], Iterable[Row]]
 """(settings, content of the journal) -> rows; a function of a module, so that a child can import it."""
 
@@ -39,17 +41,28 @@ Make = Callable[[Any, Values], Iterable[Row]]
 class Batch:
     """Groups of rows to run, and how.
 
-    bar: why a row must not run, None if it may; asked just before its group starts
+    deadline  no row starts that would not be done by then, in seconds of time.monotonic()
+    end       when all is cut off
+    bar       why a row must not run, None if it may; asked just before its group starts
     """
 
     groups: list[list[Row]]
     make: Make
     settings: Any
-    deadline: float  # of time.monotonic()
+    deadline: float
+    end: float
     jobs: int = 1
     limit: float = 60.0  # seconds for one row
     method: str = "forkserver"  # or "spawn", which imports everything again for each child
     bar: Callable[[Row], str | None] = lambda row: None
+
+
+class _Times(NamedTuple):
+    """What a child knows of the time that it has."""
+
+    deadline: float
+    end: float
+    limit: float
 
 
 @dataclass
@@ -121,7 +134,8 @@ def _start(rows: list[Row], strikes: int, batch: Batch, journal: Journal, log: P
     context: Any = multiprocessing.get_context(batch.method)
     context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe()
-    given = (batch.make, batch.settings, journal.content, [row.name for row in rows], batch.limit, batch.deadline)
+    times = _Times(batch.deadline, batch.end, batch.limit)
+    given = (batch.make, batch.settings, journal.content, [row.name for row in rows], times)
     process = context.Process(target=_child, args=(theirs, str(log), *given))
     process.start()
     theirs.close()
@@ -143,7 +157,8 @@ def _listen(children: list[_Child], batch: Batch, journal: Journal) -> None:
         elif time.monotonic() > child.since + child.allowed:
             child.kill()
             child.process.join(GRACE)
-            _over(child, f"took longer than {child.allowed - GRACE:.0f} s and was killed", journal)
+            cut = time.monotonic() > batch.end
+            _over(child, f"took longer than {child.allowed - GRACE:.0f} s and was killed", journal, cut)
 
 
 def _heard(child: _Child, message: tuple[str, Any], batch: Batch, journal: Journal) -> None:
@@ -151,16 +166,15 @@ def _heard(child: _Child, message: tuple[str, Any], batch: Batch, journal: Journ
     child.since = time.monotonic()
     if kind == "begin":
         child.current = next(row for row in child.rows if row.name == value)
-        left = batch.deadline - child.since
-        child.allowed = max(min(batch.limit, left), 1.0) + GRACE
+        child.allowed = max(min(batch.limit, batch.end - child.since), 1.0) + GRACE
     else:
         child.rows = [row for row in child.rows if row.name != value["name"]]
         child.current, child.allowed = None, START
         _note(journal, value)
 
 
-def _over(child: _Child, why: str, journal: Journal) -> None:
-    """The end of a child; with rows left, one that it did not want."""
+def _over(child: _Child, why: str, journal: Journal, cut: bool = False) -> None:
+    """The end of a child; with rows left, one that it did not want. `cut`: because the whole run has to end."""
     child.pipe.close()
     if text := child.said():
         with journal.path.with_suffix(".log").open("a", encoding="utf-8") as log:
@@ -170,7 +184,8 @@ def _over(child: _Child, why: str, journal: Journal) -> None:
     child.strikes += 1
     if child.current is not None:
         child.rows = [row for row in child.rows if row is not child.current]
-        _note(journal, {**_record(child.current), "status": "failed", "why": why, "lost_its_process": True})
+        ended: Values = {"status": "failed", "why": why, "lost_its_process": True}
+        _note(journal, {**_record(child.current), **(CUT if cut else ended)})
     if child.strikes >= STRIKES:
         for row in child.rows:
             why_not = f"not tried after {STRIKES} lost processes, of the last: {why}"
@@ -196,9 +211,8 @@ def _note(journal: Journal, record: Values) -> None:
 
 
 def _child(
-    pipe: Connection, log: str, make: Make, settings: Any, content: Values, names: list[str], limit: float,
-    deadline: float,
-) -> None:  # fmt: skip
+    pipe: Connection, log: str, make: Make, settings: Any, content: Values, names: list[str], times: _Times
+) -> None:
     """Run the named rows and send their records; an end before the last name means that the GPU is lost."""
     with contextlib.suppress(OSError):
         os.setsid()
@@ -209,13 +223,18 @@ def _child(
     for name in names:
         row, start = rows[name], time.monotonic()
         pipe.send(("begin", name))
-        left, record = deadline - start, _record(row)
-        record |= _guarded(row, min(limit, left)) if left >= row.seconds else _skipped(row, left)
+        left, record = times.deadline - start, _record(row)
+        record |= _skipped(row, left) if left < row.seconds else _guarded(row, min(times.limit, times.end - start))
         record["seconds"] = round(time.monotonic() - start, 2)
+        if record["status"] == "failed" and time.monotonic() > times.end:
+            record |= CUT
         lost = record["status"] == "failed" and torch.cuda.is_initialized() and not _usable()
         if lost:
             record["why"] += " (the GPU was unusable after it)"
         content["rows"].append(record)
         pipe.send(("end", record))
         if lost:
-            return
+            break
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)  # nothing that a library left running holds it up

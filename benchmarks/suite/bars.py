@@ -39,7 +39,7 @@ def _tile_bar(row: Row, rows: list[Values]) -> str | None:
         before = other["group"] == "builds" or (other["group"] == "tries" and row.group == "tiles")
         if not before or any(other[name] != value for name, value in same.items()):
             continue
-        if other["status"] != "ok" and not (other["group"] == "builds" and _may_be(other)):
+        if not _may_be(other):
             return f"{other['name']}: {other['status']}, {other['why']}"
     return _form_bar(f"forward {same['kernel']}", same["head_dim"], rows) if row.group == "tiles" else None
 
@@ -55,6 +55,6 @@ def _form_bar(form: str, dim: int, rows: list[Values]) -> str | None:
     return None
 
 
-def _may_be(build: Values) -> bool:
-    """A build that was not made in time says nothing against its tile."""
-    return build["status"] in ("ok", "skipped")
+def _may_be(before: Values) -> bool:
+    """What there was no time for says nothing against a tile."""
+    return before["status"] in ("ok", "skipped")

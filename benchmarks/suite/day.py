@@ -100,7 +100,10 @@ def _builds(bench: Bench, day: Day) -> list[list[Row]]:
 
 
 def _checks(bench: Bench, day: Day) -> list[list[Row]]:
-    return _alone([*variant_checks.rows(bench.device, bench.reduced), *_tries(bench, day, day.dims[0])])
+    """The usual cases, the tiles that are timed next, the other cases."""
+    rows = list(variant_checks.rows(bench.device, bench.reduced))
+    usual = [row for row in rows if row.facts["case"] in ("even", "ragged", "head_dim_64")]
+    return _alone([*usual, *_tries(bench, day, day.dims[0]), *(row for row in rows if row not in usual)])
 
 
 def _tries(bench: Bench, day: Day, dim: int) -> list[Row]:

@@ -24,7 +24,8 @@ def run(folder: Path, *groups: str, **options):
     rows = {row.name: row for row in day_rows.make(folder, {"rows": []})}
     made = [[rows[name.replace("_", " ")] for name in group.split()] for group in groups]
     journal = Journal(folder / "run.json", {"rows": []})
-    options = {"deadline": time.monotonic() + 100, "limit": 100.0, **options}
+    far = time.monotonic() + 1000
+    options = {"deadline": far, "end": far, "limit": 100.0, **options}
     run_apart(Batch(made, day_rows.make, folder, **options), journal)
     assert json.loads((folder / "run.json").read_text()) == journal.content
     return {row["name"]: row for row in journal.rows}
@@ -53,6 +54,12 @@ def test_a_hang_is_killed(tmp_path, monkeypatch):
     rows = run(tmp_path, "hang second", limit=2.0)
     assert rows["hang"]["why"] == "took longer than 2 s and was killed"
     assert rows["second"]["status"] == "ok"
+
+
+def test_the_end_of_the_run_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr("suite.apart.GRACE", 0.2)
+    rows = run(tmp_path, "hang", end=time.monotonic() + 2)
+    assert (rows["hang"]["status"], rows["hang"]["why"]) == ("skipped", "the run had to end while it ran")
 
 
 def test_two_lost_processes_end_a_group(tmp_path):
@@ -92,7 +99,7 @@ def check(status: str, **facts):
         ([record("builds", "skipped")], False),
         ([record("builds", "failed", block_n=128)], False),
         ([record("tries", "failed")], True),
-        ([record("tries", "skipped")], True),
+        ([record("tries", "skipped")], False),
         ([check("failed")], True),
         ([check("failed", head_dim=64)], False),
         ([check("failed", head_dim=64, lost_its_process=True)], True),
