@@ -103,18 +103,29 @@ def mean_operands(means: Means | None, unread: torch.Tensor) -> tuple[tuple[torc
     return tuple(means), (*shared_strides(means.counts, 0), *shared_strides(means.weight, 0), *row_strides(means.bits))
 
 
-def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
-    """x [B, H, S, D] for the copy engine of sm_90, in blocks [1, 1, rows, columns]; None where it can't be read.
+def described(x: torch.Tensor) -> list[int] | None:
+    """Strides by which the copy engine of sm_90 can read x [B, H, S, D]; None where it can't.
 
-    It needs an address and strides of 16 bytes, and sizes that are known.
+    It needs an address and strides of 16 bytes, the last stride 1, and sizes that are known. The stride of a dimension
+    of size 1, which says nothing, may be anything.
     """
     offset = x.storage_offset() if is_fake(x) else 0
     if not all(isinstance(n, int) for n in (*x.shape, *x.stride(), offset)):
         return None
     # A fake tensor has no address, but allocators give storages one that divides by 16.
     address = offset * x.element_size() if is_fake(x) else x.data_ptr()
-    if address % 16 or x.stride(3) != 1 or any(s * x.element_size() % 16 or s <= 0 for s in x.stride()[:3]):
+    whole = 16 * x.shape[3]  # a stride that is as good as any
+    strides = [whole if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+    if not x.numel() or address % 16 or x.stride(3) != 1 or any(s * x.element_size() % 16 or s <= 0 for s in strides):
+        return None
+    return [*strides, 1]
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """x [B, H, S, D] for the copy engine of sm_90, in blocks [1, 1, rows, columns]; None where it can't be read."""
+    strides = described(x)
+    if strides is None:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])

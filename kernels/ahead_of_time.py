@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -19,6 +21,7 @@ from triton.compiler import ASTSource
 
 from dynamicrad_compile.errors import ExportError
 
+from .attention_gluon import CONSUMERS, REGISTERS
 from .attention_triton import MEANS_TILE, _block_sparse_forward
 from .tiles import Tile
 
@@ -36,6 +39,7 @@ class Build:
     ptx: str
     shared: int  # bytes of a block
     metadata: Any  # Triton's
+    cubin: bytes = b""
 
     @cached_property
     def log(self) -> str:
@@ -59,6 +63,15 @@ class Build:
         """Bytes of a thread, stored and loaded."""
         return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", self.log)))
 
+    @cached_property
+    def sass(self) -> str:
+        """The machine code, disassembled."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [str(Path(get_ptxas(90).path).with_name("nvdisasm")), "-c", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     @property
     def instructions(self) -> dict[str, int]:
         """Numbers in the PTX of those that say how it works."""
@@ -77,14 +90,16 @@ def build(
     aligned: Collection[str],
     arch: int,
     options: Mapping[str, Any],
+    language: Any = ASTSource,
 ) -> Build:
     """Compile a kernel for sm_ARCH, without a device; some seconds.
 
     types: type of each argument that is not in `constants`. aligned: arguments that divide by 16, as at run time;
-    without this hint loads would be scalar. options: of the compilation, such as num_warps and num_stages.
+    without this hint loads would be scalar. options: of the compilation, such as num_warps and num_stages. language:
+    what its source is, Triton or Gluon.
     """
     names = kernel.arg_names
-    source = ASTSource(
+    source = language(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
@@ -94,7 +109,9 @@ def build(
     ptx = compiled.asm["ptx"]
     target = re.search(r"^\.target (\w+)", ptx, re.M)
     assert target is not None
-    return Build(compiled.metadata.name, target[1], ptx, compiled.metadata.shared, compiled.metadata)
+    return Build(
+        compiled.metadata.name, target[1], ptx, compiled.metadata.shared, compiled.metadata, compiled.asm["cubin"]
+    )
 
 
 def options_of(tile: Tile) -> dict[str, int]:
@@ -130,7 +147,12 @@ def build_forward(
     """Compile the forward kernel for blocks of `block` tokens; dtype "bf16", "fp16" or "fp32".
 
     masked: with a ragged tail and a key mask. compensate: with mean keys. qk_int8: with int8 queries and keys.
+    Raises ExportError for int8 and a Gluon kernel.
     """
+    if tile.kernel in CONSUMERS:
+        if qk_int8:
+            raise ExportError(f"the kernel {tile.kernel} has no int8 scores; the others have.")
+        return _build_gluon(arch, dtype, dim, tile, masked, compensate, block)
     constants = forward_constants(dtype, dim, tile, block, block) | {
         "RAGGED": masked,
         "HAS_MASK": masked,
@@ -156,3 +178,33 @@ def build_forward(
     # As at run time: pointers and the strides of q, k, v divide by 16.
     aligned = [n for n in names if types[n].startswith("*") or re.match("stride_[qkv]", n)]
     return build(_block_sparse_forward, types, constants, aligned, arch, options_of(tile))
+
+
+def _build_gluon(arch: int, dtype: str, dim: int, tile: Tile, masked: bool, compensate: bool, block: int) -> Build:
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from .attention_gluon_kernels import _block_sparse_forward_gluon
+
+    consumers = CONSUMERS[tile.kernel]
+    constants = forward_constants(dtype, dim, tile, block, block) | {
+        "RAGGED": masked,
+        "HAS_MASK": masked,
+        "COMPENSATE": compensate,
+        "ORDERED": True,
+        "CONSUMERS": consumers,
+        "STAGES": tile.num_stages,
+        "num_warps": tile.num_warps // consumers,
+        # What the launcher specialises because it is 1.
+        "KV_GROUP": 1,
+        "stride_cm": 1,
+    }
+    names = _block_sparse_forward_gluon.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    layout = NVMMASharedLayout(128, 16, rank=4)
+    rows = dict.fromkeys(("k", "v", "mean_k", "mean_v"), tile.block_n) | {"q": tile.block_m // consumers}
+    operands = {name: f"tensordesc<{dtype}[1,1,{n},{constants['BLOCK_D']}],{layout!r}>" for name, n in rows.items()}
+    types = {n: (POINTERS | operands | {"out": f"*{dtype}", "scale": "fp32"}).get(n, "i32") for n in names}
+    aligned = [n for n in names if types[n].startswith("*")]
+    options = {"num_warps": constants["num_warps"], "maxnreg": REGISTERS}
+    return build(_block_sparse_forward_gluon, types, constants, aligned, arch, options, GluonASTSource)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,17 +21,43 @@ from ._launch import (
     wrap_triton,
 )
 from .attention_arguments import Attention, Means
+from .attention_gluon import CONSUMERS, UNDESCRIBED, launch_gluon
 from .attention_triton_kernels import _block_sparse_forward
 from .quantise import mean_key, shift
 from .quantise_triton import _quantise_rows, quantise_rows
 from .schedule_triton import _heavy_first, heavy_first
 from .splits_triton import _merge_splits, choose_splits, merge_splits
-from .tiles import Tile, choose_tile
+from .tiles import Tile, choose_tile, variant_in_use
 
+log = logging.getLogger(__name__)
 MEANS_TILE = 32
 """Means of blocks at a time; tiles of 64 spilled at head_dim 128 on sm_120."""
 
 KERNELS: tuple[Any, ...] = (_block_sparse_forward, _heavy_first, _quantise_rows, _merge_splits)
+
+
+def forward_tile(a: Attention, variants: bool = True) -> Tile:
+    """Tile of the table for the op's arguments: of the variant in use, or of the plain kernel."""
+    device, half, dim = capability(a.q.device), a.q.dtype != torch.float32, a.q.shape[3]
+    variant = variant_in_use(device, half, dim) if variants else None
+    return choose_tile(device, half, dim, a.block_q, a.block_kv, variant=variant)
+
+
+@cache
+def _instead(kernel: str, reason: str) -> None:
+    """Say once that a variant could not run."""
+    log.info("attention kernel %s: the plain kernel runs instead: %s", kernel, reason)
+
+
+def _programs(a: Attention, tile: Tile) -> Any:
+    """Programs of a launch without splits: one for each tile of queries."""
+    return a.kv_counts.shape[2] * (a.block_q // tile.block_m) * a.q.shape[0] * a.q.shape[1]
+
+
+def _splits(a: Attention, tile: Tile, splits: int | None) -> int:
+    if splits is not None:
+        return splits
+    return choose_splits(_programs(a, tile), a.kv_indices.shape[3], multiprocessors(a.q.device))
 
 
 def launch_forward(
@@ -37,18 +65,22 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as of the op, whose arguments are already checked.
 
-    `means`: of `means_of`, None for no compensation; `a.compensate` is not read. `tile` overrides the table of
-    `tiles`, `splits` the rule of `choose_splits`.
+    `means`: of `means_of`, None for no compensation; `a.compensate` is not read. `tile`: that of the table's plain
+    kernel if None. `splits` overrides the rule of `choose_splits`. A variant runs only where its tensors can be
+    described, and one of Gluon where rows are not split: else the plain kernel does, with its own tile.
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
     (batch, heads, q_len, dim), kv_len = a.q.shape, a.k.shape[2]
-    if tile is None:
-        half = a.q.dtype != torch.float32
-        tile = choose_tile(capability(a.q.device), half, dim, a.block_q, a.block_kv)
+    plain = forward_tile(a, variants=False)
+    tile = tile or plain
+    if tile.kernel in CONSUMERS:
+        done = launch_gluon(a, means, tile) if _splits(a, tile, splits) == 1 else "rows are shared by several programs"
+        if not isinstance(done, str):
+            return done
+        _instead(tile.kernel, done)
+        tile = plain
     q, k, v, indices = (unit_last_stride(x) for x in (a.q, a.k, a.v, a.kv_indices))
-    programs = a.kv_counts.shape[2] * (a.block_q // tile.block_m) * batch * heads
-    if splits is None:
-        splits = choose_splits(programs, indices.shape[3], multiprocessors(a.q.device))
+    splits = _splits(a, tile, splits)
     out = v.new_empty((batch, heads, q_len, dim))
     lse = v.new_empty((batch, heads, q_len), dtype=torch.float32)
     parts, part_lse = out, lse
@@ -70,13 +102,17 @@ def launch_forward(
     sizes = sizes_of(v)
     keys: Any = k
     values: Any = v
-    described = [descriptor(x, tile.block_n, sizes["BLOCK_D"]) for x in (k, v)] if tile.kernel == "tma" else [None]
-    tma = all(x is not None for x in described)
+    tma = tile.kernel == "tma"
     if tma:
-        keys, values = described
+        found = [descriptor(x, tile.block_n, sizes["BLOCK_D"]) for x in (k, v)]
+        if None in found:
+            _instead("tma", UNDESCRIBED)
+            tma, tile = False, plain
+        else:
+            keys, values = found
 
     mean_tensors, mean_strides = mean_operands(means, mask)
-    wrap_triton(_block_sparse_forward)[(programs, splits)](
+    wrap_triton(_block_sparse_forward, tma)[(_programs(a, tile), splits)](
         *(q, keys, values, *scales, a.kv_counts, indices, a.kv_counts if order is None else order, mask),
         *(*mean_tensors, parts, part_lse, a.factor, heads, heads // k.shape[1], q_len, kv_len, indices.shape[3]),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *row_strides(a.kv_counts), *row_strides(indices)),

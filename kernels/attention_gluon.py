@@ -1,0 +1,121 @@
+"""Launcher of the Gluon forward kernels of block-sparse attention, for sm_90."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from ._launch import described, mean_operands, row_strides, shared_strides, unit_last_stride
+from .attention_arguments import Attention, Means
+from .schedule_triton import heavy_first
+from .tiles import Tile
+
+CONSUMERS = {"gluon": 1, "gluon_pingpong": 2}
+"""Groups of warps that multiply, by kernel of a tile."""
+REGISTERS = 168
+"""Of a thread when the kernel starts: what 12 warps (8 that multiply, 4 for the producer) can have at most."""
+
+
+UNDESCRIBED = "a tensor can't be read by the copy engine, which needs an address and strides that divide by 16 bytes"
+
+
+def why_not(a: Attention, tile: Tile) -> str | None:
+    """Why the kernels can't take these arguments with this tile, whatever the layout of the tensors; None: they can."""
+    if a.q.dtype == torch.float32 or a.qk_int8:
+        return "they multiply fp16 and bf16"
+    if not 32 < a.q.shape[3] <= 128:
+        return "head_dim must be 33 to 128"
+    if a.block_q % tile.block_m or a.block_kv % tile.block_n:
+        return f"blocks of {a.block_q} x {a.block_kv} are not whole tiles of {tile.block_m} x {tile.block_n}"
+    return None
+
+
+def arguments(
+    a: Attention,
+    means: Means | None,
+    tile: Tile,
+    results: tuple[torch.Tensor, torch.Tensor],
+    order: torch.Tensor | None,
+    describe: Callable[[torch.Tensor, int, int], Any],
+) -> tuple[int, dict[str, Any]] | None:
+    """(programs, arguments of the kernel); None where `describe(x, rows, columns)` gives None for a tensor.
+
+    results: out [B, H, Sq, D] and lse fp32 [B, H, Sq], contiguous, to be written. order: that of `heavy_first`.
+    """
+    (batch, heads, q_len, dim), kv_len = a.q.shape, a.k.shape[2]
+    consumers, columns = CONSUMERS[tile.kernel], triton.next_power_of_2(dim)
+    q, k, v, indices = (unit_last_stride(x) for x in (a.q, a.k, a.v, a.kv_indices))
+    mask = a.kv_counts if a.kv_mask is None else unit_last_stride(a.kv_mask)
+    rows = {"q": tile.block_m // consumers, "k": tile.block_n, "v": tile.block_n}
+    keys = {"q": q, "k": k, "v": v}
+    unread, strides = mean_operands(means, mask)
+    if means is not None:
+        keys |= {"mean_k": means.keys, "mean_v": means.values}
+    descriptors = {name: describe(x, rows.get(name, tile.block_n), columns) for name, x in keys.items()}
+    if None in descriptors.values():
+        return None
+    for name in ("mean_k", "mean_v"):
+        descriptors.setdefault(name, descriptors["k"])
+    names = ("n_valid", "weight", "kept")
+    plan = {"counts": a.kv_counts, "indices": indices, "order": a.kv_counts if order is None else order}
+    of_counts, of_indices = row_strides(a.kv_counts), row_strides(indices)
+    of_mask = 0 if a.kv_mask is None else shared_strides(mask, 0)[0]
+    places = ("cb", "ch", "cm", "ib", "ih", "im", "mb", "nb", "wb", "eb", "eh", "em")
+    return a.kv_counts.shape[2] * (a.block_q // tile.block_m) * batch * heads, {
+        **descriptors,
+        **dict(zip(names, unread[2:], strict=True)),
+        **plan,
+        "key_mask": mask,
+        "out": results[0],
+        "lse": results[1],
+        "scale": a.factor,
+        "H": heads,
+        "KV_GROUP": heads // k.shape[1],
+        "SQ": q_len,
+        "SK": kv_len,
+        "W": indices.shape[3],
+        **{f"stride_{p}": s for p, s in zip(places, (*of_counts, *of_indices, of_mask, *strides), strict=True)},
+        "D": dim,
+        "BLOCK_D": columns,
+        "BLOCK_Q": a.block_q,
+        "BLOCK_KV": a.block_kv,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "RAGGED": kv_len % a.block_kv != 0,
+        "HAS_MASK": a.kv_mask is not None,
+        "COMPENSATE": means is not None,
+        "ORDERED": order is not None,
+        "CONSUMERS": consumers,
+        "STAGES": tile.num_stages,
+        "num_warps": tile.num_warps // consumers,
+    }
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """x [B, H, S, D], fp16 or bf16, for the copy engine, in tiles of shared memory as products read them; or None."""
+    strides = described(x)
+    if strides is None:
+        return None
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns], NVMMASharedLayout(128, 16, rank=4))
+
+
+def launch_gluon(a: Attention, means: Means | None, tile: Tile) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """(out, lse) as of the op, or why the kernels can't compute them."""
+    if reason := why_not(a, tile):
+        return reason
+    out = a.v.new_empty(a.q.shape)
+    lse = a.v.new_empty(a.q.shape[:3], dtype=torch.float32)
+    given = arguments(a, means, tile, (out, lse), heavy_first(a.kv_counts), descriptor)
+    if given is None:
+        return UNDESCRIBED
+    from .attention_gluon_kernels import _block_sparse_forward_gluon
+
+    programs, named = given
+    _block_sparse_forward_gluon[(programs,)](**named, maxnreg=REGISTERS)
+    return out, lse
