@@ -25,7 +25,7 @@ from .attention_gluon import CONSUMERS, REGISTERS
 from .attention_triton import MEANS_TILE, _block_sparse_forward
 from .tiles import Tile
 
-POINTERS = {"counts": "*i32", "indices": "*i32", "order": "*i32", "key_mask": "*i1", "lse": "*fp32"}
+POINTERS = {"counts": "*i32", "indices": "*i32", "order": "*i32", "places": "*i32", "key_mask": "*i1", "lse": "*fp32"}
 POINTERS |= dict.fromkeys(("q_scale", "k_scale", "mean_scale"), "*fp32")
 POINTERS |= {"n_valid": "*i32", "weight": "*fp32", "kept": "*i32"}
 
@@ -142,13 +142,17 @@ def build_forward(
     masked: bool = False,
     compensate: bool = False,
     qk_int8: bool = False,
+    gather: bool = False,
     block: int = 128,
 ) -> Build:
     """Compile the forward kernel for blocks of `block` tokens; dtype "bf16", "fp16" or "fp32".
 
     masked: with a ragged tail and a key mask. compensate: with mean keys. qk_int8: with int8 queries and keys.
-    Raises ExportError for int8 and a Gluon kernel.
+    gather: with a token order. Raises ExportError for int8 and a Gluon kernel, and for an order and another than the
+    plain kernel.
     """
+    if gather and tile.kernel != "triton":
+        raise ExportError(f"the kernel {tile.kernel} knows no token order; the plain one does.")
     if tile.kernel in CONSUMERS:
         if qk_int8:
             raise ExportError(f"the kernel {tile.kernel} has no int8 scores; the others have.")
@@ -159,6 +163,7 @@ def build_forward(
         "COMPENSATE": compensate,
         "ORDERED": True,
         "SPLITS": 1,
+        "GATHER": gather,
         "TMA": tile.kernel == "tma",
         "QK8": qk_int8,
         "WIDEN": False,

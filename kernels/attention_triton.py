@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dynamicrad_compile.errors import PlanError
+
 from ._launch import (
     capability,
     descriptor,
@@ -60,19 +62,36 @@ def _splits(a: Attention, tile: Tile, splits: int | None) -> int:
     return choose_splits(_programs(a, tile), a.kv_indices.shape[3], multiprocessors(a.q.device))
 
 
+def _check_places(places: torch.Tensor, a: Attention) -> None:
+    if a.q.shape[2] != a.k.shape[2]:
+        raise PlanError(f"places needs as many keys as queries, got {a.k.shape[2]} and {a.q.shape[2]}.")
+    if places.dtype != torch.int32 or places.shape != a.q.shape[2:3] or places.device != a.q.device:
+        got = f"{places.dtype} {list(places.shape)} on {places.device}"
+        raise PlanError(f"expected places int32 [{a.q.shape[2]}] on {a.q.device}, got {got}.")
+
+
 def launch_forward(
-    a: Attention, means: Means | None = None, tile: Tile | None = None, splits: int | None = None
+    a: Attention,
+    means: Means | None = None,
+    tile: Tile | None = None,
+    splits: int | None = None,
+    places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as of the op, whose arguments are already checked.
 
     `means`: of `means_of`, None for no compensation; `a.compensate` is not read. `tile`: that of the table's plain
     kernel if None. `splits` overrides the rule of `choose_splits`. A variant runs only where its tensors can be
     described, and one of Gluon where rows are not split: else the plain kernel does, with its own tile.
+    `places`: int32 [S], a permutation whose values are not checked: the row of q, k, v, kv_mask, out and lse of each
+    place of the plan (`BlockPlan.order`), whose blocks `means` are of; the plain kernel gathers.
     Raises PlanError if the device is too old, or the plan's blocks are not multiples of 16 up to 256.
     """
+    if places is not None:
+        _check_places(places, a)
+        places = places.contiguous()
     (batch, heads, q_len, dim), kv_len = a.q.shape, a.k.shape[2]
     plain = forward_tile(a, variants=False)
-    tile = tile or plain
+    tile = plain if tile is None or (places is not None and tile.kernel != "triton") else tile
     if tile.kernel in CONSUMERS:
         done = launch_gluon(a, means, tile) if _splits(a, tile, splits) == 1 else "rows are shared by several programs"
         if not isinstance(done, str):
@@ -113,8 +132,9 @@ def launch_forward(
 
     mean_tensors, mean_strides = mean_operands(means, mask)
     wrap_triton(_block_sparse_forward, tma)[(_programs(a, tile), splits)](
-        *(q, keys, values, *scales, a.kv_counts, indices, a.kv_counts if order is None else order, mask),
-        *(*mean_tensors, parts, part_lse, a.factor, heads, heads // k.shape[1], q_len, kv_len, indices.shape[3]),
+        *(q, keys, values, *scales, a.kv_counts, indices, a.kv_counts if order is None else order),
+        *(a.kv_counts if places is None else places, mask, *mean_tensors, parts, part_lse),
+        *(a.factor, heads, heads // k.shape[1], q_len, kv_len, indices.shape[3]),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *row_strides(a.kv_counts), *row_strides(indices)),
         *(0 if a.kv_mask is None else shared_strides(mask, 0)[0], *mean_strides),
         **sizes,
@@ -126,6 +146,7 @@ def launch_forward(
         COMPENSATE=means is not None,
         ORDERED=order is not None,
         SPLITS=splits,
+        GATHER=places is not None,
         TMA=tma,
         QK8=a.qk_int8,
         **tile_sizes(tile),

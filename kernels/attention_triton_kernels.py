@@ -19,6 +19,9 @@ With TMA keys and values are host tensor descriptors, read by the copy engine of
 fewer. Triton's automatic warp specialisation is no help on sm_90: 3.9 ignores it here with 8 warps and its pass fails
 with 4.
 
+With GATHER the tokens of the plan are places, and `places` has the row of q, k, v, key_mask, out and lse of each: a
+token order without permuted copies. The copy engine can't gather rows of four dimensions, so it excludes TMA.
+
 With COMPENSATE a loop over the mean keys of all blocks comes first, `BLOCK_J` of them at a time; those of the kept
 blocks are hidden by a packed bit each (`means`). Dense rows and samples of weight 0 skip that loop.
 
@@ -31,43 +34,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows_triton import _block_at, _place_of_program, _row_of_plan
-
-
-@triton.jit
-def _rows(
-    x,
-    i_b,
-    i_h,
-    p_x,
-    first,
-    stride,
-    length,
-    o_n,
-    o_d,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """[BLOCK_N, BLOCK_D], rows from `first` on of one head of x; zeros beyond length (TMA, or RAGGED) and beyond D."""
-    if TMA:
-        b_x = x.load([i_b, i_h, first, 0]).reshape(BLOCK_N, BLOCK_D)
-    else:
-        p_rows = p_x + first.to(tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :])
-        if RAGGED and D < BLOCK_D:
-            b_x = tl.load(p_rows, mask=(first + o_n < length)[:, None] & (o_d < D)[None, :], other=0.0)
-        elif RAGGED:
-            b_x = tl.load(p_rows, mask=(first + o_n < length)[:, None], other=0.0)
-        elif D < BLOCK_D:
-            b_x = tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
-        else:
-            b_x = tl.load(p_rows)
-    if WIDEN:
-        b_x = b_x.to(tl.float32)
-    return b_x
+from .rows_triton import _block_at, _place_of_program, _row_of_plan, _rows, _rows_at
 
 
 @triton.jit
@@ -109,7 +76,8 @@ def _block_sparse_forward(
     counts,  # int32 [B', H', Mq]
     indices,  # int32 [B', H', Mq, W], last stride 1
     order,  # int32 [Mq + 1] of `heavy_first`; not read without ORDERED
-    key_mask,  # bool [B'', Sk], last stride 1; not read without HAS_MASK
+    places,  # int32 [S], the row of each place; not read without GATHER
+    key_mask,  # bool [B'', Sk], last stride 1, by row; not read without HAS_MASK
     mean_k,  # [B, Hkv, Mk, D] contiguous; this and the next four are not read without COMPENSATE
     mean_v,  # [B, Hkv, Mk, D] contiguous
     n_valid,  # int32 [B'', Mk], valid keys of each block
@@ -156,6 +124,7 @@ def _block_sparse_forward(
     COMPENSATE: tl.constexpr,
     ORDERED: tl.constexpr,
     SPLITS: tl.constexpr,
+    GATHER: tl.constexpr,
     TMA: tl.constexpr,
     QK8: tl.constexpr,  # q, k and mean_k are int8
     WIDEN: tl.constexpr,  # tl.dot in fp32, for the interpreter
@@ -182,7 +151,8 @@ def _block_sparse_forward(
     m_m = o_m < SQ
     m_d = o_d < D
 
-    p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qm + o_d[None, :]
+    r_m = _rows_at(places, o_m, SQ) if GATHER else o_m  # [BLOCK_M]
+    p_q = q + i_b * stride_qb + i_h * stride_qh + r_m.to(tl.int64)[:, None] * stride_qm + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     if TMA:
         p_k, p_v = k, v
@@ -197,7 +167,7 @@ def _block_sparse_forward(
     b_qs = 1.0
     p_ks = k_scale + i_kvh * SK
     if QK8:
-        b_qs = tl.load(q_scale + i_bh * SQ + o_m, mask=m_m, other=0.0)
+        b_qs = tl.load(q_scale + i_bh * SQ + r_m, mask=m_m, other=0.0)
 
     n_blocks = tl.cdiv(SK, BLOCK_KV)
     count, n_listed = _row_of_plan(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm, n_blocks, W)
@@ -248,30 +218,49 @@ def _block_sparse_forward(
     if not HAS_MASK:
         middle = tl.minimum(tl.maximum(n_full * TILES, begin), end)
     i_kv = _block_at(p_ids, begin // TILES, n_listed, n_blocks)
+    r_n = o_n
+    if GATHER:
+        r_n = _rows_at(places, i_kv * BLOCK_KV + (begin % TILES) * BLOCK_N + o_n, SK)
     for i_t in range(begin, middle):
         i_kv_next = _block_at(p_ids, (i_t + 1) // TILES, n_listed, n_blocks)
         first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
-        b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN_K)
-        b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, False, TMA, WIDEN)
-        b_s = _scores(b_q, b_k, b_qs, p_ks, first + o_n, True, False, QK8, PRECISION)  # [BLOCK_M, BLOCK_N]
+        r_key = r_n if GATHER else first + o_n
+        b_k = _rows(
+            *(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, r_key, o_d),
+            *(D, BLOCK_N, BLOCK_D, False, GATHER, TMA, WIDEN_K),
+        )
+        b_v = _rows(
+            *(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, r_key, o_d),
+            *(D, BLOCK_N, BLOCK_D, False, GATHER, TMA, WIDEN),
+        )
+        b_s = _scores(b_q, b_k, b_qs, p_ks, r_key, True, False, QK8, PRECISION)  # [BLOCK_M, BLOCK_N]
         b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, False, PRECISION)
         i_kv = i_kv_next
+        if GATHER:  # one tile ahead: keys must not wait for it
+            r_n = _rows_at(places, i_kv * BLOCK_KV + ((i_t + 1) % TILES) * BLOCK_N + o_n, SK)
     if RAGGED or HAS_MASK:
         for i_t in range(middle, end):
             i_kv = _block_at(p_ids, i_t // TILES, n_listed, n_blocks)
             first = i_kv * BLOCK_KV + (i_t % TILES) * BLOCK_N
-            b_k = _rows(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN_K)
-            b_v = _rows(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, o_d, D, BLOCK_N, BLOCK_D, RAGGED, TMA, WIDEN)
             m_key = first + o_n < SK
-            b_s = _scores(b_q, b_k, b_qs, p_ks, first + o_n, m_key, True, QK8, PRECISION)
+            r_key = _rows_at(places, first + o_n, SK) if GATHER else first + o_n
+            b_k = _rows(
+                *(k, i_b32, i_h32, p_k, first, stride_kn, SK, o_n, r_key, o_d),
+                *(D, BLOCK_N, BLOCK_D, RAGGED, GATHER, TMA, WIDEN_K),
+            )
+            b_v = _rows(
+                *(v, i_b32, i_h32, p_v, first, stride_vn, SK, o_n, r_key, o_d),
+                *(D, BLOCK_N, BLOCK_D, RAGGED, GATHER, TMA, WIDEN),
+            )
+            b_s = _scores(b_q, b_k, b_qs, p_ks, r_key, m_key, True, QK8, PRECISION)
             if HAS_MASK:
-                m_key = tl.load(key_mask + i_b * stride_mb + first + o_n, mask=m_key, other=0) != 0
+                m_key = tl.load(key_mask + i_b * stride_mb + r_key, mask=m_key, other=0) != 0
             b_s = tl.where(m_key[None, :], b_s, float("-inf"))
             b_max, b_sum, b_acc = _accumulate(b_s, b_v, b_max, b_sum, b_acc, scale2, True, PRECISION)
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # no key: out 0, lse -inf
     b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     b_acc = b_acc / b_sum[:, None]
-    i_out = (i_split.to(tl.int64) * BH + i_bh) * SQ + o_m
+    i_out = (i_split.to(tl.int64) * BH + i_bh) * SQ + r_m
     tl.store(out + i_out[:, None] * D + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(lse + i_out, b_lse, mask=m_m)

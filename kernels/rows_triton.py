@@ -59,6 +59,56 @@ def _load_rows(p, o_row, stride, o_d, length, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
+def _rows_at(places, o, length):
+    """The rows of places o; any row beyond length."""
+    return tl.load(places + o, mask=o < length, other=0)
+
+
+@triton.jit
+def _rows(
+    x,
+    i_b,
+    i_h,
+    p_x,
+    first,
+    stride,
+    length,
+    o_n,
+    r_n,
+    o_d,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr,
+    GATHER: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_D], rows from `first` on of one head of x; zeros beyond length (TMA, or RAGGED) and beyond D.
+
+    With GATHER places from `first` on, whose rows are r_n.
+    """
+    if TMA:
+        b_x = x.load([i_b, i_h, first, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        if GATHER:
+            p_rows = p_x + r_n.to(tl.int64)[:, None] * stride + o_d[None, :]
+        else:
+            p_rows = p_x + first.to(tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :])
+        if RAGGED and D < BLOCK_D:
+            b_x = tl.load(p_rows, mask=(first + o_n < length)[:, None] & (o_d < D)[None, :], other=0.0)
+        elif RAGGED:
+            b_x = tl.load(p_rows, mask=(first + o_n < length)[:, None], other=0.0)
+        elif D < BLOCK_D:
+            b_x = tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_rows)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
 def _mean_bias(n_valid, weight, kept, o_j, n_blocks):
     """fp32 [len(o_j)], log2(keys * weight) of the mean keys o_j; -inf where the row keeps the block."""
     m_j = o_j < n_blocks

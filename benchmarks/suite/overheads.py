@@ -16,12 +16,13 @@ from dynamicrad_compile.kernels.select_op import cost
 from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.make import make_candidates, make_plan
 from dynamicrad_compile.plans.order import inverse, reordered
+from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.plans.ratios import ratios_for
 from dynamicrad_compile.plans.selection import select_blocks
 from dynamicrad_compile.runtime.router import route
 
 from .bench import BLOCK, Bench
-from .runner import Row, Values
+from .runner import Row, Unsupported, Values
 
 THRESHOLDS = {"threshold": (0.0, 0.5), "mass": (0.8, 0.7)}
 CANDIDATES = 0.5  # sparsity of the candidates that a selection thins to 0.8
@@ -42,6 +43,8 @@ def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
               {**facts, "what": "compensation by covariances"})  # fmt: skip
     yield Row(f"order/{at}", "overhead", lambda: run_order(bench, tokens, dim, sparsity), 4.0,
               {**facts, "what": "tokens into boxes and back, not fused"})  # fmt: skip
+    yield Row(f"gather/{at}", "overhead", lambda: run_gather(bench, tokens, dim, sparsity), 8.0,
+              {**facts, "what": "tokens of boxes, read through the order"})  # fmt: skip
     yield Row(f"int8/{at}", "overhead", lambda: run_int8(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "scores from int8 instead (below 0: faster)"})  # fmt: skip
     yield Row(f"router/{at}", "overhead", lambda: run_router(bench, at), 3.0, {**facts, "what": "router, once a step"})
@@ -109,16 +112,52 @@ def run_covariance(bench: Bench, tokens: int, dim: int, sparsity: float) -> Valu
 
 def run_order(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
     """q, k, v into the order of boxes and the output back, as four passes; in a graph RoPE and projection do most."""
-    grid, _ = bench.shapes[tokens]
-    order = make_plan("dynamicrad", grid, BLOCK, sparsity=sparsity, box=(BLOCK // 16, 4, 4)).order
+    order = _in_boxes(bench, tokens, sparsity).order
     assert order is not None
-    order = order.to(bench.device)
     back = inverse(order)
     q, k, v = bench.qkv(tokens, dim)
     call = lambda: [*(reordered(x, order) for x in (q, k, v)), reordered(q, back)]  # noqa: E731
     values = _share(bench, f"{tokens}/{dim}/{sparsity:g}", bench.clock.time(call).ms)
     floor = 8 * q.numel() * q.element_size() / bench.ceilings.memory * 1e-9
     return {**values, "floor_ms": floor, "bound": "memory", "of_floor": floor / values["ms"]}
+
+
+def run_gather(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:
+    """What a token order adds to the attention with the same blocks: rows gathered by the kernel, and copies."""
+    if bench.device == "cpu":
+        raise Unsupported("the CUDA kernel gathers")
+    from dynamicrad_compile.kernels.attention_triton import launch_forward
+
+    plan = _in_boxes(bench, tokens, sparsity)
+    order = plan.order
+    assert order is not None
+    back, places = inverse(order), order[0].to(torch.int32)
+    q, k, v = bench.qkv(tokens, dim)
+    inside = [reordered(x, order) for x in (q, k, v)]
+    given = Attention(q, k, v, plan.kv_counts, plan.kv_indices, None, BLOCK, BLOCK)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return launch_forward(given._replace(q=q, k=k, v=v))[0]
+
+    def copied() -> torch.Tensor:
+        return reordered(call(*(reordered(x, order) for x in (q, k, v))), back)
+
+    def gathered() -> torch.Tensor:
+        return launch_forward(given, places=places)[0]
+
+    error = float((gathered().float() - copied().float()).norm() / copied().float().norm())
+    if not error < 1e-2:
+        raise AssertionError(f"error {error:.3g} of gathered rows against copied ones")
+    timed = bench.clock.time_in_turns({"plain": lambda: call(*inside), "copied": copied, "gathered": gathered})
+    plain, copies, whole = (timed[name].ms for name in ("plain", "copied", "gathered"))
+    return {"ms": whole - plain, "attention_ms": plain, "share": (whole - plain) / plain, "copied_ms": copies - plain,
+            "copied_share": (copies - plain) / plain, "error": error,
+            "summary": f"as copies {copies - plain:.3g} ms, {(copies - plain) / plain:.1%}"}  # fmt: skip
+
+
+def _in_boxes(bench: Bench, tokens: int, sparsity: float) -> BlockPlan:
+    plan = make_plan("dynamicrad", bench.shapes[tokens][0], BLOCK, sparsity=sparsity, box=(BLOCK // 16, 4, 4))
+    return plan.to(bench.device)
 
 
 def run_int8(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:

@@ -92,11 +92,12 @@ def _plugin_forward(
         q,
         k,
         v,
-        lse,  # q_scale, k_scale, mean_scale, order: not read without QK8 and ORDERED
+        lse,  # q_scale, k_scale, mean_scale, order, places: not read without QK8, ORDERED and GATHER
         lse,
         lse,
         kv_counts,
         kv_indices,
+        kv_counts,
         kv_counts,
         kv_mask,
         mean_k,
@@ -145,6 +146,7 @@ def _plugin_forward(
         COMPENSATE=COMPENSATE,
         ORDERED=False,
         SPLITS=1,
+        GATHER=False,
         TMA=False,
         QK8=False,
         WIDEN=False,
