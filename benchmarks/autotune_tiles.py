@@ -5,7 +5,8 @@
     python benchmarks/autotune_tiles.py benchmarks/results/day.json
 
 An entry is replaced where the proposal is faster than the entry in use by more than `--margin`; its source becomes chip
-and date. The table is checked before it is written, in one piece. `--dry-run` only says what would change.
+and date. The backward takes the form that was faster, with its tiles as they are. The table is checked before it is
+written, in one piece. `--dry-run` only says what would change.
 """
 
 from __future__ import annotations
@@ -59,7 +60,20 @@ def update(table: Table, content: dict, margin: float) -> list[str]:
         section.use = others if name == "forward" else (*others, name)
         gain = "new entry" if now is None else f"{now / proposal['score'] - 1:.1%} faster"
         changes.append(f"sm_{arch} {dtype} head_dim {dim}: {before} -> {tile}, {gain}")
+    for proposal in content.get("backward_proposal", ()):
+        dim, gain = proposal["head_dim"], proposal["gain"]
+        if dim in entries and gain > 1 + margin and _use_backward(entries[dim], proposal["kernel"]):
+            changes.append(f"sm_{arch} {dtype} head_dim {dim}: backward by {proposal['kernel']}, {gain - 1:.1%} faster")
     return changes
+
+
+def _use_backward(section: Section, variant: str) -> bool:
+    """Let the backward's kernels run in this form, where the section has its tile; whether that is a change."""
+    wanted = tuple(name for name in (f"dq_{variant}", f"dk_dv_{variant}") if name in section.tiles)
+    use = (*(name for name in section.use if name.startswith("forward_")), *wanted)
+    changed = set(use) != set(section.use)
+    section.use = use
+    return changed
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -108,6 +108,8 @@ def run_stage(
             journal.content["ceilings"] = {k: row[k] for k in ("matmul_tflops", "copy_tbs", "launch_us", "ceilings")}
     if proposal := tile_rows.proposal(journal.rows):
         journal.content["tile_proposal"] = proposal
+    if proposal := tile_rows.backward_proposal(journal.rows):
+        journal.content["backward_proposal"] = proposal
     journal.write()
 
 

@@ -100,3 +100,15 @@ def proposal(rows_done: list[Values]) -> list[Values]:
         found.append({"dtype": dtype, "head_dim": dim, "tile": list(key[:4]), "kernel": key[4], "score": whole[key],
                       "current_score": sum(now) / len(now) if now else None})  # fmt: skip
     return found
+
+
+def backward_proposal(rows_done: list[Values]) -> list[Values]:
+    """For each (dtype, head_dim) the fastest form of the backward, and how much faster than plain it is."""
+    timed = [row for row in rows_done if row["group"] == "backward" and row["status"] == "ok" and "kernel" in row]
+    found = []
+    for dtype, dim in sorted({(row["dtype"], row["head_dim"]) for row in timed}):
+        times = {row["kernel"]: row["ms"] for row in timed if (row["dtype"], row["head_dim"]) == (dtype, dim)}
+        if "triton" in times:
+            best = min(times, key=lambda kernel: times[kernel])
+            found.append({"dtype": dtype, "head_dim": dim, "kernel": best, "gain": times["triton"] / times[best]})
+    return found

@@ -41,6 +41,14 @@ def test_a_faster_tile_is_written(files):
     assert table.read_text().startswith(TABLE.read_text().split("\n\n")[0])
 
 
+@pytest.mark.parametrize(("gain", "used"), [(1.2, ("forward_tma", "dq_tma", "dk_dv_tma")), (1.01, ("forward_tma",))])
+def test_a_faster_backward_is_used(files, gain: float, used: tuple[str, ...]):
+    backward = {"head_dim": 128, "kernel": "tma", "gain": gain}
+    table = files({"about": ABOUT, "tile_proposal": [FASTER], "backward_proposal": [backward]})
+    assert read_table(table)[90]["half"][128].use == used
+    assert read_table(table)[90]["half"][64].use == ()
+
+
 @pytest.mark.parametrize("flags", [["--dry-run"], ["--margin", "0.3"]])
 def test_nothing_is_written(files, flags: list[str]):
     assert files({"about": ABOUT, "tile_proposal": [FASTER]}, *flags).read_text() == TABLE.read_text()

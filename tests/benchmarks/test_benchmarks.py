@@ -151,3 +151,13 @@ def test_tile_proposal():
     (found,) = tile_rows.proposal(rows)
     assert (found["tile"], found["kernel"]) == ([128, 64, 8, 3], "tma")
     assert found["current_score"] == pytest.approx((1 / 0.9 + 2.0) / 2)
+
+
+def test_backward_proposal():
+    from suite import tile_rows
+
+    facts = {"group": "backward", "dtype": "bfloat16", "head_dim": 128, "status": "ok"}
+    rows = [{**facts, "kernel": "triton", "ms": 3.0}, {**facts, "kernel": "tma", "ms": 2.0}, {**facts, "ms": 1.0}]
+    (found,) = tile_rows.backward_proposal(rows)
+    assert (found["kernel"], found["gain"]) == ("tma", 1.5)
+    assert tile_rows.backward_proposal(rows[1:]) == []
