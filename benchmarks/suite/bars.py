@@ -14,15 +14,17 @@ def bar(row: Row, content: Values, step_dim: int) -> str | None:
     rows, facts = content["rows"], row.facts
     if row.group in ("tiles", "tries"):
         return _tile_bar(row, rows)
-    if row.group == "correctness" and facts["kernel"].startswith("forward "):
-        kernel = facts["kernel"].removeprefix("forward ")
-        built = [other for other in rows if other["group"] == "builds" and other["kernel"] == kernel]
-        if built and not any(_may_be(other) for other in built):
-            return f"no tile of it was built: {built[0]['why']}"
+    if row.group == "correctness" and "dtype" in facts:  # of a form
+        return _form_bar(facts["kernel"], None, rows) or _not_built(facts["kernel"], rows)
     dim = facts.get("head_dim", step_dim)
     if row.group == "backward" and (why := _form_bar(f"backward {facts.get('kernel', 'triton')}", dim, rows)):
         return why
     return _form_bar(f"forward {kernel_in_use(content, dim)}", dim, rows) if row.group in MEASURED else None
+
+
+def _not_built(form: str, rows: list[Values]) -> str | None:
+    built = [other for other in rows if other["group"] == "builds" and f"forward {other['kernel']}" == form]
+    return f"no tile of it was built: {built[0]['why']}" if built and not any(map(_may_be, built)) else None
 
 
 def kernel_in_use(content: Values, dim: int) -> str:
@@ -41,15 +43,18 @@ def _tile_bar(row: Row, rows: list[Values]) -> str | None:
             continue
         if not _may_be(other):
             return f"{other['name']}: {other['status']}, {other['why']}"
-    return _form_bar(f"forward {same['kernel']}", same["head_dim"], rows) if row.group == "tiles" else None
+    return _form_bar(f"forward {same['kernel']}", same["head_dim"] if row.group == "tiles" else None, rows)
 
 
-def _form_bar(form: str, dim: int, rows: list[Values]) -> str | None:
-    """A check of this form that failed: in half precision at such a head_dim, or anywhere if it took its process."""
+def _form_bar(form: str, dim: int | None, rows: list[Values]) -> str | None:
+    """A check of this form that failed: in half precision at such a head_dim, or anywhere if it took its process.
+
+    dim None: one that took its process only; what is itself a check runs after a wrong result, but not after a hang.
+    """
     for other in rows:
         if other["group"] != "correctness" or other.get("kernel") != form or other["status"] != "failed":
             continue
-        near = entry_of(other["head_dim"]) == entry_of(dim) and other["dtype"] != "float32"
+        near = dim is not None and entry_of(other["head_dim"]) == entry_of(dim) and other["dtype"] != "float32"
         if near or other.get("lost_its_process"):
             return f"{other['name']} failed: {other['why']}"
     return None

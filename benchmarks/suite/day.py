@@ -61,7 +61,7 @@ class Day:
     @property
     def dims(self) -> tuple[int, ...]:
         """head_dims, the first is the one that matters most."""
-        return (32,) if self.reduced else (128, 64)
+        return (64,) if self.reduced else (128, 64)
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,18 @@ def _builds(bench: Bench, day: Day) -> list[list[Row]]:
     return _alone(row for dim in day.dims for row in builds.rows(day.arch, dim, _tiles(day, dim)))
 
 
+def _first_checks(bench: Bench, day: Day) -> list[list[Row]]:
+    """Two cases of each form: one that hangs or crashes is found before it is tried on everything else."""
+    rows = variant_checks.rows(bench.device, bench.reduced)
+    first = [
+        row for row in rows if row.facts["case"] in ("even", "ragged") and row.facts["kernel"].startswith("forward")
+    ]
+    return _alone(first)
+
+
 def _checks(bench: Bench, day: Day) -> list[list[Row]]:
-    """The usual cases, the tiles that are timed next, the other cases."""
-    rows = list(variant_checks.rows(bench.device, bench.reduced))
-    usual = [row for row in rows if row.facts["case"] in ("even", "ragged", "head_dim_64")]
-    return _alone([*usual, *_tries(bench, day, day.dims[0]), *(row for row in rows if row not in usual)])
+    """The tiles that are timed next, then all cases."""
+    return _alone([*_tries(bench, day, day.dims[0]), *variant_checks.rows(bench.device, bench.reduced)])
 
 
 def _tries(bench: Bench, day: Day, dim: int) -> list[Row]:
@@ -156,7 +163,8 @@ def _backward(bench: Bench, day: Day, dim: int) -> list[Row]:
 STAGES = (
     Stage("machine", 12, _machine, settled=False),
     Stage("builds", 25, _builds, spread=True, settled=False),
-    Stage("checks", 75, _checks, spread=True, settled=False),
+    Stage("first checks", 20, _first_checks, limit=25, spread=True, settled=False),
+    Stage("checks", 55, _checks, spread=True, settled=False),
     Stage("forms", 35, lambda b, d: _timed(b, d, d.dims[0]), limit=20, clock_ms=60, settled=False),
     Stage("headline", 40, lambda b, d: _headline(b, d, d.dims[0])),
     Stage("checks 64", 15, lambda b, d: _alone(_tries(b, d, d.dims[-1])), spread=True, settled=False),

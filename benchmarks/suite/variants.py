@@ -68,7 +68,8 @@ def forward(a: Attention, tile: Tile) -> tuple[Tensor, Tensor]:
         return attention_cpu.forward(a)
     from dynamicrad_compile.kernels.attention_triton import launch_forward
 
-    return launch_forward(a, None if a.compensate is None else means_of(a), tile=tile)
+    splits = 1 if "gluon" in tile.kernel else None  # the small launches of the checks would be split, which Gluon can't
+    return launch_forward(a, None if a.compensate is None else means_of(a), tile, splits)
 
 
 def checked_forward(a: Attention, tile: Tile) -> tuple[Tensor, Tensor]:
