@@ -24,6 +24,19 @@ from .gluon_model import (
     View,
 )
 
+SCALARS = (
+    "H",
+    "KV_GROUP",
+    "SQ",
+    "SK",
+    "W",
+    *(f"stride_{x}{y}" for x in "cie" for y in "bhm"),
+    "stride_mb",
+    "stride_nb",
+)
+SCALARS += ("stride_wb",)
+"""Arguments of kernels that are known when they run."""
+
 
 def number(x: Any) -> Tensor:
     """A scalar as kernels have it."""
@@ -71,6 +84,7 @@ def language(machine: Machine) -> types.SimpleNamespace:
         sum=lambda x, axis: x.sum(axis),
         exp2=torch.exp2,
         log2=torch.log2,
+        to_tensor=torch.as_tensor,
         cdiv=lambda a, b: (a + b - 1) // b,
         expand_dims=torch.unsqueeze,
         convert_layout=lambda x, layout: x,
@@ -157,12 +171,36 @@ def products(machine: Machine) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return multiply, wait
 
 
+def scope_of(home: dict[str, Any], words: dict[str, Any], made: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The globals of a module of kernels in which Gluon's words, and functions of other modules, are the model's."""
+    if id(home) in made:
+        return made[id(home)]
+    names = made[id(home)] = dict(home)
+    for name, value in home.items():
+        if name in words:
+            names[name] = words[name]
+        elif hasattr(value, "FIELDS"):
+            names[name] = lambda *values, fields=value.FIELDS: types.SimpleNamespace(
+                **dict(zip(fields, values, strict=True))
+            )
+        elif hasattr(value, "fn") and hasattr(value, "arg_names"):  # a kernel or a part of one
+            part = value.fn
+            scope = scope_of(part.__globals__, words, made)
+            names[name] = types.FunctionType(part.__code__, scope, name, part.__defaults__)
+        elif type(value).__name__ == "constexpr":
+            names[name] = value.value
+    return names
+
+
 def run(
     kernel: Any, programs: int, choose: Callable[[int], int], arguments: dict[str, Any]
 ) -> list[list[list[Operation]]]:
     """Run a Gluon kernel; tensors among the arguments become pointers. Returns the traces of each program."""
     function = kernel.fn
-    home = function.__globals__
+    given = {
+        name: Pointer.to(x) if isinstance(x, Tensor) else number(x) if name in SCALARS else x
+        for name, x in arguments.items()
+    }
     traces = []
     for program in range(programs):
         machine = Machine(choose, program, programs)
@@ -170,20 +208,7 @@ def run(
         multiply, wait = products(machine)
         words = {"gl": gl, "tl": gl, "mbarrier": barriers(machine), "async_load": copies(machine)}
         words |= {"warpgroup_mma": multiply, "warpgroup_mma_wait": wait}
-        names = dict(home)
-        names |= words
-        for name, value in home.items():
-            if hasattr(value, "fn") and hasattr(value, "arg_names"):  # a kernel or a part of one
-                part = value.fn
-                scope = names if part.__globals__ is home else {**part.__globals__, "tl": gl}
-                names[name] = types.FunctionType(part.__code__, scope, name, part.__defaults__)
-            elif type(value).__name__ == "constexpr":
-                names[name] = value.value
-        given = {
-            name: Pointer(x) if isinstance(x, Tensor) else number(x) if type(x) is int and name.islower() else x
-            for name, x in arguments.items()
-        }
-        given |= {name: number(arguments[name]) for name in ("H", "KV_GROUP", "SQ", "SK", "W") if name in arguments}
-        types.FunctionType(function.__code__, names, "kernel")(**given)
+        scope = scope_of(function.__globals__, words, {})
+        types.FunctionType(function.__code__, scope, "kernel")(**given)
         traces.append([partition.trace for partition in machine.partitions])
     return traces

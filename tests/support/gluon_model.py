@@ -112,18 +112,22 @@ class Ring:
 
 
 class Pointer:
-    """A pointer into a tensor, or a tensor of them."""
+    """A pointer into memory, or a tensor of them: `x` is all of it behind the tensor's first element."""
 
     def __init__(self, x: Tensor, offset: Any = 0) -> None:
         self.x, self.offset = x, offset
-        self.dtype = types.SimpleNamespace(element_ty=x.dtype)
+
+    @classmethod
+    def to(cls, x: Tensor) -> Pointer:
+        """To the first element of a tensor."""
+        behind = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        return cls(x.as_strided((behind,), (1,)))
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.x, self.offset + offset)
 
     def _places(self, mask: Any) -> tuple[Tensor, Tensor]:
         places = torch.as_tensor(self.offset)
-        keep = torch.as_tensor(True if mask is None else mask).expand(torch.broadcast_shapes(places.shape, ()))
         places, keep = torch.broadcast_tensors(places, torch.as_tensor(True if mask is None else mask))
         if bool(((places < 0) | (places >= self.x.numel()))[keep].any()):
             raise ProtocolError("an address outside of its tensor")
@@ -134,13 +138,13 @@ class Pointer:
         places, keep = self._places(mask)
         if not bool(keep.any()):
             return torch.full(places.shape, other, dtype=self.x.dtype)
-        found = self.x.reshape(-1)[torch.where(keep, places, 0)]
+        found = self.x[torch.where(keep, places, 0)]
         return found if mask is None else torch.where(keep, found, torch.as_tensor(other, dtype=self.x.dtype))
 
     def store(self, value: Tensor, mask: Any = None) -> None:
         """Write values where the mask is true."""
         places, keep = self._places(mask)
-        self.x.view(-1)[places[keep]] = value.expand(places.shape)[keep].to(self.x.dtype)
+        self.x[places[keep]] = value.expand(places.shape)[keep].to(self.x.dtype)
 
 
 @dataclass

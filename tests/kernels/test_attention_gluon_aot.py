@@ -1,0 +1,73 @@
+"""The Gluon kernels compile for sm_90 without a GPU: registers, no local memory, and what overlaps in the machine code.
+
+`pytest -s` prints registers, spilled bytes, shared memory and the number of wgmma instructions of each build.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support.marks import slow
+
+pytest.importorskip("triton.experimental.gluon")
+
+from dynamicrad_compile.errors import ExportError
+from dynamicrad_compile.kernels.ahead_of_time import Build, build_forward
+from dynamicrad_compile.kernels.attention_gluon import CONSUMERS
+from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_tile
+
+CASES = [  # kernel, head_dim, masked and with mean keys
+    ("gluon", 128, False),
+    ("gluon_pingpong", 128, False),
+    ("gluon", 128, True),
+    slow("gluon_pingpong", 128, True),
+    ("gluon", 64, False),
+    slow("gluon_pingpong", 64, False),
+    slow("gluon", 64, True),
+    slow("gluon_pingpong", 64, True),
+    slow("gluon", 96, True),
+]
+EVENT = re.compile(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2|BAR\.SYNC|SYNCS\.ARRIVE\.TRANS64\.A1T0|LDL|STL")
+SHORT = {"WARPGROUP.DEPBAR.LE gsb0, 0x0": "wait 0", "WARPGROUP.DEPBAR.LE gsb0, 0x1": "wait 1"}
+
+
+def events(built: Build) -> list[str]:
+    """What happens in the machine code, in its order: products, waits, exponentials, barriers, local memory."""
+    found = [SHORT.get(event, event.split(".")[0]) for event in EVENT.findall(built.sass)]
+    return ["exp" if event == "MUFU" else event for event in found]
+
+
+@pytest.mark.parametrize(("kernel", "dim", "full"), CASES)
+def test_products_overlap_with_the_softmax(kernel: str, dim: int, full: bool):
+    tile = choose_tile((9, 0), True, dim, 128, 128, variant=kernel)
+    assert tile.kernel == kernel
+    built = build_forward(90, "bf16", dim, tile, masked=full, compensate=full)
+    print(f"\n{kernel} {dim} {'masked, means' if full else 'plain'} {built}")
+    assert built.spilled == 0
+    assert "serialized" not in built.log
+    assert built.shared <= SHARED_MEMORY[90]
+    assert built.instructions["wgmma"] > 0
+    assert built.instructions["tma"] > 0
+    assert built.instructions["cp_async"] == 0
+
+    happened = events(built)
+    assert "LDL" not in happened
+    assert "STL" not in happened
+    loops = [i for i, event in enumerate(happened) if event == "wait 1"]  # S is there, O is still being multiplied
+    assert len(loops) == CONSUMERS[kernel]
+    products = dim // 16 + tile.block_n // 16  # of S and of O
+    exponentials = 2 * tile.block_m * tile.block_n // (2 * 32 * tile.num_warps)
+    for i in loops:
+        before, after = happened[:i], happened[i + 1 : happened.index("wait 0", i)]
+        assert [e for e in before if e not in ("BAR", "SYNCS")][-products:] == ["HGMMA"] * products
+        assert after.count("exp") >= exponentials
+    # A tile is given back by one thread, after all of its group have come to a barrier behind the wait.
+    for i, event in enumerate(happened):
+        if event == "SYNCS":
+            assert "BAR" in happened[max(0, i - exponentials - 8) : i]
+
+
+def test_there_are_no_int8_scores():
+    with pytest.raises(ExportError, match="the kernel gluon has no int8 scores"):
+        build_forward(90, "bf16", 128, Tile(128, 128, 8, 2, "gluon"), qk_int8=True)
