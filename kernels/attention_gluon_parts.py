@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate
+from typing_extensions import dataclass_transform
 
 from . import rows_triton
 
@@ -20,6 +21,7 @@ PLAIN, MASKED, MEANS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 """Kinds of tiles: keys that all count, keys of which some may not, and mean keys."""
 
 
+@dataclass_transform()
 def bundle(cls: type) -> Any:
     """A class of annotated fields as one argument of Gluon functions; Triton 3.6 wants the constructor written out."""
     fields = cls.__annotations__

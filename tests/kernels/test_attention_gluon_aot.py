@@ -6,15 +6,28 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
+from support.attention_cases import Case
 from support.marks import slow
 
 pytest.importorskip("triton.experimental.gluon")
 
+from support.gluon_cases import of_case, order_of
+
 from dynamicrad_compile.errors import ExportError
 from dynamicrad_compile.kernels.ahead_of_time import Build, build_forward
-from dynamicrad_compile.kernels.attention_gluon import CONSUMERS
+from dynamicrad_compile.kernels.attention_gluon import (
+    CONSUMERS,
+    REGISTERS,
+    UNDESCRIBED,
+    arguments,
+    descriptor,
+    launch_gluon,
+)
+from dynamicrad_compile.kernels.means import means_of
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, choose_tile
 
 CASES = [  # kernel, head_dim, masked and with mean keys
@@ -71,3 +84,39 @@ def test_products_overlap_with_the_softmax(kernel: str, dim: int, full: bool):
 def test_there_are_no_int8_scores():
     with pytest.raises(ExportError, match="the kernel gluon has no int8 scores"):
         build_forward(90, "bf16", 128, Tile(128, 128, 8, 2, "gluon"), qk_int8=True)
+
+
+@pytest.mark.parametrize(("kernel", "compensate"), [("gluon", True), slow("gluon_pingpong", False)])
+def test_triton_takes_what_the_launcher_passes(kernel: str, compensate: bool, monkeypatch: pytest.MonkeyPatch):
+    """Descriptors, constants and options as of a launch, compiled as a launch would."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from dynamicrad_compile.kernels.attention_gluon_kernels import _block_sparse_forward_gluon
+
+    target = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(type(driver), "active", property(lambda self: target))
+    case = Case("launch", batch=2, heads=4, kv_heads=2, q_len=451, kv_len=451, dim=64, block_q=128, block_kv=128,
+                dtype=torch.bfloat16, layout="bshd", compensate=(1.0,) if compensate else None)  # fmt: skip
+    a = of_case(case)
+    tile = choose_tile((9, 0), True, 64, 128, 128, variant=kernel)
+    results = torch.empty(a.q.shape, dtype=a.q.dtype), torch.empty(a.q.shape[:3])
+    found = arguments(a, means_of(a) if compensate else None, tile, results, order_of(a.kv_counts), descriptor)
+    assert found is not None
+    programs, given = found
+    assert programs == 4 * 2 * 4
+    built = _block_sparse_forward_gluon.warmup(**given, grid=(programs,), maxnreg=REGISTERS)
+    assert built.metadata.num_warps == 12  # 8 that multiply, and the producer's 4
+    assert built.metadata.maxnreg == REGISTERS
+
+
+def test_a_tensor_that_can_not_be_described():
+    a = of_case(Case("wide", dim=60, block_q=128, block_kv=128, dtype=torch.float16))
+    tile = Tile(128, 128, 8, 2, "gluon")
+    results = torch.empty(a.q.shape, dtype=a.q.dtype), torch.empty(a.q.shape[:3])
+    assert arguments(a, None, tile, results, None, descriptor) is None
+    assert launch_gluon(a, None, tile) == UNDESCRIBED

@@ -11,7 +11,18 @@ import torch
 from support.attention_cases import CASES, VARIANTS, Case, build, case_of, check, check_int8
 
 from dynamicrad_compile.errors import PlanError
-from dynamicrad_compile.kernels.tiles import SHARED_MEMORY, Tile, architecture, choose_tile, read_table, table
+from dynamicrad_compile.kernels.attention_gluon import CONSUMERS
+from dynamicrad_compile.kernels.tiles import (
+    CHOICE,
+    SHARED_MEMORY,
+    Tile,
+    architecture,
+    choose_tile,
+    read_table,
+    table,
+    variant_in_use,
+)
+from dynamicrad_compile.kernels.tiles import VARIANTS as CHOICES
 
 pytest.importorskip("triton")
 
@@ -58,7 +69,7 @@ def test_cuda_matches_reference(case: Case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", [*VARIANTS, *CONSUMERS])
 @pytest.mark.parametrize("case", GPU_ONLY, ids=str)
 def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     from dynamicrad_compile.kernels.attention_arguments import Attention
@@ -68,10 +79,10 @@ def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     args = build(case)
     a = Attention(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args))
     capability = torch.cuda.get_device_capability()
-    if variant == "tma" and capability < (9, 0):
-        pytest.skip("the copy engine needs sm_90")
-    tile = choose_tile(capability, case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
-    tile = dataclasses.replace(tile, kernel="tma" if variant == "tma" else "triton")
+    sizes = (capability, case.dtype != torch.float32, case.dim, case.block_q, case.block_kv)
+    tile = choose_tile(*sizes, variant=variant if variant in CHOICES["forward"] else None)
+    if variant in CHOICES["forward"] and tile.kernel != variant:
+        pytest.skip(f"the table has no such tile for {capability} and these blocks")
     means = None if a.compensate is None else means_of(a)
     out, lse = launch_forward(
         a._replace(qk_int8=variant == "int8"), means, tile, splits=3 if variant == "splits" else 1
@@ -80,9 +91,16 @@ def test_cuda_matches_reference_however_launched(case: Case, variant: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("choice", ["triton", *CHOICES["forward"]])
 @pytest.mark.parametrize("name", ["permuted", "mask_padding", "fp16", "mean_ragged", "mean_mask_padding"])
-def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
-    args = build(case_of(name))
+def test_cuda_compiles_with_the_kernel_in_the_graph(name: str, choice: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, choice)
+    case = case_of(name)
+    if "gluon" in choice:  # which need blocks of their tiles
+        case = dataclasses.replace(
+            case, block_q=128, block_kv=128, dim=64, dtype=torch.float16, kv_len=case.kv_len + 300
+        )
+    args = build(case)
     on_cuda = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
     torch.library.opcheck(torch.ops.dynamicrad.block_sparse_attention.default, on_cuda)
     compiled = torch.compile(lambda *x: torch.ops.dynamicrad.block_sparse_attention(*x), fullgraph=True)
@@ -90,9 +108,8 @@ def test_cuda_compiles_with_the_kernel_in_the_graph(name: str):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "means"])
-def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.MonkeyPatch):
-    """On CUDA the op decomposes into the kernel, which is known to write nothing but out and lse."""
+def traced(monkeypatch: pytest.MonkeyPatch, compensate: bool, block: int = 32) -> torch.fx.Graph:
+    """The graph of the op in fp32, or fp16 with blocks of 128, on a CUDA device of sm_90 that need not be there."""
     from torch._functorch.aot_autograd import aot_export_module
     from torch._subclasses import FakeTensorMode
     from triton.backends.compiler import GPUTarget
@@ -106,21 +123,88 @@ def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.M
 
     class Attention(torch.nn.Module):
         def forward(self, *args):
-            return torch.ops.dynamicrad.block_sparse_attention(*args[:5], None, 32, 32, None, *args[5:])
+            return torch.ops.dynamicrad.block_sparse_attention(*args[:5], None, block, block, None, *args[5:])
 
     with FakeTensorMode():
-        q, k, v = (torch.empty(2, 101, 4, 64, device="cuda").transpose(1, 2) for _ in range(3))
+        dtype = torch.float16 if block == 128 else torch.float32
+        length = 4 * block - 27
+        q, k, v = (torch.empty(2, length, 4, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
         counts = torch.empty(1, 1, 4, device="cuda", dtype=torch.int32)
         indices = torch.empty(1, 1, 4, 2, device="cuda", dtype=torch.int32)
         weight = [torch.empty(2, device="cuda")] if compensate else []
         graph, _ = aot_export_module(Attention(), (q, k, v, counts, indices, *weight), trace_joint=False)
-    kernels = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    assert "local_scalar_dense" not in str(graph.graph)
+    return graph.graph
+
+
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "means"])
+def test_compiled_graph_holds_the_kernel(compensate: bool, monkeypatch: pytest.MonkeyPatch):
+    """On CUDA the op decomposes into the kernel, which is known to write nothing but out and lse."""
+    monkeypatch.delenv(CHOICE, raising=False)
+    graph = traced(monkeypatch, compensate)
+    kernels = [n for n in graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
     *pooling, order, kernel = kernels
     assert [n.kwargs["tensors_to_clone"] for n in pooling] == [["mean"]] * 2 * compensate
     assert order.kwargs["tensors_to_clone"] == ["order"]
     assert kernel.kwargs["grid"] == [(32, 1, 1)]
     assert kernel.kwargs["tensors_to_clone"] == ["out", "lse"]
-    assert "local_scalar_dense" not in str(graph.graph)
+
+
+@pytest.mark.parametrize("choice", CHOICES["forward"])
+def test_compiled_graph_holds_an_op_where_a_variant_runs(choice: str, monkeypatch: pytest.MonkeyPatch):
+    from dynamicrad_compile.kernels._launch import plain_kernels
+
+    kernel = torch.ops.higher_order.triton_kernel_wrapper_functional
+    described = torch.ops.dynamicrad.block_sparse_attention_described.default
+    monkeypatch.setenv(CHOICE, choice)
+    targets = [node.target for node in traced(monkeypatch, True, block=128).nodes]
+    assert described in targets
+    assert kernel not in targets
+    with plain_kernels():
+        targets = [node.target for node in traced(monkeypatch, True, block=128).nodes]
+    assert described not in targets
+    assert kernel in targets
+
+
+def test_gluon_is_left_alone_where_its_tiles_do_not_fit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, "gluon")
+    targets = [node.target for node in traced(monkeypatch, False, block=32).nodes]
+    assert torch.ops.dynamicrad.block_sparse_attention_described.default not in targets
+
+
+@pytest.mark.parametrize(
+    ("setting", "kernel", "found"),
+    [
+        (None, "forward", None),
+        ("triton", "forward", None),
+        ("gluon", "forward", "gluon"),
+        ("gluon", "dq", None),
+        ("tma", "dq", "tma"),
+        ("tma", "dmeans", None),
+    ],
+)
+def test_the_environment_chooses_a_variant(setting, kernel, found, monkeypatch: pytest.MonkeyPatch):
+    if setting is None:
+        monkeypatch.delenv(CHOICE, raising=False)
+    else:
+        monkeypatch.setenv(CHOICE, setting)
+    assert variant_in_use((9, 0), True, 128, kernel) == found
+
+
+def test_a_variant_that_does_not_exist(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, "gloun")
+    with pytest.raises(PlanError, match="DYNAMICRAD_KERNEL must be triton, tma, gluon, gluon_pingpong, got 'gloun'"):
+        variant_in_use((9, 0), True, 128)
+
+
+@pytest.mark.parametrize(
+    ("capability", "blocks", "kernel"),
+    [((9, 0), (128, 128), "gluon"), ((9, 0), (64, 128), "triton"), ((8, 0), (128, 128), "triton"),
+     ((10, 0), (128, 128), "triton"), ((12, 0), (128, 128), "triton"), ((9, 0), (256, 256), "gluon")],
+)  # fmt: skip
+def test_gluon_tiles_are_for_sm_90_and_whole_blocks(capability, blocks, kernel):
+    tile = choose_tile(capability, True, 128, *blocks, variant="gluon")
+    assert tile.kernel == kernel
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
