@@ -16,6 +16,7 @@ from .captured import remember
 from .errors import OptionsError, StrictError
 from .history import forget_with, seen_before
 from .inner import Compiled, inner_compiler
+from .kernels.tiles import asked_variant
 from .options import Options
 from .outside import continues, graph_made
 from .passed_on import passes_on
@@ -41,8 +42,10 @@ def dynamicrad(
     """Backend for `torch.compile(model, backend="dynamicrad", options={...})`; see `Options`.
 
     `mode` is torch.compile's and goes to Inductor. Raises OptionsError, ProfileError, RouterError, GridError or
-    StrictError, at the first call of the compiled model: PyTorch shows a backend its options no earlier.
+    StrictError, and PlanError if the environment asks for a kernel that does not exist, at the first call of the
+    compiled model: PyTorch shows a backend its options no earlier.
     """
+    asked_variant()
     parsed = Options.from_mapping(options)
     report = analyse(gm, example_inputs, parsed)
     inputs = [*example_inputs, *_added_inputs(gm, len(example_inputs))]

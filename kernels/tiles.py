@@ -144,15 +144,21 @@ def _largest_power_of_two(n: int) -> int:
     return n & -n
 
 
+def asked_variant() -> str | None:
+    """What the environment (CHOICE) asks for. Raises PlanError if that is no kernel."""
+    asked = os.environ.get(CHOICE) or None
+    if asked not in (None, "triton", *VARIANTS["forward"]):
+        raise PlanError(f"{CHOICE} must be triton, {', '.join(VARIANTS['forward'])}, got {asked!r}.")
+    return asked
+
+
 def variant_in_use(capability: tuple[int, int], half: bool, head_dim: int, kernel: str = "forward") -> str | None:
     """The variant that is to run: that of the environment (CHOICE), else the table's; None for the plain kernel.
 
     Raises PlanError if the environment names none.
     """
-    asked = os.environ.get(CHOICE)
+    asked = asked_variant()
     if asked:
-        if asked != "triton" and asked not in VARIANTS["forward"]:
-            raise PlanError(f"{CHOICE} must be triton, {', '.join(VARIANTS['forward'])}, got {asked!r}.")
         return asked if asked in VARIANTS.get(kernel, ()) else None
     section = _entry(capability, half, head_dim, kernel)
     return next((variant for variant in VARIANTS.get(kernel, ()) if f"{kernel}_{variant}" in section.use), None)
@@ -179,7 +185,7 @@ def choose_tile(
     """Tile of a kernel for a device and a plan: the table's entry, cut so that it divides the plan's blocks.
 
     variant: one of VARIANTS. The plain kernel's tile instead where there is no such entry, the device is none for it,
-    or, with Gluon, the plan's blocks would cut its tile.
+    or, with Gluon, the plan's blocks would cut its queries or leave fewer than 64 keys.
     Raises PlanError for a device older than 8.0, a head_dim above 256, or blocks that are not multiples of 16.
     """
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
@@ -188,7 +194,7 @@ def choose_tile(
     tiles = _entry(capability, half, head_dim, kernel).tiles
     if variant is not None and capability[0] == 9 and f"{kernel}_{variant}" in tiles:
         tile = tiles[f"{kernel}_{variant}"]
-        if "gluon" not in variant or (block_q % tile.block_m == 0 and block_kv % tile.block_n == 0):
+        if "gluon" not in variant or (block_q % tile.block_m == 0 and block_kv % 64 == 0):
             return _cut(tile, block_q, block_kv, kernel)
     return _cut(tiles[kernel], block_q, block_kv, kernel)
 

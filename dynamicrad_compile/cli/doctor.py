@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import PlanError
+from ..kernels.tiles import CHOICE, asked_variant, variant_in_use
 from ..optional import DISTRIBUTIONS
 
 MIN_TORCH = (2, 11)
@@ -39,6 +41,7 @@ def diagnose() -> list[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch,
         _devices,
+        _kernels,
         _triton,
         _compiler,
         _op,
@@ -80,6 +83,20 @@ def _devices() -> Iterator[Finding]:
             yield Finding("ok", name)
         else:
             yield Finding("warn", name, "older than sm_80: bfloat16 is slow there, use float16")
+
+
+def _kernels() -> Iterator[Finding]:
+    """The forms of the forward kernel that run at head_dim 64 and 128, and who chose them."""
+    try:
+        by = CHOICE if asked_variant() else "the tile table"
+    except PlanError as error:
+        yield Finding("fail", str(error), f"unset {CHOICE}, or set it to one of these")
+        return
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability >= (8, 0):
+            forms = {variant_in_use(capability, True, dim) or "triton" for dim in (64, 128)}
+            yield Finding("ok", f"attention kernel on GPU {index}: {' and '.join(sorted(forms))}, chosen by {by}")
 
 
 def _triton() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from support.marks import fast
 
 from dynamicrad_compile import cli
 from dynamicrad_compile.cli import doctor
+from dynamicrad_compile.kernels.tiles import CHOICE
 from dynamicrad_compile.models.fake import build
 from dynamicrad_compile.models.presets import PRESETS
 
@@ -51,6 +52,21 @@ def test_doctor_says_what_to_do(capsys, monkeypatch):
     assert "fail  torch.compile does not know" in out
     assert "-> install the package" in out
     assert "1 problem." in out
+
+
+def test_doctor_says_which_kernel_runs(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.delenv(CHOICE, raising=False)
+    assert [str(found)[6:] for found in doctor._kernels()] == [
+        "attention kernel on GPU 0: triton, chosen by the tile table"
+    ]
+    monkeypatch.setenv(CHOICE, "gluon")
+    assert "GPU 0: gluon, chosen by DYNAMICRAD_KERNEL" in str(next(doctor._kernels()))
+    monkeypatch.setenv(CHOICE, "gloun")
+    (found,) = doctor._kernels()
+    assert found.status == "fail"
+    assert "must be triton, tma, gluon, gluon_pingpong, got 'gloun'" in found.text
 
 
 @pytest.mark.parametrize("name", fast(PRESETS, {"wan-14b-i2v", "cogvideox-5b", "ltx", "sana-video"}))

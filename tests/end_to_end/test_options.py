@@ -115,6 +115,12 @@ def test_an_unknown_mode_of_torch_compile_is_told_at_the_first_call():
         compiled(torch.ones(2, 3))
 
 
+def test_an_unknown_kernel_is_told_at_the_first_call(monkeypatch):
+    monkeypatch.setenv("DYNAMICRAD_KERNEL", "gloun")
+    with pytest.raises(drad.PlanError, match=r"\ADYNAMICRAD_KERNEL must be triton, .*, got 'gloun'"):
+        torch.compile(torch.nn.Linear(2, 2), backend="dynamicrad")(torch.ones(1, 2))
+
+
 def test_what_knows_our_operations_may_be_inner():
     for name in ("tensorrt", "eager", "aot_eager", "inductor"):
         assert drad.Options(inner=name).inner == name

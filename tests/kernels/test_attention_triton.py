@@ -199,7 +199,8 @@ def test_a_variant_that_does_not_exist(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("capability", "blocks", "kernel"),
-    [((9, 0), (128, 128), "gluon"), ((9, 0), (64, 128), "triton"), ((8, 0), (128, 128), "triton"),
+    [((9, 0), (128, 128), "gluon"), ((9, 0), (64, 128), "triton"), ((9, 0), (128, 64), "gluon"),
+     ((9, 0), (128, 32), "triton"), ((8, 0), (128, 128), "triton"),
      ((10, 0), (128, 128), "triton"), ((12, 0), (128, 128), "triton"), ((9, 0), (256, 256), "gluon")],
 )  # fmt: skip
 def test_gluon_tiles_are_for_sm_90_and_whole_blocks(capability, blocks, kernel):
