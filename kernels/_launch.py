@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import sys
 from typing import Any
 
 import torch
@@ -24,22 +22,13 @@ INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 """True if Triton was imported with TRITON_INTERPRET=1."""
 
 
-PLAIN: ContextVar[bool] = ContextVar("dynamicrad_plain_kernels", default=False)
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Inside, ops launch plain kernels only: a compiler that writes files must see the kernels themselves."""
-    token = PLAIN.set(True)
-    try:
-        yield
-    finally:
-        PLAIN.reset(token)
-
-
 def variants_allowed() -> bool:
-    """Whether an op may launch another form of a kernel, which compilers see as an op that they can't look into."""
-    return not PLAIN.get()
+    """Whether an op may launch another form of a kernel, which compilers see as an op that they can't look into.
+
+    Not while AOTInductor compiles: its packages hold the kernels themselves and run without Python.
+    """
+    inductor = sys.modules.get("torch._inductor.virtualized")
+    return inductor is None or inductor.V.aot_compilation is not True
 
 
 def wrap_triton(kernel: Any, described: bool = False) -> Any:

@@ -5,13 +5,11 @@ Load it with `torch._inductor.aoti_load_package(file)` in a process that has imp
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from ..errors import ExportError
-from ..kernels.define import HAS_TRITON
 from .job import Job
 
 STATELESS = False
@@ -33,19 +31,9 @@ def write(job: Job) -> dict[str, Any]:
     """Write STEM.pt2. Raises ExportError if Inductor can't compile the model."""
     file = f"{job.stem}.pt2"
     try:
-        with _plain_kernels():
-            torch._inductor.aoti_compile_and_package(job.program(), package_path=str(job.folder / file))
+        torch._inductor.aoti_compile_and_package(job.program(), package_path=str(job.folder / file))
     except Exception as error:
         raise ExportError(
             f"AOTInductor can't compile the model: {error}\nSee whether format 'torch' works, and `dynamicrad doctor`."
         ) from error
     return {"file": file}
-
-
-def _plain_kernels() -> AbstractContextManager[None]:
-    """The package holds the kernels themselves: one of another form would be an op that only Python can run."""
-    if not HAS_TRITON:
-        return nullcontext()
-    from ..kernels._launch import plain_kernels
-
-    return plain_kernels()

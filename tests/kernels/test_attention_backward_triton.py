@@ -147,14 +147,16 @@ def test_compiled_graph_holds_the_kernels(compensate: bool, monkeypatch: pytest.
 
 
 def test_compiled_graph_holds_an_op_where_descriptors_are_used(monkeypatch: pytest.MonkeyPatch):
-    from dynamicrad_compile.kernels._launch import plain_kernels, variants_allowed
+    from torch._inductor.virtualized import V
+
+    from dynamicrad_compile.kernels._launch import variants_allowed
 
     monkeypatch.setenv(CHOICE, "tma")
     graph = traced(monkeypatch, torch.bfloat16, False)
     described = torch.ops.dynamicrad.block_sparse_attention_backward_described.default
     assert [node.target for node in graph.nodes if node.op == "call_function"].count(described) == 1
     assert not written(graph)
-    with plain_kernels():
+    with V.set_aot_compilation(True):
         assert not variants_allowed()
         assert ["dk", "dv"] in written(traced(monkeypatch, torch.bfloat16, False))
     assert variants_allowed()
