@@ -48,26 +48,25 @@ def arguments(
     (batch, heads, q_len, dim), kv_len = a.q.shape, a.k.shape[2]
     consumers, columns = CONSUMERS[tile.kernel], triton.next_power_of_2(dim)
     q, k, v, indices = (unit_last_stride(x) for x in (a.q, a.k, a.v, a.kv_indices))
-    mask = a.kv_counts if a.kv_mask is None else unit_last_stride(a.kv_mask)
-    rows = {"q": tile.block_m // consumers, "k": tile.block_n, "v": tile.block_n}
-    keys = {"q": q, "k": k, "v": v}
-    unread, strides = mean_operands(means, mask)
-    if means is not None:
-        keys |= {"mean_k": means.keys, "mean_v": means.values}
-    descriptors = {name: describe(x, rows.get(name, tile.block_n), columns) for name, x in keys.items()}
+    mean_k, mean_v = (k, v) if means is None else (means.keys, means.values)
+    tensors = {"q": q, "k": k, "v": v, "mean_k": mean_k, "mean_v": mean_v}
+    rows = {"q": tile.block_m // consumers}
+    descriptors = {name: describe(x, rows.get(name, tile.block_n), columns) for name, x in tensors.items()}
     if None in descriptors.values():
         return None
-    for name in ("mean_k", "mean_v"):
-        descriptors.setdefault(name, descriptors["k"])
-    names = ("n_valid", "weight", "kept")
-    plan = {"counts": a.kv_counts, "indices": indices, "order": a.kv_counts if order is None else order}
-    of_counts, of_indices = row_strides(a.kv_counts), row_strides(indices)
+    mask = a.kv_counts if a.kv_mask is None else unit_last_stride(a.kv_mask)
+    (*_, n_valid, weight, kept), of_means = mean_operands(means, mask)
     of_mask = 0 if a.kv_mask is None else shared_strides(mask, 0)[0]
     places = ("cb", "ch", "cm", "ib", "ih", "im", "mb", "nb", "wb", "eb", "eh", "em")
+    strides = (*row_strides(a.kv_counts), *row_strides(indices), of_mask, *of_means)
     return a.kv_counts.shape[2] * (a.block_q // tile.block_m) * batch * heads, {
         **descriptors,
-        **dict(zip(names, unread[2:], strict=True)),
-        **plan,
+        "n_valid": n_valid,
+        "weight": weight,
+        "kept": kept,
+        "counts": a.kv_counts,
+        "indices": indices,
+        "order": a.kv_counts if order is None else order,
         "key_mask": mask,
         "out": results[0],
         "lse": results[1],
@@ -77,7 +76,7 @@ def arguments(
         "SQ": q_len,
         "SK": kv_len,
         "W": indices.shape[3],
-        **{f"stride_{p}": s for p, s in zip(places, (*of_counts, *of_indices, of_mask, *strides), strict=True)},
+        **{f"stride_{place}": stride for place, stride in zip(places, strides, strict=True)},
         "D": dim,
         "BLOCK_D": columns,
         "BLOCK_Q": a.block_q,

@@ -257,9 +257,9 @@ def _block_sparse_forward_gluon(
         gl.to_tensor(n_full * TILES),
         count * TILES,
         n_listed,
-        n_blocks,
-        SQ,
-        SK,
+        gl.to_tensor(n_blocks),  # Triton makes a constant of an argument that is 1
+        gl.to_tensor(SQ),
+        gl.to_tensor(SK),
         scale * 1.4426950408889634,
         gl.to_tensor(b_weight),
         p_ids,

@@ -42,11 +42,15 @@ def forward_tile(a: Attention, variants: bool = True) -> Tile:
     """Tile of the table for the op's arguments: of the variant in use, or of the plain kernel."""
     device, half, dim = capability(a.q.device), a.q.dtype != torch.float32, a.q.shape[3]
     variant = variant_in_use(device, half, dim) if variants else None
-    return choose_tile(device, half, dim, a.block_q, a.block_kv, variant=variant)
+    tile = choose_tile(device, half, dim, a.block_q, a.block_kv, variant=variant)
+    if variant not in (None, tile.kernel):
+        sizes = f"{a.q.dtype}, head_dim {dim} and blocks of {a.block_q} x {a.block_kv}"
+        _instead(variant, f"it has no tile for sm_{device[0]}{device[1]}, {sizes}")
+    return tile
 
 
 @cache
-def _instead(kernel: str, reason: str) -> None:
+def _instead(kernel: str | None, reason: str) -> None:
     """Say once that a variant could not run."""
     log.info("attention kernel %s: the plain kernel runs instead: %s", kernel, reason)
 

@@ -166,9 +166,17 @@ def test_compiled_graph_holds_an_op_where_a_variant_runs(choice: str, monkeypatc
     assert kernel in targets
 
 
-def test_gluon_is_left_alone_where_its_tiles_do_not_fit(monkeypatch: pytest.MonkeyPatch):
+def test_gluon_is_left_alone_where_its_tiles_do_not_fit(monkeypatch: pytest.MonkeyPatch, caplog):
+    from dynamicrad_compile.kernels import attention_triton
+
     monkeypatch.setenv(CHOICE, "gluon")
-    targets = [node.target for node in traced(monkeypatch, False, block=32).nodes]
+    attention_triton._instead.cache_clear()
+    with caplog.at_level("INFO", "dynamicrad_compile"):
+        targets = [node.target for node in traced(monkeypatch, False, block=32).nodes]
+    assert (
+        caplog.text.count("gluon: the plain kernel runs instead: it has no tile for sm_90, torch.float32, head_dim")
+        == 1
+    )
     assert torch.ops.dynamicrad.block_sparse_attention_described.default not in targets
 
 
