@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch._subclasses.fake_tensor import is_fake
+from triton.errors import TritonError
 
 from .attention_arguments import Means
 from .tiles import Tile
+
+log = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -20,6 +26,35 @@ def _probe():
 
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 """True if Triton was imported with TRITON_INTERPRET=1."""
+
+
+UNDESCRIBED = "a tensor can't be read by the copy engine, which needs an address and strides that divide by 16 bytes"
+BROKEN: dict[tuple[str, Tile], str] = {}
+"""Variants of kernels that Triton could not build, and why; they are not tried again."""
+
+
+def attempt(kernel: str, tile: Tile, launch: Callable[[], object]) -> str | None:
+    """Launch a variant of a kernel; None if it was launched, else why Triton could not build it."""
+    if (kernel, tile) not in BROKEN:
+        try:
+            launch()
+            return None
+        except (ImportError, AttributeError, TypeError, TritonError) as error:
+            found: Exception = error
+        except RuntimeError as error:
+            if "PassManager" not in str(error):  # that of MLIR; others are CUDA's
+                raise
+            found = error
+        last = (str(found).strip().splitlines() or [""])[-1]
+        BROKEN[kernel, tile] = f"Triton {triton.__version__} can't build it ({type(found).__name__}: {last})"
+    return BROKEN[kernel, tile]
+
+
+@cache
+def instead(kernel: str, variant: str | None, reason: str) -> None:
+    """Say once that a variant of a kernel could not run: a warning where it should have."""
+    level = logging.WARNING if "can't build" in reason else logging.INFO
+    log.log(level, "attention kernel %s, %s: the plain kernel runs instead: %s", kernel, variant, reason)
 
 
 def variants_allowed() -> bool:
@@ -118,3 +153,21 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
+
+
+def launch_described(
+    kernel: str, tile: Tile, plain: Tile, rows: int, tensors: Sequence[torch.Tensor], launch: Callable[..., None]
+) -> None:
+    """`launch(tile, *tensors)`; for a tile of the variant "tma" with descriptors of the tensors, in blocks of `rows`.
+
+    With the tile `plain` and the tensors themselves where that can't be.
+    """
+    if tile.kernel == "tma":
+        columns = sizes_of(tensors[0])["BLOCK_D"]
+        found = [descriptor(x, rows, columns) for x in tensors]
+        reason = UNDESCRIBED if None in found else attempt(kernel, tile, lambda: launch(tile, *found))
+        if reason is None:
+            return
+        instead(kernel, "tma", reason)
+        tile = plain
+    launch(tile, *tensors)

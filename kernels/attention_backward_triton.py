@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import triton
 
 from ._launch import (
     capability,
-    descriptor,
+    launch_described,
     mean_operands,
     row_strides,
     shared_strides,
@@ -37,14 +36,6 @@ def backward_tiles(a: Attention, variants: bool = True) -> BackwardTiles:
     """Tiles of the table for the op's arguments; `variants` as of `choose_backward_tiles`."""
     half = a.q.dtype != torch.float32
     return choose_backward_tiles(capability(a.q.device), half, a.q.shape[3], a.block_q, a.block_kv, variants)
-
-
-def _operands(tile: Tile, plain: Tile, rows: int, columns: int, *tensors: torch.Tensor) -> tuple[Tile, Sequence[Any]]:
-    """(tile, descriptors) of a variant that reads the tensors in blocks of rows x columns, else (plain, tensors)."""
-    if tile.kernel != "tma":
-        return tile, tensors
-    described = [descriptor(x, rows, columns) for x in tensors]
-    return (plain, tensors) if None in described else (tile, described)
 
 
 def launch_backward(
@@ -86,31 +77,38 @@ def launch_backward(
         dmeans = launch_dmeans(a, means, (q, grad_out, lse2, delta), tiles.dmeans)
 
     dq = q.new_empty((batch, heads, q_len, dim))
-    tile, (keys, values) = _operands(tiles.dq, plain.dq, tiles.dq.block_n, sizes["BLOCK_D"], k, v)
-    tma = tile.kernel == "tma"
-    wrap_triton(_dq, tma)[(triton.cdiv(q_len, tile.block_m), batch * heads)](
-        *(q, keys, values, grad_out, lse2, delta, counts, indices, mask, *mean_tensors, dq, *numbers),
-        *(*strides["q"], *strides["k"], *strides["v"], *strides["g"]),
-        *(*row_strides(counts), *row_strides(indices), mask_stride, *mean_strides),
-        **sizes,
-        **flags,
-        BLOCK_J=min(MEANS_TILE, tile.block_n),
-        RAGGED=kv_len % a.block_kv != 0,
-        TMA=tma,
-        **tile_sizes(tile),
-    )
+
+    def launch_dq(tile: Tile, keys: Any, values: Any) -> None:
+        tma = tile.kernel == "tma"
+        wrap_triton(_dq, tma)[(triton.cdiv(q_len, tile.block_m), batch * heads)](
+            *(q, keys, values, grad_out, lse2, delta, counts, indices, mask, *mean_tensors, dq, *numbers),
+            *(*strides["q"], *strides["k"], *strides["v"], *strides["g"]),
+            *(*row_strides(counts), *row_strides(indices), mask_stride, *mean_strides),
+            **sizes,
+            **flags,
+            BLOCK_J=min(MEANS_TILE, tile.block_n),
+            RAGGED=kv_len % a.block_kv != 0,
+            TMA=tma,
+            **tile_sizes(tile),
+        )
+
+    launch_described("dq", tiles.dq, plain.dq, tiles.dq.block_n, (k, v), launch_dq)
 
     q_counts, q_indices = transpose_plan(counts, indices, a.num_kv_blocks)
     dk, dv = (q.new_empty((batch, kv_heads, kv_len, dim)) for _ in range(2))
-    tile, (queries, grads) = _operands(tiles.dk_dv, plain.dk_dv, tiles.dk_dv.block_m, sizes["BLOCK_D"], q, grad_out)
-    tma = tile.kernel == "tma"
-    wrap_triton(_dk_dv, tma)[(triton.cdiv(kv_len, tile.block_n), batch * kv_heads)](
-        *(queries, k, v, grads, lse2, delta, q_counts, q_indices, mask, *dmeans, dk, dv, *numbers, q_indices.shape[3]),
-        *(*strides["q"], *strides["k"], *strides["v"], *strides["g"], *shared_strides(q_counts, 0, 1), mask_stride),
-        **sizes,
-        **flags,
-        RAGGED=q_len % a.block_q != 0,
-        TMA=tma,
-        **tile_sizes(tile),
-    )
+
+    def launch_dk_dv(tile: Tile, queries: Any, grads: Any) -> None:
+        tma = tile.kernel == "tma"
+        wrap_triton(_dk_dv, tma)[(triton.cdiv(kv_len, tile.block_n), batch * kv_heads)](
+            *(queries, k, v, grads, lse2, delta, q_counts, q_indices, mask, *dmeans, dk, dv, *numbers),
+            *(q_indices.shape[3], *strides["q"], *strides["k"], *strides["v"], *strides["g"]),
+            *(*shared_strides(q_counts, 0, 1), mask_stride),
+            **sizes,
+            **flags,
+            RAGGED=q_len % a.block_q != 0,
+            TMA=tma,
+            **tile_sizes(tile),
+        )
+
+    launch_described("dk_dv", tiles.dk_dv, plain.dk_dv, tiles.dk_dv.block_m, (q, grad_out), launch_dk_dv)
     return dq, dk, dv

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from ._launch import described, mean_operands, row_strides, shared_strides, unit_last_stride
+from ._launch import UNDESCRIBED, attempt, described, mean_operands, row_strides, shared_strides, unit_last_stride
 from .attention_arguments import Attention, Means
 from .schedule_triton import heavy_first
 from .tiles import Tile
@@ -17,9 +17,6 @@ CONSUMERS = {"gluon": 1, "gluon_pingpong": 2}
 """Groups of warps that multiply, by kernel of a tile."""
 REGISTERS = 168
 """Of a thread when the kernel starts: what 12 warps (8 that multiply, 4 for the producer) can have at most."""
-
-
-UNDESCRIBED = "a tensor can't be read by the copy engine, which needs an address and strides that divide by 16 bytes"
 
 
 def why_not(a: Attention, tile: Tile) -> str | None:
@@ -113,8 +110,11 @@ def launch_gluon(a: Attention, means: Means | None, tile: Tile) -> tuple[torch.T
     given = arguments(a, means, tile, (out, lse), heavy_first(a.kv_counts), descriptor)
     if given is None:
         return UNDESCRIBED
-    from .attention_gluon_kernels import _block_sparse_forward_gluon
-
     programs, named = given
-    _block_sparse_forward_gluon[(programs,)](**named, maxnreg=REGISTERS)
-    return out, lse
+
+    def launch() -> None:
+        from .attention_gluon_kernels import _block_sparse_forward_gluon
+
+        _block_sparse_forward_gluon[(programs,)](**named, maxnreg=REGISTERS)
+
+    return attempt("forward", tile, launch) or (out, lse)

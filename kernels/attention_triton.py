@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +10,8 @@ from dynamicrad_compile.errors import PlanError
 
 from ._launch import (
     capability,
-    descriptor,
+    instead,
+    launch_described,
     mean_operands,
     multiprocessors,
     row_strides,
@@ -23,7 +22,7 @@ from ._launch import (
     wrap_triton,
 )
 from .attention_arguments import Attention, Means
-from .attention_gluon import CONSUMERS, UNDESCRIBED, launch_gluon
+from .attention_gluon import CONSUMERS, launch_gluon
 from .attention_triton_kernels import _block_sparse_forward
 from .quantise import mean_key, shift
 from .quantise_triton import _quantise_rows, quantise_rows
@@ -31,7 +30,6 @@ from .schedule_triton import _heavy_first, heavy_first
 from .splits_triton import _merge_splits, choose_splits, merge_splits
 from .tiles import Tile, choose_tile, variant_in_use
 
-log = logging.getLogger(__name__)
 MEANS_TILE = 32
 """Means of blocks at a time; tiles of 64 spilled at head_dim 128 on sm_120."""
 
@@ -45,14 +43,8 @@ def forward_tile(a: Attention, variants: bool = True) -> Tile:
     tile = choose_tile(device, half, dim, a.block_q, a.block_kv, variant=variant)
     if variant not in (None, tile.kernel):
         sizes = f"{a.q.dtype}, head_dim {dim} and blocks of {a.block_q} x {a.block_kv}"
-        _instead(variant, f"it has no tile for sm_{device[0]}{device[1]}, {sizes}")
+        instead("forward", variant, f"it has no tile for sm_{device[0]}{device[1]}, {sizes}")
     return tile
-
-
-@cache
-def _instead(kernel: str | None, reason: str) -> None:
-    """Say once that a variant could not run."""
-    log.info("attention kernel %s: the plain kernel runs instead: %s", kernel, reason)
 
 
 def _programs(a: Attention, tile: Tile) -> Any:
@@ -100,7 +92,7 @@ def launch_forward(
         done = launch_gluon(a, means, tile) if _splits(a, tile, splits) == 1 else "rows are shared by several programs"
         if not isinstance(done, str):
             return done
-        _instead(tile.kernel, done)
+        instead("forward", tile.kernel, done)
         tile = plain
     q, k, v, indices = (unit_last_stride(x) for x in (a.q, a.k, a.v, a.kv_indices))
     splits = _splits(a, tile, splits)
@@ -123,38 +115,32 @@ def launch_forward(
             means, scales = means._replace(keys=mean_keys), (q_scale, k_scale, mean_scale)
 
     sizes = sizes_of(v)
-    keys: Any = k
-    values: Any = v
-    tma = tile.kernel == "tma"
-    if tma:
-        found = [descriptor(x, tile.block_n, sizes["BLOCK_D"]) for x in (k, v)]
-        if None in found:
-            _instead("tma", UNDESCRIBED)
-            tma, tile = False, plain
-        else:
-            keys, values = found
-
     mean_tensors, mean_strides = mean_operands(means, mask)
-    wrap_triton(_block_sparse_forward, tma)[(_programs(a, tile), splits)](
-        *(q, keys, values, *scales, a.kv_counts, indices, a.kv_counts if order is None else order),
-        *(a.kv_counts if places is None else places, mask, *mean_tensors, parts, part_lse),
-        *(a.factor, heads, heads // k.shape[1], q_len, kv_len, indices.shape[3]),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *row_strides(a.kv_counts), *row_strides(indices)),
-        *(0 if a.kv_mask is None else shared_strides(mask, 0)[0], *mean_strides),
-        **sizes,
-        BLOCK_Q=a.block_q,
-        BLOCK_KV=a.block_kv,
-        BLOCK_J=min(MEANS_TILE, tile.block_n),
-        RAGGED=kv_len % a.block_kv != 0,
-        HAS_MASK=a.kv_mask is not None,
-        COMPENSATE=means is not None,
-        ORDERED=order is not None,
-        SPLITS=splits,
-        GATHER=places is not None,
-        TMA=tma,
-        QK8=a.qk_int8,
-        **tile_sizes(tile),
-    )
+
+    def launch(tile: Tile, keys: Any, values: Any) -> None:
+        tma = tile.kernel == "tma"
+        wrap_triton(_block_sparse_forward, tma)[(_programs(a, tile), splits)](
+            *(q, keys, values, *scales, a.kv_counts, indices, a.kv_counts if order is None else order),
+            *(a.kv_counts if places is None else places, mask, *mean_tensors, parts, part_lse),
+            *(a.factor, heads, heads // k.shape[1], q_len, kv_len, indices.shape[3]),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *row_strides(a.kv_counts), *row_strides(indices)),
+            *(0 if a.kv_mask is None else shared_strides(mask, 0)[0], *mean_strides),
+            **sizes,
+            BLOCK_Q=a.block_q,
+            BLOCK_KV=a.block_kv,
+            BLOCK_J=min(MEANS_TILE, tile.block_n),
+            RAGGED=kv_len % a.block_kv != 0,
+            HAS_MASK=a.kv_mask is not None,
+            COMPENSATE=means is not None,
+            ORDERED=order is not None,
+            SPLITS=splits,
+            GATHER=places is not None,
+            TMA=tma,
+            QK8=a.qk_int8,
+            **tile_sizes(tile),
+        )
+
+    launch_described("forward", tile, plain, tile.block_n, (k, v), launch)
     if splits > 1:
         merge_splits(parts, part_lse, out, lse)
     return out, lse + shift(a.q, mean, a.factor) if a.qk_int8 else lse

@@ -18,11 +18,11 @@ pytest.importorskip("triton.experimental.gluon")
 from support.gluon_cases import of_case, order_of
 
 from dynamicrad_compile.errors import ExportError
+from dynamicrad_compile.kernels._launch import UNDESCRIBED
 from dynamicrad_compile.kernels.ahead_of_time import Build, build_forward
 from dynamicrad_compile.kernels.attention_gluon import (
     CONSUMERS,
     REGISTERS,
-    UNDESCRIBED,
     arguments,
     descriptor,
     launch_gluon,
@@ -123,3 +123,37 @@ def test_a_tensor_that_can_not_be_described():
     results = torch.empty(a.q.shape, dtype=a.q.dtype), torch.empty(a.q.shape[:3])
     assert arguments(a, None, tile, results, None, descriptor) is None
     assert launch_gluon(a, None, tile) == UNDESCRIBED
+
+
+def test_a_kernel_that_triton_can_not_build_gives_way(monkeypatch: pytest.MonkeyPatch, caplog):
+    from dynamicrad_compile.kernels import _launch
+
+    monkeypatch.setattr(_launch, "BROKEN", {})
+    _launch.instead.cache_clear()
+    tries = []
+
+    def broken() -> None:
+        tries.append(1)
+        raise AttributeError("module 'tma' has no attribute 'async_load'")
+
+    tile, ran = Tile(128, 128, 8, 2, "tma"), []
+
+    def launch(tile: Tile, *tensors: object) -> None:
+        ran.append(tile.kernel)
+        if tile.kernel != "triton":
+            broken()
+
+    x = torch.empty(1, 1, 64, 64, dtype=torch.float16)
+    for _ in range(2):
+        _launch.launch_described("dq", tile, Tile(64, 64, 4, 2), 64, (x, x), launch)
+    assert ran == ["tma", "triton", "triton"]
+    assert len(tries) == 1
+    assert caplog.text.count("can't build it (AttributeError: module 'tma' has no attribute 'async_load')") == 1
+    assert "WARNING" in caplog.text
+    assert _launch.attempt("forward", tile, lambda: None) is None
+
+    def cuda() -> None:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _launch.attempt("forward", tile, cuda)

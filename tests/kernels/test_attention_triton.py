@@ -167,10 +167,10 @@ def test_compiled_graph_holds_an_op_where_a_variant_runs(choice: str, monkeypatc
 
 
 def test_gluon_is_left_alone_where_its_tiles_do_not_fit(monkeypatch: pytest.MonkeyPatch, caplog):
-    from dynamicrad_compile.kernels import attention_triton
+    from dynamicrad_compile.kernels._launch import instead
 
     monkeypatch.setenv(CHOICE, "gluon")
-    attention_triton._instead.cache_clear()
+    instead.cache_clear()
     with caplog.at_level("INFO", "dynamicrad_compile"):
         targets = [node.target for node in traced(monkeypatch, False, block=32).nodes]
     assert (
