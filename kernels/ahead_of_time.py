@@ -27,7 +27,7 @@ from .tiles import Tile
 
 POINTERS = {"counts": "*i32", "indices": "*i32", "order": "*i32", "places": "*i32", "key_mask": "*i1", "lse": "*fp32"}
 POINTERS |= dict.fromkeys(("q_scale", "k_scale", "mean_scale"), "*fp32")
-POINTERS |= {"n_valid": "*i32", "weight": "*fp32", "kept": "*i32"}
+POINTERS |= {"n_valid": "*i32", "weight": "*fp32", "kept": "*i32", "work": "*i32"}
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,9 @@ def _build_gluon(arch: int, dtype: str, dim: int, tile: Tile, masked: bool, comp
         "RAGGED": masked,
         "HAS_MASK": masked,
         "COMPENSATE": compensate,
-        "ORDERED": True,
         "CONSUMERS": consumers,
         "STAGES": tile.num_stages,
         "num_warps": tile.num_warps // consumers,
-        # What the launcher specialises because it is 1.
-        "KV_GROUP": 1,
-        "stride_cm": 1,
     }
     names = _block_sparse_forward_gluon.arg_names
     constants = {name: value for name, value in constants.items() if name in names}

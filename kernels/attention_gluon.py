@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import triton
 
-from ._launch import UNDESCRIBED, attempt, described, mean_operands, row_strides, shared_strides, unit_last_stride
+from ._launch import UNDESCRIBED, attempt, described, multiprocessors, unit_last_stride
 from .attention_arguments import Attention, Means
-from .schedule_triton import heavy_first
 from .tiles import Tile
+from .work_triton import list_work
 
 CONSUMERS = {"gluon": 1, "gluon_pingpong": 2}
 """Groups of warps that multiply, by kernel of a tile."""
@@ -27,6 +27,8 @@ def why_not(a: Attention, tile: Tile) -> str | None:
         return "head_dim must be 33 to 128"
     if a.block_q % tile.block_m or a.block_kv % tile.block_n:
         return f"blocks of {a.block_q} x {a.block_kv} are not whole tiles of {tile.block_m} x {tile.block_n}"
+    if isinstance(a.kv_indices.numel(), int) and a.kv_indices.numel() >= 1 << 31:
+        return "the plan has 2^31 ids or more"
     return None
 
 
@@ -35,59 +37,56 @@ def arguments(
     means: Means | None,
     tile: Tile,
     results: tuple[torch.Tensor, torch.Tensor],
-    order: torch.Tensor | None,
+    work: torch.Tensor,
     describe: Callable[[torch.Tensor, int, int], Any],
-) -> tuple[int, dict[str, Any]] | None:
-    """(programs, arguments of the kernel); None where `describe(x, rows, columns)` gives None for a tensor.
+) -> dict[str, Any] | None:
+    """Arguments of the kernel; None where `describe(x, rows, columns)` gives None for a tensor.
 
-    results: out [B, H, Sq, D] and lse fp32 [B, H, Sq], contiguous, to be written. order: that of `heavy_first`.
+    a: with last strides 1. results: out [B, H, Sq, D] and lse fp32 [B, H, Sq], contiguous, to be written. work: that of
+    `list_work`.
     """
-    (batch, heads, q_len, dim), kv_len = a.q.shape, a.k.shape[2]
+    (_, heads, q_len, dim), kv_len = a.q.shape, a.k.shape[2]
     consumers, columns = CONSUMERS[tile.kernel], triton.next_power_of_2(dim)
-    q, k, v, indices = (unit_last_stride(x) for x in (a.q, a.k, a.v, a.kv_indices))
-    mean_k, mean_v = (k, v) if means is None else (means.keys, means.values)
-    tensors = {"q": q, "k": k, "v": v, "mean_k": mean_k, "mean_v": mean_v}
+    mean_k, mean_v = (a.k, a.v) if means is None else (means.keys, means.values)
+    tensors = {"q": a.q, "k": a.k, "v": a.v, "mean_k": mean_k, "mean_v": mean_v}
     rows = {"q": tile.block_m // consumers}
     descriptors = {name: describe(x, rows.get(name, tile.block_n), columns) for name, x in tensors.items()}
     if None in descriptors.values():
         return None
-    mask = a.kv_counts if a.kv_mask is None else unit_last_stride(a.kv_mask)
-    (*_, n_valid, weight, kept), of_means = mean_operands(means, mask)
-    of_mask = 0 if a.kv_mask is None else shared_strides(mask, 0)[0]
-    places = ("cb", "ch", "cm", "ib", "ih", "im", "mb", "nb", "wb", "eb", "eh", "em")
-    strides = (*row_strides(a.kv_counts), *row_strides(indices), of_mask, *of_means)
-    return a.kv_counts.shape[2] * (a.block_q // tile.block_m) * batch * heads, {
+    return {
         **descriptors,
-        "n_valid": n_valid,
-        "weight": weight,
-        "kept": kept,
-        "counts": a.kv_counts,
-        "indices": indices,
-        "order": a.kv_counts if order is None else order,
-        "key_mask": mask,
+        "n_valid": work if means is None else means.counts,
+        "weight": results[1] if means is None else means.weight,
+        "kept": work if means is None else means.bits,
+        "work": work,
+        "indices": a.kv_indices,
+        "key_mask": work if a.kv_mask is None else a.kv_mask,
         "out": results[0],
         "lse": results[1],
         "scale": a.factor,
+        "items": work.shape[0],
         "H": heads,
-        "KV_GROUP": heads // k.shape[1],
         "SQ": q_len,
         "SK": kv_len,
-        "W": indices.shape[3],
-        **{f"stride_{place}": stride for place, stride in zip(places, strides, strict=True)},
         "D": dim,
         "BLOCK_D": columns,
-        "BLOCK_Q": a.block_q,
         "BLOCK_KV": a.block_kv,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "RAGGED": kv_len % a.block_kv != 0,
         "HAS_MASK": a.kv_mask is not None,
         "COMPENSATE": means is not None,
-        "ORDERED": order is not None,
         "CONSUMERS": consumers,
         "STAGES": tile.num_stages,
         "num_warps": tile.num_warps // consumers,
     }
+
+
+def unit_last_strides(a: Attention) -> Attention:
+    """The arguments with tensors whose last dimension is contiguous."""
+    q, k, v, indices = (unit_last_stride(x) for x in (a.q, a.k, a.v, a.kv_indices))
+    mask = None if a.kv_mask is None else unit_last_stride(a.kv_mask)
+    return a._replace(q=q, k=k, v=v, kv_indices=indices, kv_mask=mask)
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
@@ -105,16 +104,18 @@ def launch_gluon(a: Attention, means: Means | None, tile: Tile) -> tuple[torch.T
     """(out, lse) as of the op, or why the kernels can't compute them."""
     if reason := why_not(a, tile):
         return reason
+    a = unit_last_strides(a)
     out = a.v.new_empty(a.q.shape)
     lse = a.v.new_empty(a.q.shape[:3], dtype=torch.float32)
-    given = arguments(a, means, tile, (out, lse), heavy_first(a.kv_counts), descriptor)
+    work = list_work(a, means, tile)
+    given = arguments(a, means, tile, (out, lse), work, descriptor)
     if given is None:
         return UNDESCRIBED
-    programs, named = given
 
     def launch() -> None:
         from .attention_gluon_kernels import _block_sparse_forward_gluon
 
-        _block_sparse_forward_gluon[(programs,)](**named, maxnreg=REGISTERS)
+        programs = min(work.shape[0], multiprocessors(a.q.device))
+        _block_sparse_forward_gluon[(programs,)](**given, maxnreg=REGISTERS)
 
     return attempt("forward", tile, launch) or (out, lse)

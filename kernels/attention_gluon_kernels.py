@@ -2,8 +2,10 @@
 
 The sums are those of `attention_triton_kernels`. What differs is who does what, and when:
 
-    producer    one warp. Walks the row's blocks, and has the copy engine fetch K(0), then K(j + 1) and V(j) in turn,
-                into rings of STAGES tiles each. Waits until consumers have given a place of a ring back.
+    program     one a multiprocessor; takes the items of the work (`work_triton`: BLOCK_M queries of a head) in turns.
+    producer    one warp. Has the copy engine fetch an item's Q, then K(0), then K(j + 1) and V(j) in turn, into rings of
+                STAGES tiles each. Waits until consumers have given a place back, so that it is ahead of them: at the
+                end of an item it fetches the next one's.
     consumer    WARPS warps with BLOCK_M / CONSUMERS queries each. Issues S(j + 1) = Q K(j + 1)' and O += P(j) V(j)
                 together, waits for S(j + 1) alone, and computes its softmax while O is still being multiplied.
 
@@ -12,8 +14,9 @@ its softmax runs while the products of the other are multiplied (FlashAttention-
 overlap within a consumer is that of its section 3.2.
 
 Barriers of shared memory, each with the number of arrivals that ends its phase: q_full[consumer] (1, and the bytes),
-k_full[stage], v_full[stage] (1, and the bytes), k_empty[stage], v_empty[stage] (CONSUMERS), turn[consumer] (1). A wait
-names the parity of the phase whose end it waits for; of a new barrier the phase before the first counts as ended.
+q_empty[consumer] (1), k_full[stage], v_full[stage] (1, and the bytes), k_empty[stage], v_empty[stage] (CONSUMERS),
+turn[consumer] (1). A wait names the parity of the phase whose end it waits for; of a new barrier the phase before the
+first counts as ended. Tiles are counted over all items, and so are items that have tiles.
 
 tests/kernels/test_attention_gluon.py runs these functions themselves, in a model of the machine (support/gluon_model).
 """
@@ -26,13 +29,13 @@ from .attention_gluon_parts import (
     MASKED,
     MEANS,
     PLAIN,
+    Dropped,
+    Launch,
+    Listed,
     Rings,
-    Row,
     Sizes,
     _pinned,
-    _place_of_program,
     _produce,
-    _row_of_plan,
     _weigh,
 )
 
@@ -77,7 +80,9 @@ def _scaled(b_acc, b_factor, sizes):
 
 
 @gluon.jit
-def _walk(b_q, b_max, b_sum, b_acc, begin, end, shift, row, rings, sizes, KIND: gl.constexpr, I: gl.constexpr):
+def _walk(
+    b_q, b_max, b_sum, b_acc, begin, end, shift, counted, launch, rings, sizes, KIND: gl.constexpr, I: gl.constexpr
+):
     """The tiles [begin, end) of one kind, of which tile 0 is the `shift`-th of all: (max, sum, O) after them."""
     if begin < end:
         b_none = gl.full([sizes.ROWS, sizes.BLOCK_N], 0.0, gl.float32, layout=sizes.S)
@@ -85,7 +90,7 @@ def _walk(b_q, b_max, b_sum, b_acc, begin, end, shift, row, rings, sizes, KIND: 
         _pass_turn(rings.turn, I, sizes.CONSUMERS)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(rings.k_empty.index((shift + begin) % sizes.STAGES), count=1)
-        b_next, b_max, b_sum, b_factor = _weigh(b_s, b_max, b_sum, begin, row, sizes, KIND)
+        b_next, b_max, b_sum, b_factor = _weigh(b_s, b_max, b_sum, begin, counted, launch, sizes, KIND)
         b_acc = _scaled(b_acc, b_factor, sizes)
         b_p = gl.convert_layout(b_next.to(b_q.dtype), sizes.P)
         if KIND != MEANS:
@@ -96,7 +101,7 @@ def _walk(b_q, b_max, b_sum, b_acc, begin, end, shift, row, rings, sizes, KIND: 
                 _pass_turn(rings.turn, I, sizes.CONSUMERS)
                 b_s = warpgroup_mma_wait(1, deps=[b_s])
                 mbarrier.arrive(rings.k_empty.index(tile % sizes.STAGES), count=1)
-                b_next, b_max, b_sum, b_factor = _weigh(b_s, b_max, b_sum, i_t, row, sizes, KIND)
+                b_next, b_max, b_sum, b_factor = _weigh(b_s, b_max, b_sum, i_t, counted, launch, sizes, KIND)
                 b_sum = _pinned(b_sum)
                 b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
                 mbarrier.arrive(rings.v_empty.index((tile - 1) % sizes.STAGES), count=1)
@@ -110,37 +115,62 @@ def _walk(b_q, b_max, b_sum, b_acc, begin, end, shift, row, rings, sizes, KIND: 
 
 
 @gluon.jit
-def _consume(p_out, p_lse, row, rings, sizes, I: gl.constexpr):
-    """Consumer I: its ROWS queries against all tiles; writes out and lse."""
+def _finish(b_max, b_sum, b_acc, p, launch, sizes, DTYPE: gl.constexpr, I: gl.constexpr):
+    """Write out and lse of consumer I's queries of the item at p."""
     S: gl.constexpr = sizes.S
     O: gl.constexpr = sizes.O
-    ROWS: gl.constexpr = sizes.ROWS
-    b_max = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))  # in units of log2
-    b_sum = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, S))
-    b_acc = gl.full([ROWS, sizes.BLOCK_D], 0.0, gl.float32, layout=O)
-    if row.n_means + row.n_tiles > 0:
-        mbarrier.wait(rings.q_full.index(I), 0)
-    b_q = rings.q.index(I).reshape([ROWS, sizes.BLOCK_D])
-    if sizes.COMPENSATE:
-        for i_t in range(row.n_means):  # one by one: they are few, and biases leave no registers for overlap
-            b_max, b_sum, b_acc = _walk(b_q, b_max, b_sum, b_acc, i_t, i_t + 1, 0, row, rings, sizes, MEANS, I)
-    shift = row.n_means
-    if not sizes.HAS_MASK:
-        b_max, b_sum, b_acc = _walk(b_q, b_max, b_sum, b_acc, 0, row.n_full, shift, row, rings, sizes, PLAIN, I)
-    if sizes.RAGGED or sizes.HAS_MASK:
-        b_max, b_sum, b_acc = _walk(
-            b_q, b_max, b_sum, b_acc, row.n_full, row.n_tiles, shift, row, rings, sizes, MASKED, I
-        )
-
+    i_bh = (gl.load(p) * launch.H + gl.load(p + 1)).to(gl.int64)
+    first = gl.load(p + 3) + I * sizes.ROWS
     b_sum = gl.where(b_sum == 0.0, 1.0, b_sum)  # no key: out 0, lse -inf
     b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
-    o_row = row.first_query + I * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    gl.store(p_lse + o_row, b_lse, mask=o_row < row.SQ)
+    o_row = first + gl.arange(0, sizes.ROWS, layout=gl.SliceLayout(1, S))
+    gl.store(launch.lse + i_bh * launch.SQ + o_row, b_lse, mask=o_row < launch.SQ)
     b_sum = gl.expand_dims(gl.convert_layout(b_sum, gl.SliceLayout(1, O)), 1)
-    o_m = gl.expand_dims(row.first_query + I * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O)), 1)
+    o_m = gl.expand_dims(first + gl.arange(0, sizes.ROWS, layout=gl.SliceLayout(1, O)), 1)
     o_d = gl.expand_dims(gl.arange(0, sizes.BLOCK_D, layout=gl.SliceLayout(0, O)), 0)
-    m_md = (o_m < row.SQ) & (o_d < sizes.D)
-    gl.store(p_out + o_m * sizes.D + o_d, (b_acc / b_sum).to(b_q.dtype), mask=m_md)
+    p_out = launch.out + i_bh * launch.SQ * sizes.D + (o_m * sizes.D + o_d)
+    gl.store(p_out, (b_acc / b_sum).to(DTYPE), mask=(o_m < launch.SQ) & (o_d < sizes.D))
+
+
+@gluon.jit
+def _consume(launch, rings, sizes, I: gl.constexpr):
+    """Consumer I: its ROWS queries of each item against all of the item's tiles."""
+    b_q = rings.q.index(I).reshape([sizes.ROWS, sizes.BLOCK_D])
+    done = 0  # tiles of earlier items
+    rows = 0  # earlier items that had tiles
+    for item in range(launch.first, launch.items, launch.step):
+        # What an item needs is loaded where it is needed: registers are what the loops over tiles are short of.
+        p = launch.work + item * 16
+        n_means, n_tiles = gl.load(p + 4), gl.load(p + 6)
+        b_max = gl.full([sizes.ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, sizes.S))  # powers of 2
+        b_sum = gl.full([sizes.ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, sizes.S))
+        b_acc = gl.full([sizes.ROWS, sizes.BLOCK_D], 0.0, gl.float32, layout=sizes.O)
+        if n_means + n_tiles > 0:
+            mbarrier.wait(rings.q_full.index(I), rows & 1)
+        if sizes.COMPENSATE:
+            weight = gl.load(launch.weight + gl.load(p + 12))
+            dropped = Dropped(launch.kept + gl.load(p + 9), launch.n_valid + gl.load(p + 11), weight)
+            for i_t in range(n_means):  # one by one: they are few, and biases leave no registers for overlap
+                b_max, b_sum, b_acc = _walk(
+                    b_q, b_max, b_sum, b_acc, i_t, i_t + 1, done, dropped, launch, rings, sizes, MEANS, I
+                )
+        done += n_means
+        if not sizes.HAS_MASK:
+            n_full = gl.load(p + 5)
+            b_max, b_sum, b_acc = _walk(
+                b_q, b_max, b_sum, b_acc, 0, n_full, done, launch, launch, rings, sizes, PLAIN, I
+            )
+        if sizes.RAGGED or sizes.HAS_MASK:
+            n_full = gl.load(p + 5)
+            listed = Listed(launch.indices + gl.load(p + 8), gl.load(p + 7), launch.key_mask + gl.load(p + 10))
+            b_max, b_sum, b_acc = _walk(
+                b_q, b_max, b_sum, b_acc, n_full, n_tiles, done, listed, launch, rings, sizes, MASKED, I
+            )
+        done += n_tiles
+        if n_means + n_tiles > 0:
+            mbarrier.arrive(rings.q_empty.index(I), count=1)
+            rows += 1
+        _finish(b_max, b_sum, b_acc, p, launch, sizes, b_q.dtype, I)
 
 
 @gluon.jit
@@ -153,84 +183,36 @@ def _block_sparse_forward_gluon(
     n_valid,  # int32 [B'', Mk], valid keys of each block
     weight,  # fp32 [B or 1]
     kept,  # int32 [B', H', Mq, ceil(Mk / 32)], a bit per block
-    counts,  # int32 [B', H', Mq]
+    work,  # int32 [items, 16] of `list_work`
     indices,  # int32 [B', H', Mq, W], last stride 1
-    order,  # int32 [Mq + 1] of `heavy_first`; not read without ORDERED
     key_mask,  # bool [B'', Sk], last stride 1; not read without HAS_MASK
     out,  # [B, H, Sq, D] contiguous
     lse,  # fp32 [B, H, Sq] contiguous
     scale,
+    items,
     H,
-    KV_GROUP,  # H / Hkv
     SQ,
     SK,
-    W,
-    stride_cb,
-    stride_ch,
-    stride_cm,
-    stride_ib,
-    stride_ih,
-    stride_im,
-    stride_mb,
-    stride_nb,
-    stride_wb,
-    stride_eb,
-    stride_eh,
-    stride_em,
     D: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
     BLOCK_KV: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr,  # SK is not a multiple of BLOCK_KV
     HAS_MASK: gl.constexpr,
     COMPENSATE: gl.constexpr,
-    ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head of one sample."""
+    """Programs take the items of the work in turns: BLOCK_M queries of one head of one sample each."""
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
-    TILES: gl.constexpr = BLOCK_KV // BLOCK_N
-    n_heavy = 0
-    if ORDERED:
-        n_heavy = gl.load(order)
-    TILES_Q: gl.constexpr = BLOCK_Q // BLOCK_M
-    i_bh, i_m = _place_of_program(n_heavy, gl.cdiv(SQ, BLOCK_Q), TILES_Q)
-    i_row = i_m // TILES_Q
-    if ORDERED:
-        i_row = gl.load(order + 1 + i_row)
-        i_m = i_row * TILES_Q + i_m % TILES_Q
-    i_row = i_row.to(gl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    n_blocks = gl.cdiv(SK, BLOCK_KV)
-    count, n_listed = _row_of_plan(counts + i_b * stride_cb + i_h * stride_ch + i_row * stride_cm, n_blocks, W)
-    p_ids = indices + i_b * stride_ib + i_h * stride_ih + i_row * stride_im
-
-    n_full = 0 if HAS_MASK else count
-    if RAGGED and not HAS_MASK:
-        first_partial = SK // BLOCK_KV  # the block with keys that do not count
-        if n_listed == 0:
-            n_full = gl.minimum(count, first_partial)
-        else:
-            o_w = gl.arange(0, 256, layout=gl.BlockedLayout([2], [32], [num_warps], [0]))
-            for start in range(0, n_listed, 256):
-                b_ids = gl.load(p_ids + start + o_w, mask=start + o_w < n_listed, other=0)
-                m_w = (b_ids >= first_partial) & (start + o_w < n_listed)
-                n_full = gl.minimum(n_full, gl.min(gl.where(m_w, start + o_w, n_blocks), 0))
-    n_means = 0
-    b_weight = 0.0
-    if COMPENSATE:
-        b_weight = gl.load(weight + i_b * stride_wb)
-        n_means = gl.where((count < n_blocks) & (b_weight > 0.0), gl.cdiv(n_blocks, BLOCK_N), 0)
-
     DTYPE: gl.constexpr = k.dtype
     rings = Rings(
         gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, BLOCK_D], q.layout),
         gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k.layout),
         gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v.layout),
+        gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -240,6 +222,7 @@ def _block_sparse_forward_gluon(
     )
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(rings.q_full.index(i), count=1)
+        mbarrier.init(rings.q_empty.index(i), count=1)
         mbarrier.init(rings.turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(rings.k_full.index(i), count=1)
@@ -251,30 +234,30 @@ def _block_sparse_forward_gluon(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     sizes = Sizes(D, BLOCK_D, BLOCK_KV, BLOCK_N, ROWS, RAGGED, HAS_MASK, COMPENSATE, CONSUMERS, STAGES, S, O, P)
-    row = Row(
-        i_m * BLOCK_M,
-        gl.to_tensor(n_means),
-        gl.to_tensor(n_full * TILES),
-        count * TILES,
-        n_listed,
-        gl.to_tensor(n_blocks),  # Triton makes a constant of an argument that is 1
+    launch = Launch(
+        work,
+        indices,
+        key_mask,
+        n_valid,
+        kept,
+        weight,
+        out,
+        lse,
+        scale * 1.4426950408889634,
+        gl.to_tensor(H),  # Triton makes a constant of an argument that is 1
         gl.to_tensor(SQ),
         gl.to_tensor(SK),
-        scale * 1.4426950408889634,
-        gl.to_tensor(b_weight),
-        p_ids,
-        key_mask + i_b * stride_mb,
-        n_valid + i_b * stride_nb,
-        kept + i_b * stride_eb + i_h * stride_eh + i_row * stride_em,
+        gl.to_tensor(gl.cdiv(SK, BLOCK_KV)),
+        gl.program_id(0),
+        gl.to_tensor(items),
+        gl.num_programs(0),
     )
-    p_out, p_lse = out + i_bh * SQ * D, lse + i_bh * SQ
-    i_hkv, i_b, i_h = (i_h // KV_GROUP).to(gl.int32), i_b.to(gl.int32), i_h.to(gl.int32)
     # Registers: what two groups of 4 warps that multiply can have at most, beside a producer that needs few.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (p_out, p_lse, row, rings, sizes, 0)),
-                (_produce, (q, k, v, mean_k, mean_v, i_b, i_h, i_hkv, row, rings, sizes)),
+                (_consume, (launch, rings, sizes, 0)),
+                (_produce, (q, k, v, mean_k, mean_v, launch, rings, sizes)),
             ],
             [1],
             [24],
@@ -282,9 +265,9 @@ def _block_sparse_forward_gluon(
     else:
         gl.warp_specialize(
             [
-                (_consume, (p_out, p_lse, row, rings, sizes, 0)),
-                (_consume, (p_out, p_lse, row, rings, sizes, 1)),
-                (_produce, (q, k, v, mean_k, mean_v, i_b, i_h, i_hkv, row, rings, sizes)),
+                (_consume, (launch, rings, sizes, 0)),
+                (_consume, (launch, rings, sizes, 1)),
+                (_produce, (q, k, v, mean_k, mean_v, launch, rings, sizes)),
             ],
             [num_warps, 1],
             [240, 24],

@@ -13,9 +13,7 @@ from . import rows_triton
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name before Triton 3.9
 
-_row_of_plan = gluon.jit(rows_triton._row_of_plan.fn)
 _block_at = gluon.jit(rows_triton._block_at.fn)
-_place_of_program = gluon.jit(rows_triton._place_of_program.fn)
 
 PLAIN, MASKED, MEANS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 """Kinds of tiles: keys that all count, keys of which some may not, and mean keys."""
@@ -57,23 +55,43 @@ class Sizes:
 
 
 @bundle
-class Row:
-    """What the queries of a program read."""
+class Launch:
+    """What all programs read, and which items of the work are this program's: [first, items) by step."""
 
-    first_query: gl.tensor
-    n_means: gl.tensor  # tiles of mean keys
-    n_full: gl.tensor  # tiles of blocks whose keys all count
-    n_tiles: gl.tensor  # tiles of all blocks of the row
-    n_listed: gl.tensor
-    n_blocks: gl.tensor
+    work: gl.tensor
+    indices: gl.tensor
+    key_mask: gl.tensor
+    n_valid: gl.tensor
+    kept: gl.tensor
+    weight: gl.tensor
+    out: gl.tensor
+    lse: gl.tensor
+    scale2: gl.tensor
+    H: gl.tensor
     SQ: gl.tensor
     SK: gl.tensor
-    scale2: gl.tensor
-    weight: gl.tensor
+    n_blocks: gl.tensor
+    first: gl.tensor
+    items: gl.tensor
+    step: gl.tensor
+
+
+@bundle
+class Listed:
+    """What says which keys of an item's blocks count."""
+
     p_ids: gl.tensor
+    n_listed: gl.tensor
     p_mask: gl.tensor
-    p_valid: gl.tensor
+
+
+@bundle
+class Dropped:
+    """What says which mean keys of an item count, and how much."""
+
     p_kept: gl.tensor
+    p_valid: gl.tensor
+    weight: gl.tensor
 
 
 @bundle
@@ -84,6 +102,7 @@ class Rings:
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     k_empty: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
@@ -101,32 +120,44 @@ def _request(x, i_b, i_h, first, tile, ring, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(q, k, v, mean_k, mean_v, i_b, i_h, i_hkv, row, rings, sizes):
-    """The producer: fetches queries, then keys and values in the order in which consumers multiply them."""
+def _produce(q, k, v, mean_k, mean_v, launch, rings, sizes):
+    """The producer: fetches an item's queries, then keys and values in the order in which consumers multiply them."""
     N: gl.constexpr = sizes.BLOCK_N
     STAGES: gl.constexpr = sizes.STAGES
     TILES: gl.constexpr = sizes.BLOCK_KV // N
-    n_means, n_tiles = row.n_means, row.n_tiles
-    if n_means + n_tiles > 0:
-        for i in gl.static_range(sizes.CONSUMERS):
-            mbarrier.expect(rings.q_full.index(i), q.block_type.nbytes)
-            async_load(q, [i_b, i_h, row.first_query + i * sizes.ROWS, 0], rings.q_full.index(i), rings.q.index(i))
-    for i_t in range(n_means):
-        _request(mean_k, i_b, i_hkv, i_t * N, i_t, rings.k, rings.k_full, rings.k_empty, STAGES)
-        _request(mean_v, i_b, i_hkv, i_t * N, i_t, rings.v, rings.v_full, rings.v_empty, STAGES)
-    before = 0
-    i_kv = _block_at(row.p_ids, 0, row.n_listed, row.n_blocks)
-    for i_t in range(n_tiles):
-        i_next = _block_at(row.p_ids, (i_t + 1) // TILES, row.n_listed, row.n_blocks)
-        first = i_kv * sizes.BLOCK_KV + (i_t % TILES) * N
-        tile = n_means + i_t
-        _request(k, i_b, i_hkv, first, tile, rings.k, rings.k_full, rings.k_empty, STAGES)
-        if i_t > 0:
-            _request(v, i_b, i_hkv, before, tile - 1, rings.v, rings.v_full, rings.v_empty, STAGES)
-        before = first
-        i_kv = i_next
-    if n_tiles > 0:
-        _request(v, i_b, i_hkv, before, n_means + n_tiles - 1, rings.v, rings.v_full, rings.v_empty, STAGES)
+    done = 0  # tiles of earlier items
+    rows = 0  # earlier items that had tiles
+    for item in range(launch.first, launch.items, launch.step):
+        p = launch.work + item * 16
+        i_b, i_h, i_hkv, first_query = gl.load(p), gl.load(p + 1), gl.load(p + 2), gl.load(p + 3)
+        n_means, n_tiles, n_listed = gl.load(p + 4), gl.load(p + 6), gl.load(p + 7)
+        p_ids = launch.indices + gl.load(p + 8)
+        if n_means + n_tiles > 0:
+            for i in gl.static_range(sizes.CONSUMERS):
+                mbarrier.wait(rings.q_empty.index(i), (rows & 1) ^ 1)
+                mbarrier.expect(rings.q_full.index(i), q.block_type.nbytes)
+                place = [i_b, i_h, first_query + i * sizes.ROWS, 0]
+                async_load(q, place, rings.q_full.index(i), rings.q.index(i))
+            rows += 1
+        for i_t in range(n_means):
+            tile = done + i_t
+            _request(mean_k, i_b, i_hkv, i_t * N, tile, rings.k, rings.k_full, rings.k_empty, STAGES)
+            _request(mean_v, i_b, i_hkv, i_t * N, tile, rings.v, rings.v_full, rings.v_empty, STAGES)
+        done += n_means
+        before = 0
+        i_kv = _block_at(p_ids, 0, n_listed, launch.n_blocks)
+        for i_t in range(n_tiles):
+            i_next = _block_at(p_ids, (i_t + 1) // TILES, n_listed, launch.n_blocks)
+            first = i_kv * sizes.BLOCK_KV + (i_t % TILES) * N
+            tile = done + i_t
+            _request(k, i_b, i_hkv, first, tile, rings.k, rings.k_full, rings.k_empty, STAGES)
+            if i_t > 0:
+                _request(v, i_b, i_hkv, before, tile - 1, rings.v, rings.v_full, rings.v_empty, STAGES)
+            before = first
+            i_kv = i_next
+        done += n_tiles
+        if n_tiles > 0:
+            _request(v, i_b, i_hkv, before, done - 1, rings.v, rings.v_full, rings.v_empty, STAGES)
 
 
 @gluon.jit
@@ -162,25 +193,26 @@ def _softmax(b_s, b_max, b_sum, scale2, GUARD: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(b_s, b_max, b_sum, i_t, row, sizes, KIND: gl.constexpr):
-    """`_softmax` of the scores of tile i_t of its kind, with what hides keys."""
+def _weigh(b_s, b_max, b_sum, i_t, counted, launch, sizes, KIND: gl.constexpr):
+    """`_softmax` of the scores of tile i_t of its kind. counted: `Dropped` for mean keys, `Listed` for masked ones."""
     if KIND == PLAIN:
-        return _softmax(b_s, b_max, b_sum, row.scale2, False)
-    o_n = gl.arange(0, sizes.BLOCK_N, layout=gl.SliceLayout(0, sizes.S))
-    if KIND == MEANS:
-        o_j = i_t * sizes.BLOCK_N + o_n
-        m_j = o_j < row.n_blocks
-        b_n = gl.load(row.p_valid + o_j, mask=m_j, other=0)
-        b_bits = gl.load(row.p_kept + o_j // 32, mask=m_j, other=-1)
+        return _softmax(b_s, b_max, b_sum, launch.scale2, False)
+    elif KIND == MEANS:
+        o_j = i_t * sizes.BLOCK_N + gl.arange(0, sizes.BLOCK_N, layout=gl.SliceLayout(0, sizes.S))
+        m_j = o_j < launch.n_blocks
+        b_n = gl.load(counted.p_valid + o_j, mask=m_j, other=0)
+        b_bits = gl.load(counted.p_kept + o_j // 32, mask=m_j, other=-1)
         m_j = (((b_bits >> (o_j % 32)) & 1) == 0) & (b_n > 0)
-        b_bias = gl.where(m_j, gl.log2(b_n.to(gl.float32) * row.weight), float("-inf"))
-        b_s = b_s * row.scale2 + gl.expand_dims(b_bias, 0)
+        b_bias = gl.where(m_j, gl.log2(b_n.to(gl.float32) * counted.weight), float("-inf"))
+        b_s = b_s * launch.scale2 + gl.expand_dims(b_bias, 0)
         return _softmax(b_s, b_max, b_sum, 1.0, True)
-    TILES: gl.constexpr = sizes.BLOCK_KV // sizes.BLOCK_N
-    i_kv = _block_at(row.p_ids, i_t // TILES, row.n_listed, row.n_blocks)
-    o_key = i_kv * sizes.BLOCK_KV + (i_t % TILES) * sizes.BLOCK_N + o_n
-    m_key = o_key < row.SK
-    if sizes.HAS_MASK:
-        m_key = gl.load(row.p_mask + o_key, mask=m_key, other=0) != 0
-    b_s = gl.where(gl.expand_dims(m_key, 0), b_s, float("-inf"))
-    return _softmax(b_s, b_max, b_sum, row.scale2, True)
+    else:
+        TILES: gl.constexpr = sizes.BLOCK_KV // sizes.BLOCK_N
+        i_kv = _block_at(counted.p_ids, i_t // TILES, counted.n_listed, launch.n_blocks)
+        first = i_kv * sizes.BLOCK_KV + (i_t % TILES) * sizes.BLOCK_N
+        o_key = first + gl.arange(0, sizes.BLOCK_N, layout=gl.SliceLayout(0, sizes.S))
+        m_key = o_key < launch.SK
+        if sizes.HAS_MASK:
+            m_key = gl.load(counted.p_mask + o_key, mask=m_key, other=0) != 0
+        b_s = gl.where(gl.expand_dims(m_key, 0), b_s, float("-inf"))
+        return _softmax(b_s, b_max, b_sum, launch.scale2, True)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows_triton import _block_at, _place_of_program, _row_of_plan, _rows, _rows_at
+from .rows_triton import _block_at, _place_of_item, _row_of_plan, _rows, _rows_at
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _block_sparse_forward(
     n_heavy = 0
     if ORDERED:
         n_heavy = tl.load(order)
-    i_bh, i_m = _place_of_program(n_heavy, n_rows, TILES_Q)
+    i_bh, i_m = _place_of_item(tl.program_id(0), tl.num_programs(0), n_heavy, n_rows, TILES_Q)
     i_row = i_m // TILES_Q
     if ORDERED:
         i_row = tl.load(order + 1 + i_row)

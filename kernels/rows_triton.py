@@ -7,15 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _place_of_program(n_heavy, n_rows, TILES: tl.constexpr):
-    """(sample and head, tile of queries) of this program; a row of the plan has TILES tiles, one program each.
+def _place_of_item(pid, items, n_heavy, n_rows, TILES: tl.constexpr):
+    """(sample and head, tile of queries) of one of `items`; a row of the plan has TILES tiles, an item each.
 
     The first n_heavy rows of all heads come first, then the others head by head. Tiles are those of the rows as
     `heavy_first` lists them. No pointer comes in: for compilers all that goes into an address that is written to would
     be written to.
     """
-    BH = tl.num_programs(0) // (n_rows * TILES)
-    pid = tl.program_id(0)
+    BH = items // (n_rows * TILES)
     n_heavy = n_heavy * TILES
     n_light = n_rows * TILES - n_heavy
     is_heavy = pid < n_heavy * BH

@@ -86,24 +86,22 @@ def test_whoever_is_first_the_bits_are_the_same(kernel: str):
         ]
 
 
-def one_row(tiles: int, means: bool) -> Case:
-    """One row of a plan that keeps so many blocks of 7."""
-    return Case(f"row_{tiles}", heads=1, kv_heads=1, q_len=16, kv_len=16 * 7, dim=16, block_q=16, block_kv=16,
-                compensate=(1.0,) if means else None, keep=tiles / 7)  # fmt: skip
-
-
 def traces_of(tiles: int, means: bool, kernel: str, stages: int, source=None):
-    """Traces of a program with so many tiles."""
-    case = one_row(tiles, means)
+    """Traces of a program that takes three items: of so many tiles, of none, and of half as many."""
+    case = Case("rows", heads=1, kv_heads=1, q_len=48, kv_len=16 * 7, dim=16, block_q=16, block_kv=16,
+                compensate=(1.0,) if means else None)  # fmt: skip
     a = of_case(case)
-    counts = torch.full_like(a.kv_counts, tiles)
-    ids = torch.arange(7, dtype=torch.int32)[None, None, None, : max(tiles, 1)]
-    a = a._replace(kv_counts=counts, kv_indices=ids.contiguous())
-    return forward(a, tile_of(case, kernel, stages), at_random(tiles), source)[2][0]
+    a = a._replace(
+        kv_counts=torch.tensor([[[tiles, 0, tiles // 2]]], dtype=torch.int32),
+        kv_indices=torch.arange(6, dtype=torch.int32).expand(1, 1, 3, 6).contiguous(),
+        compensate=torch.ones(1) if means else None,
+    )
+    (traces,) = forward(a, tile_of(case, kernel, stages), at_random(tiles), source, programs=1)[2]
+    return traces
 
 
 @pytest.mark.parametrize("means", [False, True], ids=["plain", "means"])
-@pytest.mark.parametrize("stages", [1, 2, 3, slow(4)])
+@pytest.mark.parametrize("stages", [1, 2, slow(3), slow(4)])
 @pytest.mark.parametrize("tiles", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("kernel", list(CONSUMERS))
 def test_no_order_of_operations_goes_wrong(kernel: str, tiles: int, stages: int, means: bool):
@@ -133,6 +131,12 @@ WRONG = {
     ),
     "turn_not_passed_on": ("mbarrier.arrive(turn.index(1 - I), count=1)", "pass"),
     "nobody_has_the_first_turn": ("(tile & 1) ^ (1 - I)", "(tile & 1)"),
+    "queries_never_given_back": ("mbarrier.arrive(rings.q_empty.index(I), count=1)", "pass"),
+    "queries_fetched_too_early": ("mbarrier.wait(rings.q_empty.index(i), (rows & 1) ^ 1)", "pass"),
+    "an_empty_item_counts_as_one": (
+        "        if n_means + n_tiles > 0:\n            mbarrier.arrive(rings.q_empty",
+        "        if True:\n            mbarrier.arrive(rings.q_empty",
+    ),
     "one_consumer_gives_back_for_both": (
         "init(rings.k_empty.index(i), count=CONSUMERS)",
         "init(rings.k_empty.index(i), count=1)",
@@ -168,7 +172,8 @@ def test_the_model_sees_what_is_wrong(what: str):
     kernel = changed(*WRONG[what])
 
     def run() -> None:
-        search(traces_of(6, True, "gluon_pingpong", 2, kernel))
+        for means in (True, False):
+            search(traces_of(6, means, "gluon_pingpong", 2, kernel))
 
     with pytest.raises((ProtocolError, AssertionError)):
         run()

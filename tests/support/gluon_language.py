@@ -24,17 +24,7 @@ from .gluon_model import (
     View,
 )
 
-SCALARS = (
-    "H",
-    "KV_GROUP",
-    "SQ",
-    "SK",
-    "W",
-    *(f"stride_{x}{y}" for x in "cie" for y in "bhm"),
-    "stride_mb",
-    "stride_nb",
-)
-SCALARS += ("stride_wb",)
+SCALARS = ("items", "H", "SQ", "SK")
 """Arguments of kernels that are known when they run."""
 
 
