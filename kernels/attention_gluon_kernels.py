@@ -3,7 +3,7 @@
 The sums are those of `attention_triton_kernels`. What differs is who does what, and when:
 
     program     one a multiprocessor; takes the items of the work (`work_triton`: BLOCK_M queries of a head) in turns.
-    producer    one warp. Has the copy engine fetch an item's Q, then K(0), then K(j + 1) and V(j) in turn, into rings of
+    program     one a multiprocessor; takes items of the work (`work_triton`: BLOCK_M queries of a head) in turns.
                 STAGES tiles each. Waits until consumers have given a place back, so that it is ahead of them: at the
                 end of an item it fetches the next one's.
     consumer    WARPS warps with BLOCK_M / CONSUMERS queries each. Issues S(j + 1) = Q K(j + 1)' and O += P(j) V(j)
