@@ -4,8 +4,8 @@ The sums are those of `attention_triton_kernels`. What differs is who does what,
 
     program     one a multiprocessor; takes the items of the work (`work_triton`: BLOCK_M queries of a head) in turns.
     program     one a multiprocessor; takes items of the work (`work_triton`: BLOCK_M queries of a head) in turns.
-                STAGES tiles each. Waits until consumers have given a place back, so that it is ahead of them: at the
-                end of an item it fetches the next one's.
+                STAGES tiles each. Waits until consumers have given a place back. There are places for the queries of
+                two items, so that at the end of one it fetches what the next one needs.
     consumer    WARPS warps with BLOCK_M / CONSUMERS queries each. Issues S(j + 1) = Q K(j + 1)' and O += P(j) V(j)
                 together, waits for S(j + 1) alone, and computes its softmax while O is still being multiplied.
 
@@ -13,10 +13,10 @@ With two consumers each has half of the queries of a row and a turn: it issues i
 its softmax runs while the products of the other are multiplied (FlashAttention-3, Shah et al. 2024, section 3.1). The
 overlap within a consumer is that of its section 3.2.
 
-Barriers of shared memory, each with the number of arrivals that ends its phase: q_full[consumer] (1, and the bytes),
-q_empty[consumer] (1), k_full[stage], v_full[stage] (1, and the bytes), k_empty[stage], v_empty[stage] (CONSUMERS),
-turn[consumer] (1). A wait names the parity of the phase whose end it waits for; of a new barrier the phase before the
-first counts as ended. Tiles are counted over all items, and so are items that have tiles.
+Barriers of shared memory, each with the number of arrivals that ends its phase: q_full[slot] (1, and the bytes),
+q_empty[slot] (1), of two slots a consumer; k_full[stage], v_full[stage] (1, and the bytes), k_empty[stage],
+v_empty[stage] (CONSUMERS); turn[consumer] (1). A wait names the parity of the phase whose end it waits for; of a new
+barrier the phase before the first counts as ended. Tiles are counted over all items, and so are items that have tiles.
 
 tests/kernels/test_attention_gluon.py runs these functions themselves, in a model of the machine (support/gluon_model).
 """
@@ -135,7 +135,6 @@ def _finish(b_max, b_sum, b_acc, p, launch, sizes, DTYPE: gl.constexpr, I: gl.co
 @gluon.jit
 def _consume(launch, rings, sizes, I: gl.constexpr):
     """Consumer I: its ROWS queries of each item against all of the item's tiles."""
-    b_q = rings.q.index(I).reshape([sizes.ROWS, sizes.BLOCK_D])
     done = 0  # tiles of earlier items
     rows = 0  # earlier items that had tiles
     for item in range(launch.first, launch.items, launch.step):
@@ -145,8 +144,10 @@ def _consume(launch, rings, sizes, I: gl.constexpr):
         b_max = gl.full([sizes.ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, sizes.S))  # powers of 2
         b_sum = gl.full([sizes.ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, sizes.S))
         b_acc = gl.full([sizes.ROWS, sizes.BLOCK_D], 0.0, gl.float32, layout=sizes.O)
+        slot = (rows & 1) * sizes.CONSUMERS + I
+        b_q = rings.q.index(slot).reshape([sizes.ROWS, sizes.BLOCK_D])
         if n_means + n_tiles > 0:
-            mbarrier.wait(rings.q_full.index(I), rows & 1)
+            mbarrier.wait(rings.q_full.index(slot), (rows >> 1) & 1)
         if sizes.COMPENSATE:
             weight = gl.load(launch.weight + gl.load(p + 12))
             dropped = Dropped(launch.kept + gl.load(p + 9), launch.n_valid + gl.load(p + 11), weight)
@@ -168,7 +169,7 @@ def _consume(launch, rings, sizes, I: gl.constexpr):
             )
         done += n_tiles
         if n_means + n_tiles > 0:
-            mbarrier.arrive(rings.q_empty.index(I), count=1)
+            mbarrier.arrive(rings.q_empty.index(slot), count=1)
             rows += 1
         _finish(b_max, b_sum, b_acc, p, launch, sizes, b_q.dtype, I)
 
@@ -209,11 +210,11 @@ def _block_sparse_forward_gluon(
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     DTYPE: gl.constexpr = k.dtype
     rings = Rings(
-        gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, BLOCK_D], q.layout),
+        gl.allocate_shared_memory(DTYPE, [2 * CONSUMERS, 1, 1, ROWS, BLOCK_D], q.layout),
         gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k.layout),
         gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v.layout),
-        gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -221,9 +222,10 @@ def _block_sparse_forward_gluon(
         gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout()),
     )
     for i in gl.static_range(CONSUMERS):
+        mbarrier.init(rings.turn.index(i), count=1)
+    for i in gl.static_range(2 * CONSUMERS):
         mbarrier.init(rings.q_full.index(i), count=1)
         mbarrier.init(rings.q_empty.index(i), count=1)
-        mbarrier.init(rings.turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(rings.k_full.index(i), count=1)
         mbarrier.init(rings.v_full.index(i), count=1)

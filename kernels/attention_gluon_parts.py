@@ -134,10 +134,11 @@ def _produce(q, k, v, mean_k, mean_v, launch, rings, sizes):
         p_ids = launch.indices + gl.load(p + 8)
         if n_means + n_tiles > 0:
             for i in gl.static_range(sizes.CONSUMERS):
-                mbarrier.wait(rings.q_empty.index(i), (rows & 1) ^ 1)
-                mbarrier.expect(rings.q_full.index(i), q.block_type.nbytes)
+                slot = (rows & 1) * sizes.CONSUMERS + i
+                mbarrier.wait(rings.q_empty.index(slot), ((rows >> 1) & 1) ^ 1)
+                mbarrier.expect(rings.q_full.index(slot), q.block_type.nbytes)
                 place = [i_b, i_h, first_query + i * sizes.ROWS, 0]
-                async_load(q, place, rings.q_full.index(i), rings.q.index(i))
+                async_load(q, place, rings.q_full.index(slot), rings.q.index(slot))
             rows += 1
         for i_t in range(n_means):
             tile = done + i_t
