@@ -43,7 +43,6 @@ class Search:
     def successors(self, state: Any) -> Iterator[Any]:
         """States one operation later."""
         places, flying = state
-        phases = self.phases(places, flying)
         reading = self.reading(places)
         written = {self.traces[p][i][1] for p, i in flying}
         for copy in flying:
@@ -52,7 +51,7 @@ class Search:
             if place == len(trace):
                 continue
             kind, *rest = trace[place]
-            if kind == "wait" and phases[rest[0]] & 1 == rest[1]:
+            if kind == "wait" and self.phase(rest[0], places, flying) & 1 == rest[1]:
                 continue
             if kind == "copy" and (rest[0] in reading or rest[0] in written):
                 raise ProtocolError(f"{rest[0].name} is written while it is in use, at operations {places}")
@@ -61,16 +60,13 @@ class Search:
             moved = (*places[:p], place + 1, *places[p + 1 :])
             yield moved, flying | {(p, place)} if kind == "copy" else flying
 
-    def phases(self, places: Sequence[int], flying: Any) -> dict[Barrier, int]:
-        """Ended phases of each barrier: by arrivals, and not before the bytes of the last of them are there."""
-        missing = [self.traces[p][i][2] for p, i in flying]
-        found = {}
-        for barrier, count in self.counts.items():
-            arrivals = sum(self.arrivals[p][place].get(barrier, 0) for p, place in enumerate(places))
-            whole, part = divmod(arrivals, count)
-            announced = any(self.announced[p][place] is barrier for p, place in enumerate(places))
-            found[barrier] = whole - (part == 0 and (barrier in missing or announced))
-        return found
+    def phase(self, barrier: Barrier, places: Sequence[int], flying: Any) -> int:
+        """Ended phases of a barrier: by arrivals, and not before the bytes of the last of them are there."""
+        arrivals = sum(self.arrivals[p][place].get(barrier, 0) for p, place in enumerate(places))
+        whole, part = divmod(arrivals, self.counts[barrier])
+        announced = any(self.announced[p][place] is barrier for p, place in enumerate(places))
+        missing = announced or any(self.traces[p][i][2] is barrier for p, i in flying)
+        return whole - (part == 0 and missing)
 
     def reading(self, places: Sequence[int]) -> set[Tile]:
         """Tiles that a product which is not waited for yet may read."""
