@@ -26,9 +26,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .attention_gluon_parts import (
+    FIRST_QUERY,
+    HEAD,
+    IDS,
+    KEPT,
+    MASK,
     MASKED,
     MEANS,
+    N_FULL,
+    N_LISTED,
+    N_MEANS,
+    N_TILES,
     PLAIN,
+    SAMPLE,
+    VALID,
+    WEIGHT,
+    WIDTH,
     Dropped,
     Launch,
     Listed,
@@ -119,8 +132,8 @@ def _finish(b_max, b_sum, b_acc, p, launch, sizes, DTYPE: gl.constexpr, I: gl.co
     """Write out and lse of consumer I's queries of the item at p."""
     S: gl.constexpr = sizes.S
     O: gl.constexpr = sizes.O
-    i_bh = (gl.load(p) * launch.H + gl.load(p + 1)).to(gl.int64)
-    first = gl.load(p + 3) + I * sizes.ROWS
+    i_bh = (gl.load(p + SAMPLE) * launch.H + gl.load(p + HEAD)).to(gl.int64)
+    first = gl.load(p + FIRST_QUERY) + I * sizes.ROWS
     b_sum = gl.where(b_sum == 0.0, 1.0, b_sum)  # no key: out 0, lse -inf
     b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
     o_row = first + gl.arange(0, sizes.ROWS, layout=gl.SliceLayout(1, S))
@@ -139,8 +152,8 @@ def _consume(launch, rings, sizes, I: gl.constexpr):
     rows = 0  # earlier items that had tiles
     for item in range(launch.first, launch.items, launch.step):
         # What an item needs is loaded where it is needed: registers are what the loops over tiles are short of.
-        p = launch.work + item * 16
-        n_means, n_tiles = gl.load(p + 4), gl.load(p + 6)
+        p = launch.work + item * WIDTH
+        n_means, n_tiles = gl.load(p + N_MEANS), gl.load(p + N_TILES)
         b_max = gl.full([sizes.ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, sizes.S))  # powers of 2
         b_sum = gl.full([sizes.ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, sizes.S))
         b_acc = gl.full([sizes.ROWS, sizes.BLOCK_D], 0.0, gl.float32, layout=sizes.O)
@@ -149,21 +162,23 @@ def _consume(launch, rings, sizes, I: gl.constexpr):
         if n_means + n_tiles > 0:
             mbarrier.wait(rings.q_full.index(slot), (rows >> 1) & 1)
         if sizes.COMPENSATE:
-            weight = gl.load(launch.weight + gl.load(p + 12))
-            dropped = Dropped(launch.kept + gl.load(p + 9), launch.n_valid + gl.load(p + 11), weight)
+            weight = gl.load(launch.weight + gl.load(p + WEIGHT))
+            dropped = Dropped(launch.kept + gl.load(p + KEPT), launch.n_valid + gl.load(p + VALID), weight)
             for i_t in range(n_means):  # one by one: they are few, and biases leave no registers for overlap
                 b_max, b_sum, b_acc = _walk(
                     b_q, b_max, b_sum, b_acc, i_t, i_t + 1, done, dropped, launch, rings, sizes, MEANS, I
                 )
         done += n_means
         if not sizes.HAS_MASK:
-            n_full = gl.load(p + 5)
+            n_full = gl.load(p + N_FULL)
             b_max, b_sum, b_acc = _walk(
                 b_q, b_max, b_sum, b_acc, 0, n_full, done, launch, launch, rings, sizes, PLAIN, I
             )
         if sizes.RAGGED or sizes.HAS_MASK:
-            n_full = gl.load(p + 5)
-            listed = Listed(launch.indices + gl.load(p + 8), gl.load(p + 7), launch.key_mask + gl.load(p + 10))
+            n_full = gl.load(p + N_FULL)
+            listed = Listed(
+                launch.indices + gl.load(p + IDS), gl.load(p + N_LISTED), launch.key_mask + gl.load(p + MASK)
+            )
             b_max, b_sum, b_acc = _walk(
                 b_q, b_max, b_sum, b_acc, n_full, n_tiles, done, listed, launch, rings, sizes, MASKED, I
             )

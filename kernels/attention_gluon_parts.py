@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate
 from typing_extensions import dataclass_transform
 
-from . import rows_triton
+from . import rows_triton, work_triton
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name before Triton 3.9
 
@@ -17,6 +17,13 @@ _block_at = gluon.jit(rows_triton._block_at.fn)
 
 PLAIN, MASKED, MEANS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 """Kinds of tiles: keys that all count, keys of which some may not, and mean keys."""
+
+
+SAMPLE, HEAD, KV_HEAD, FIRST_QUERY, N_MEANS, N_FULL, N_TILES, N_LISTED, IDS, KEPT, MASK, VALID, WEIGHT = (
+    gl.constexpr(place) for place in range(len(work_triton.FIELDS))
+)
+"""Where the fields of an item lie."""
+WIDTH = gl.constexpr(work_triton.WIDTH)
 
 
 @dataclass_transform()
@@ -128,10 +135,15 @@ def _produce(q, k, v, mean_k, mean_v, launch, rings, sizes):
     done = 0  # tiles of earlier items
     rows = 0  # earlier items that had tiles
     for item in range(launch.first, launch.items, launch.step):
-        p = launch.work + item * 16
-        i_b, i_h, i_hkv, first_query = gl.load(p), gl.load(p + 1), gl.load(p + 2), gl.load(p + 3)
-        n_means, n_tiles, n_listed = gl.load(p + 4), gl.load(p + 6), gl.load(p + 7)
-        p_ids = launch.indices + gl.load(p + 8)
+        p = launch.work + item * WIDTH
+        i_b, i_h, i_hkv, first_query = (
+            gl.load(p + SAMPLE),
+            gl.load(p + HEAD),
+            gl.load(p + KV_HEAD),
+            gl.load(p + FIRST_QUERY),
+        )
+        n_means, n_tiles, n_listed = gl.load(p + N_MEANS), gl.load(p + N_TILES), gl.load(p + N_LISTED)
+        p_ids = launch.indices + gl.load(p + IDS)
         if n_means + n_tiles > 0:
             for i in gl.static_range(sizes.CONSUMERS):
                 slot = (rows & 1) * sizes.CONSUMERS + i

@@ -73,6 +73,7 @@ def test_cuda_matches_reference(case: Case):
 @pytest.mark.parametrize("case", GPU_ONLY, ids=str)
 def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     from dynamicrad_compile.kernels.attention_arguments import Attention
+    from dynamicrad_compile.kernels.attention_gluon import launch_gluon
     from dynamicrad_compile.kernels.attention_triton import launch_forward
     from dynamicrad_compile.kernels.means import means_of
 
@@ -87,6 +88,8 @@ def test_cuda_matches_reference_however_launched(case: Case, variant: str):
     out, lse = launch_forward(
         a._replace(qk_int8=variant == "int8"), means, tile, splits=3 if variant == "splits" else 1
     )
+    if variant in CONSUMERS:
+        assert not isinstance(launch_gluon(a, means, tile), str), "the plain kernel ran instead"
     (check_int8 if variant == "int8" else check)(out.cpu(), lse.cpu(), args, case.dtype)
 
 
