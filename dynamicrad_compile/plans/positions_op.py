@@ -5,7 +5,8 @@ number of tokens a `Book` holds the grids met so far with their plans on the dev
 table with them and takes the plan of the one that it shows, or dense attention; so no grid ever gets another's plan,
 whatever the host knows, and in a captured CUDA graph too.
 
-Pictures of one size, which a table shows as it does frames but for their times, run dense (`positions.are_frames`).
+Pictures of one size, which a table shows as it does frames but for their times, run dense; references around the frames
+are extra tokens, as text is (see `times`).
 
 The host reads a table when a number of tokens is new, and when a table shows no grid of the book. On a GPU it learns of
 the latter from a flag in its own memory, without waiting: such a grid runs dense until the flag has arrived, a few
@@ -23,13 +24,11 @@ import torch
 from .op import Table, dense_table, empty_table, full_table
 from .positions import (
     Decoded,
-    are_frames,
     columns_of,
     decode_table,
     first_in_line,
-    go_on,
+    frames_in,
     may_be_pictures,
-    previous_frame,
     shows,
 )
 from .table import PlanSpec
@@ -39,19 +38,18 @@ MAX_READS = 16
 
 
 class _Pages(NamedTuple):
-    """K grids; what `shows` and `go_on` take; and the tensors of a `Table`, each [K + 1, ...]: the last is dense."""
+    """K grids; what `shows` takes; and the tensors of a `Table`, each [K + 1, ...]: the last is dense."""
 
     grids: tuple[Decoded, ...]
     columns: torch.Tensor
     lines: torch.Tensor
-    previous: torch.Tensor
-    ordered: torch.Tensor
     plans: tuple[torch.Tensor, ...]
 
     def shown(self, table: torch.Tensor) -> torch.Tensor:
         """bool [K]: of which grids a table [tokens, columns] shows the frames."""
-        frames = go_on(table, self.columns[0], self.previous, self.ordered)
-        return shows(table, self.columns, self.lines) & frames
+        shown = shows(table, self.columns, self.lines)
+        frames = [frames_in(table, one.grid, *one.checked) for one in self.grids]
+        return shown & torch.stack(frames) if frames else shown
 
 
 class Book:
@@ -103,7 +101,7 @@ class Book:
         found = decode_table(table.detach(), single_frame=True)
         if found is None or found in self.pages.grids:
             return False
-        if may_be_pictures(found) or not are_frames(table.detach(), found):
+        if found.around is None or may_be_pictures(found):
             return False
         frames, height, width = found.grid
         transposed = [] if self.missed is None else [found._replace(grid=(frames, width, height))]
@@ -116,15 +114,16 @@ class Book:
             columns = torch.tensor([one.columns for one in grids], dtype=torch.int64, device="cpu")
             columns = columns.reshape(-1, 3).T.contiguous()
             lines = torch.empty(self.tokens, 3, len(grids), dtype=torch.int64, device="cpu")
-            previous = torch.empty(self.tokens, len(grids), dtype=torch.int64, device="cpu")
             for k, one in enumerate(grids):
-                lines[..., k], previous[:, k] = first_in_line(one.grid), previous_frame(one.grid)
-            ordered = torch.tensor([one.ordered for one in grids], dtype=torch.bool, device="cpu")
-            tables = [full_table(self.spec, one.grid, *self.text) for one in grids]
+                lines[..., k] = first_in_line(one.grid)
+            tables = [self._table(one) for one in grids]
             tables.append(dense_table(self.spec, self.tokens + sum(self.text)))
             plans = [torch.stack(same).to(self.device) for same in zip(*tables, strict=True)]
-        of_table = (x.to(self.table_device) for x in (columns, lines, previous, ordered))
-        return _Pages(grids, *of_table, tuple(plans))  # type: ignore[call-arg]
+        return _Pages(grids, columns.to(self.table_device), lines.to(self.table_device), tuple(plans))
+
+    def _table(self, shown: Decoded) -> Table:
+        before, after = (sum(pair) for pair in zip(self.text, shown.tokens_around, strict=True))
+        return full_table(self.spec, shown.video, before, after)
 
 
 @functools.lru_cache(maxsize=32)

@@ -116,16 +116,18 @@ def runtime_sizes(video: VideoSite, context: PassContext, fixed_inputs: bool) ->
         grid = table
     else:
         return None
-    if not video.text.before:
+    # What a table shows are frames and references together.
+    references = table.shown.tokens_around if grid is table and table is not None else (0, 0)
+    if video.text.before == references[0]:
         return RuntimeSizes(grid)
-    if not video.text.after:
+    if video.text.after == references[1]:
         return RuntimeSizes(grid, None)
+    parts = parts_of(video.trace.query[-2])
+    at = next((i for i, part in enumerate(parts) if resolve(part.label) == resolve(video.axes)), 0)
     pieces: list[tuple[Home, ...]] = []
-    for part in parts_of(video.trace.query[-2]):
+    for part in parts[: at - bool(references[0])]:
         axes = resolve(part.label)
-        if axes == resolve(video.axes):
-            return RuntimeSizes(grid, tuple(pieces))
         if not part.whole or any(axis not in homes for axis in axes):
             return None
         pieces.append(tuple(homes[axis] for axis in axes))
-    return None
+    return RuntimeSizes(grid, tuple(pieces)) if at else None

@@ -16,14 +16,14 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dynamicrad_compile.plans.positions import columns_of, follow, in_order
+from dynamicrad_compile.plans.positions import Triple, columns_of, frames_in
 
 from ..axes.positions import PositionTable
 from ..site import PlannedSite
 from .control import PlanNodes
 
 
-def grids_of(planned: PlannedSite) -> list[tuple[int, int, int]]:
+def grids_of(planned: PlannedSite) -> list[Triple]:
     """The grids that get sparse attention in a graph whose grid was read from a table."""
     frames, height, width = grid = planned.video.grid
     return [grid] if height == width or planned.spec is None else [grid, (frames, width, height)]
@@ -56,21 +56,19 @@ def guarded_plan(
     return found
 
 
-def _shows(graph: fx.Graph, table: PositionTable, grid: tuple[int, int, int]) -> fx.Node:
-    """Node of a bool scalar: each of the table's three columns varies with its own axis of `grid` alone, by frames."""
-    call = graph.call_function
+def _shows(graph: fx.Graph, table: PositionTable, grid: Triple) -> fx.Node:
+    """Node of a bool scalar: each of the table's three columns varies with its own axis of `grid` alone, by frames.
+
+    The same pictures around the frames are references.
+    """
+    call, shown = graph.call_function, table.shown
+    whole = (shown.grid[0], *grid[1:])
     value = call(columns_of, (table.node, table.dim))
-    checks, lines = [], []
-    for d, column in enumerate(table.shown.columns):
-        cube = call(torch.reshape, (call(torch.select, (value, 1, column)), grid))
+    checks = [call(frames_in, (value, whole, *shown.checked))]
+    for d, column in enumerate(shown.columns):
+        cube = call(torch.reshape, (call(torch.select, (value, 1, column)), whole))
         line = call(operator.getitem, (cube, tuple(slice(None) if k == d else slice(0, 1) for k in range(3))))
         checks.append(call(torch.all, (call(torch.eq, (cube, line)),)))
-        lines.append(call(torch.flatten, (line,)))
-        rest = call(torch.narrow, (line, d, 1, grid[d] - 1))
+        rest = call(torch.narrow, (line, d, 1, whole[d] - 1))
         checks.append(call(torch.all, (call(torch.ne, (rest, call(torch.narrow, (line, d, 0, 1)))),)))
-    # Pictures of one size are no frames.
-    if table.shown.numbers:
-        checks.append(call(follow, tuple(lines)))
-    elif table.shown.ordered:
-        checks.append(call(in_order, (lines[0],)))
     return functools.reduce(lambda a, b: call(torch.logical_and, (a, b)), checks)

@@ -9,5 +9,6 @@ from __future__ import annotations
 
 from zoo.original_cross import CROSS
 from zoo.original_joint import JOINT
+from zoo.original_references import REFERENCES
 
-ZOO_ORIGINAL = {**CROSS, **JOINT}
+ZOO_ORIGINAL = {**CROSS, **JOINT, **REFERENCES}
