@@ -61,7 +61,8 @@ class Options(BaseModel):
 
     plan: Any = None
     """Your own blocks instead of a pattern's: a BlockPlan, a bool block mask [M, M] or [heads, M, M], or a function
-    (grid, text_before, text_after) that returns one of them (None: dense). Where it does not fit, attention stays
+    (grid, text_before, text_after) that returns one of them (None: dense). Where only some of the tokens ask, masks are
+    [rows, M], and the function needs a parameter `queries`, (start, stop). Where it does not fit, attention stays
     dense; an error of a function is raised. None = a pattern."""
 
     mode: Literal["auto", Mode] = "auto"

@@ -85,6 +85,7 @@ def _video_site(site: Site) -> VideoSite | None:
         device=query.device,
         trace=site.trace,
         axes=site.grid_axes,
+        queries=site.queries,
     )
 
 

@@ -8,7 +8,8 @@ After:   %counts, %indices = get_attr                                 (shared by
          %out = %pair[0], in the layout and the memory order that the original had
 
 Where the plan's blocks are boxes of the video, %q, %k, %v and %keys are put into its order of tokens, and %out back
-(see plans/order); Inductor does that where it writes and reads them anyway.
+(see plans/order); Inductor does that where it writes and reads them anyway. Queries that are some of the keys have an
+order of their own.
 
 In a graph with symbolic sizes the plan is made when the graph runs, from the sizes that it then has:
 
@@ -139,9 +140,11 @@ def _replace(
         keys = keys_node(graph, call) if call.mask is not None else None
         scale = None if call.scale is None else float(call.scale)
         operands, given = plain_operands(graph, call), keys
-        if nodes.order is not None and nodes.inverse is not None:
-            operands = [into_order(graph, x, nodes.order, nodes.inverse, context.training) for x in operands]
-            keys = None if keys is None else graph.call_function(reordered_keys, (keys, nodes.order))
+        ask, answer = (nodes.q_order, nodes.q_inverse), (nodes.order, nodes.inverse)
+        pairs = zip(operands, (ask, answer, answer), strict=True)
+        operands = [into_order(graph, x, *order, context.training) for x, order in pairs]
+        if keys is not None and nodes.order is not None:
+            keys = graph.call_function(reordered_keys, (keys, nodes.order))
         if table.criteria:
             nodes = select(gm, planned, operands, keys, nodes, writer.controls, written.num_kv)
             if writer.varies(planned):
@@ -155,8 +158,7 @@ def _replace(
             op = torch.ops.dynamicrad.second_order_attention.default
         pair = graph.call_function(op, arguments, options)
         out = graph.call_function(operator.getitem, (pair, 0))
-        if nodes.order is not None and nodes.inverse is not None:
-            out = into_order(graph, out, nodes.inverse, nodes.order, context.training)
+        out = into_order(graph, out, nodes.q_inverse, nodes.q_order, context.training)
         if given is not None:
             out = without_hidden_rows(graph, call, out, given)
         out = original_output(graph, video.site, out)

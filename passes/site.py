@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from dynamicrad_compile.plans.cost import covariances
+from dynamicrad_compile.plans.layout import Range
 from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 from dynamicrad_compile.reporting.reason import Reason
@@ -87,12 +88,14 @@ class Trace:
     query, key    labels of their dimensions in the layout [batch, heads, tokens, features]
     same_tokens   both were computed from the same tokens by the same steps; see axes/streams.py
     given         both were projected outside the graph: of whose tokens they are the graph knows nothing
+    starts        of fewer queries than keys: where among the keys the same tokens begin
     """
 
     query: list[Label]
     key: list[Label]
     same_tokens: bool
     given: bool = False
+    starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,9 @@ class Site:
     data_dependent      the number of tokens is known only when the graph runs; sizes here are stand-ins
     trace               None where tracing did not reach
     reason              why it stays dense; None if nothing speaks against replacing it
-    grid, text          of a video, whether it is replaced or not
+    grid, text          of a video, whether it is replaced or not; of the keys
     grid_axes           the three axes of its grid; () where the user alone knows it
+    queries             (start, stop) of the keys whose tokens the queries are; None: all
     """
 
     node: fx.Node
@@ -138,6 +142,7 @@ class Site:
     grid: tuple[int, int, int] | None = None
     grid_axes: Label = ()
     text: TextTokens = TextTokens(0, 0)
+    queries: Range | None = None
     replacement: Replacement | None = None
 
     @property
@@ -157,6 +162,7 @@ class VideoSite:
     device of the query
     trace  of its site
     axes   the three axes of its grid; () where the user alone knows it
+    queries  (start, stop) of the tokens that ask; None: all. All of grid and text are keys
     """
 
     site: Site
@@ -167,6 +173,7 @@ class VideoSite:
     device: torch.device
     trace: Trace
     axes: Label
+    queries: Range | None = None
 
     @property
     def node(self) -> fx.Node:
@@ -184,9 +191,14 @@ class VideoSite:
         return self.site.path
 
     @property
-    def tokens(self) -> int:
-        """Length of its sequence."""
+    def keys(self) -> int:
+        """Length of the sequence that it reads."""
         return math.prod(self.grid) + sum(self.text)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence that asks."""
+        return self.keys if self.queries is None else self.queries[1] - self.queries[0]
 
 
 @dataclass(frozen=True)
@@ -209,7 +221,7 @@ class PlannedSite:
         plan = self.table.plan
         if not (plan.covariance and any(plan.compensate)):
             return 0.0
-        return covariances(self.video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
+        return covariances(self.video.shape[-1], plan.kv_len, plan.block_q, plan.block_kv, plan.q_len)
 
 
 @dataclass(frozen=True)

@@ -75,16 +75,19 @@ def block_sparse_attention(
     op = torch.ops.dynamicrad.block_sparse_attention
     if (plan.covariance if covariance is None else covariance) and compensate is not None:
         op = torch.ops.dynamicrad.second_order_attention
-    order = plan.order
+    order, q_order = plan.order, plan.query_order
+    if q_order is not None:
+        q_back = inverse(q_order)
+        q = reorder(q, q_order, q_back)
     if order is not None:
-        back = inverse(order)
-        q, k, v = (reorder(x, order, back) for x in (q, k, v))
+        back = q_back if order is q_order else inverse(order)
+        k, v = (reorder(x, order, back) for x in (k, v))
         kv_mask = None if kv_mask is None else reordered_keys(kv_mask, order)
     out, lse = op(
         *(q, k, v, plan.kv_counts, plan.kv_indices, scale, plan.block_q, plan.block_kv, kv_mask),
         *(compensate, qk_dtype == "int8"),
     )
-    if order is not None:
-        out = reorder(out, back, order)
-        lse = reorder(lse.unsqueeze(-1), back, order).squeeze(-1)
+    if q_order is not None:
+        out = reorder(out, q_back, q_order)
+        lse = reorder(lse.unsqueeze(-1), q_back, q_order).squeeze(-1)
     return (out, lse) if return_lse else out

@@ -20,9 +20,13 @@ SELECTION = 0.01
 (benchmarks/select_time.py), and by arithmetic 0.4 % on a GPU (`kernels.select_op`)."""
 
 
-def covariances(head_dim: int, kv_len: int, block_q: int, block_kv: int) -> float:
-    """Share of the products of dense attention that covariances add to those of compensation (Sq = Sk)."""
-    return head_dim / kv_len + head_dim / (2 * block_q * block_kv)
+def covariances(head_dim: int, kv_len: int, block_q: int, block_kv: int, q_len: int | None = None) -> float:
+    """Share of the products of dense attention that covariances add to those of compensation.
+
+    They are products of the keys, of the rows and of the queries with D x D matrices. q_len None: as many as keys.
+    """
+    each = head_dim / 2
+    return each / (q_len or kv_len) + each / (block_q * block_kv) + each / kv_len
 
 
 def blocks_to_skip(sparsity: float, block_kv: int, compensate: float) -> float:

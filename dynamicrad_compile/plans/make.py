@@ -22,6 +22,7 @@ def make_plan(
     block_size: int = 128,
     text_before: int = 0,
     text_after: int = 0,
+    queries: Sequence[int] | None = None,
     **params: Any,
 ) -> BlockPlan:
     """Build the plan of a video self-attention; one regime (P = 1), shared by all heads (H' = 1).
@@ -31,6 +32,8 @@ def make_plan(
     block_size   16, 32, 64, 128 or 256 tokens, for queries and keys alike
     text_before  text tokens in front of the video; they read and are read by everything
     text_after   text tokens behind the video
+    queries      (start, stop) of the tokens that ask, where not all do: the video behind a prompt, the last frames
+                 behind a cache of earlier ones, a shard. All tokens are keys; None: all ask
 
     Parameters are those of `profiles.parameters`, which has their ranges and defaults: of "radial" decay_factor,
     sink_frames and thinning_tokens; of "dynamicrad" sparsity, decay_factor, adjacent_width, far_width, temporal_decay,
@@ -50,7 +53,7 @@ def make_plan(
             f"unknown pattern {pattern!r}; expected one of {list(PATTERNS)}.{nearest(str(pattern), PATTERNS)}"
         )
     found = PATTERNS[pattern]
-    layout, parameters = _checked(found, "static_ratio", (grid, block_size, text_before, text_after), params)
+    layout, parameters = _checked(found, "static_ratio", (grid, block_size, text_before, text_after, queries), params)
     return found.plan(layout, parameters)
 
 
@@ -59,6 +62,7 @@ def make_candidates(
     block_size: int = 128,
     text_before: int = 0,
     text_after: int = 0,
+    queries: Sequence[int] | None = None,
     **params: Any,
 ) -> Candidates:
     """Candidates of dynamic_threshold, for `select_blocks`; one regime, shared by all heads.
@@ -67,7 +71,8 @@ def make_candidates(
     are those of its table dynamic_threshold. Tensors are int32 on the CPU. Raises PlanError, ProfileError.
     """
     found = PATTERNS["dynamicrad"]
-    layout, parameters = _checked(found, "dynamic_threshold", (grid, block_size, text_before, text_after), params)
+    where = (grid, block_size, text_before, text_after, queries)
+    layout, parameters = _checked(found, "dynamic_threshold", where, params)
     return found.candidates(layout, parameters)
 
 
@@ -101,22 +106,36 @@ def _profile_parameters(profile: Any, regime: str, mode: str) -> dict[str, Any]:
     return parameters
 
 
-def _layout(grid: Any, block_size: Any, text_before: Any, text_after: Any) -> Layout:
+def _layout(grid: Any, block_size: Any, text_before: Any, text_after: Any, queries: Any) -> Layout:
     problem = f"grid must be three positive integers (frames, height, width) in latent tokens, got {grid!r}."
-    try:
-        sizes = tuple(operator.index(size) for size in grid)
-    except TypeError:
-        raise PlanError(problem) from None
-    if len(sizes) != 3 or min(sizes) < 1 or any(isinstance(size, bool) for size in grid):
+    sizes = _integers(grid, 3, problem)
+    if min(sizes) < 1:
         raise PlanError(problem)
     if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
         raise PlanError(f"block_size must be one of {list(BLOCK_SIZES)}, got {block_size!r}.")
+    asked = None
+    if queries is not None:
+        wanted = f"queries must be two integers (start, stop) in tokens of the sequence, or None, got {queries!r}."
+        start, stop = _integers(queries, 2, wanted)
+        asked = (start, stop)
     return Layout(
         grid=(sizes[0], sizes[1], sizes[2]),
         block_size=int(block_size),
         text_before=_count("text_before", text_before),
         text_after=_count("text_after", text_after),
+        queries=asked,
     )
+
+
+def _integers(values: Any, number: int, problem: str) -> tuple[int, ...]:
+    """So many integers. Raises PlanError with `problem`."""
+    try:
+        found = tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise PlanError(problem) from None
+    if len(found) != number or any(isinstance(value, bool) for value in values):
+        raise PlanError(problem)
+    return found
 
 
 def _count(name: str, value: Any) -> int:

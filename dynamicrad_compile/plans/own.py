@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from ..errors import PlanError
 from ..kernels.blocks import cdiv
 from ..profiles.parameters import BLOCK_SIZES
+from .layout import Range
 from .plan import BlockPlan
 from .table import PlanTable
 
 EXPECTED = (
-    "expected a BlockPlan, a bool block mask [M, M] or [heads, M, M] (tensor or array, True where a block is read), "
+    "expected a BlockPlan, a bool block mask [M, N] or [heads, M, N] (tensor or array, True where a block is read), "
     "or a function (grid, text_before, text_after) that returns one of them, or None for dense attention"
 )
 
@@ -53,7 +55,7 @@ def checked(value: Any) -> Any:
 
 def _checked_mask(mask: torch.Tensor) -> torch.Tensor:
     shape = list(mask.shape)
-    if mask.dtype != torch.bool or mask.dim() not in (2, 3) or shape[-1] != shape[-2]:
+    if mask.dtype != torch.bool or mask.dim() not in (2, 3) or shape[-2] > shape[-1]:
         raise PlanError(f"{EXPECTED}; got {mask.dtype} {shape}.")
     _check_rows(mask.sum(-1))
     return mask
@@ -63,8 +65,8 @@ def _checked_plan(plan: BlockPlan) -> BlockPlan:
     """A plan for one sequence and one regime whose rows all read something."""
     if len(plan.kv_counts) != 1:
         raise PlanError(f"a plan of one's own has one regime (P = 1), got {len(plan.kv_counts)}.")
-    if plan.q_len != plan.kv_len:
-        raise PlanError(f"self-attention has as many queries as keys, but the plan has {plan.q_len} and {plan.kv_len}.")
+    if plan.q_len > plan.kv_len:
+        raise PlanError(f"queries are among the keys, but the plan has {plan.q_len} queries and {plan.kv_len} keys.")
     _check_rows(plan.kv_counts[0])
     return plan
 
@@ -78,14 +80,23 @@ def _check_rows(counts: torch.Tensor) -> None:
         raise PlanError(f"query block {row}{where} reads no block: every row needs at least one, such as its own.")
 
 
-def block_size_of(blocks: int, tokens: int) -> int:
-    """The block size that cuts `tokens` into so many blocks. Raises PlanError where none or more than one does."""
-    fitting = [size for size in BLOCK_SIZES if cdiv(tokens, size) == blocks]
+def block_size_of(blocks: Sequence[int], tokens: Sequence[int]) -> int:
+    """The block size that cuts queries and keys into so many blocks.
+
+    blocks, tokens: of queries, of keys. Raises PlanError where no size does, or more than one.
+    """
+    asked, read = tokens
+    sizes = {size: (cdiv(asked, size), cdiv(read, size)) for size in BLOCK_SIZES}
+    fitting = [size for size, found in sizes.items() if found == tuple(blocks)]
+    mask = "a mask of {} x {} blocks".format(*blocks)
     if not fitting:
-        counts = ", ".join(f"{cdiv(tokens, size)} of {size}" for size in BLOCK_SIZES)
-        raise PlanError(f"a mask of {blocks} x {blocks} blocks does not fit {tokens} tokens, which are {counts}.")
+        if asked == read:
+            counts = ", ".join(f"{found[1]} of {size}" for size, found in sizes.items())
+            raise PlanError(f"{mask} does not fit {read} tokens, which are {counts}.")
+        counts = ", ".join(f"{found[0]} x {found[1]} of {size}" for size, found in sizes.items())
+        raise PlanError(f"{mask} does not fit {asked} queries of {read} keys, which are {counts}.")
     if len(fitting) > 1:
-        raise PlanError(f"a mask of {blocks} x {blocks} blocks may have blocks of {fitting} tokens: give block_size.")
+        raise PlanError(f"{mask} may have blocks of {fitting} tokens: give block_size.")
     return fitting[0]
 
 
@@ -110,26 +121,44 @@ class OwnPlan:
         """Whether it is a function, which gives every grid its own plan."""
         return not isinstance(self.value, (BlockPlan, torch.Tensor))
 
+    @property
+    def takes_queries(self) -> bool:
+        """Whether it can be for queries that are some of the tokens: of functions those with a parameter `queries`."""
+        if not self.follows_grid:
+            return True
+        try:
+            parameters = inspect.signature(self.value).parameters.values()
+        except ValueError:  # a builtin that does not say
+            return False
+        return any(p.name == "queries" or p.kind is p.VAR_KEYWORD for p in parameters)
+
     def table(
-        self, grid: tuple[int, int, int], text: Sequence[int], heads: int, device: torch.device
+        self,
+        grid: tuple[int, int, int],
+        text: Sequence[int],
+        heads: int,
+        device: torch.device,
+        queries: Range | None = None,
     ) -> PlanTable | None:
         """The plan of a site of (frames, height, width) latent tokens with text (before, after) around it.
 
+        queries: (start, stop) of these tokens that ask; None: all. A function is told of them where they are not all.
         None where the function gives None. Raises PlanError, which says what does not fit; for a function also where it
         raises an error of its own, and with the grid.
         """
-        key = (grid, tuple(text), heads)
+        key = (grid, tuple(text), heads, queries)
         if key not in self.made:
-            plan = self._plan(grid, *text) if self.follows_grid else self.value
+            plan = self._plan(grid, text[0], text[1], queries) if self.follows_grid else self.value
             if plan is not None:
-                plan = self._fitted(plan, grid, text, heads, device)
+                plan = self._fitted(plan, grid, text, heads, device, queries)
             self.made[key] = None if plan is None else PlanTable.of(plan)
         return self.made[key]
 
-    def _plan(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> Any:
+    def _plan(self, grid: tuple[int, int, int], text_before: int, text_after: int, queries: Range | None) -> Any:
         """What the function gives for a grid."""
+        asked = {} if queries is None else {"queries": queries}
         try:
-            found = self.value(grid, text_before, text_after)
+            found = self.value(grid, text_before, text_after, **asked)
         except Exception as error:
             where = _where(grid, (text_before, text_after))
             raise PlanError(f"option plan: the function failed for {where}: {type(error).__name__}: {error}") from error
@@ -141,17 +170,26 @@ class OwnPlan:
         return found
 
     def _fitted(
-        self, plan: Any, grid: tuple[int, int, int], text: Sequence[int], heads: int, device: torch.device
+        self,
+        plan: Any,
+        grid: tuple[int, int, int],
+        text: Sequence[int],
+        heads: int,
+        device: torch.device,
+        queries: Range | None,
     ) -> BlockPlan:
         frames, height, width = grid
         tokens = frames * height * width + sum(text)
+        asked = tokens if queries is None else queries[1] - queries[0]
         try:
             plan = checked(plan)
             if isinstance(plan, torch.Tensor):
-                size = self.block_size or block_size_of(plan.shape[-1], tokens)
-                plan = BlockPlan.from_mask(plan, block_q=size, block_kv=size, q_len=tokens, kv_len=tokens)
-            if plan.q_len != tokens:
-                raise PlanError(f"the plan is for {plan.q_len} tokens, the sequence has {tokens}.")
+                size = self.block_size or block_size_of(plan.shape[-2:], (asked, tokens))
+                plan = BlockPlan.from_mask(plan, block_q=size, block_kv=size, q_len=asked, kv_len=tokens)
+            if plan.kv_len != tokens:
+                raise PlanError(f"the plan is for {plan.kv_len} tokens, the sequence has {tokens}.")
+            if plan.q_len != asked:
+                raise PlanError(f"the plan is for {plan.q_len} queries, of the sequence {asked} tokens ask.")
             if plan.kv_counts.shape[1] not in (1, heads):
                 raise PlanError(f"the plan is for {plan.kv_counts.shape[1]} heads, the attention has {heads}.")
             sizes = (plan.block_q, plan.block_kv)

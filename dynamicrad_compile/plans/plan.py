@@ -19,6 +19,8 @@ from . import cost, values
 
 # Mask entries that `BlockPlan.from_mask` looks at in one go.
 MASK_CHUNK = 1 << 18
+ORDERS = ("order", "q_order")
+"""Fields of a plan that are orders of tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +41,9 @@ class BlockPlan:
     each dropped block; 0 drops them for good. See `kernels.attention_op`. With covariance it stands there with the
     covariances of the block (`kernels.moments_op`).
 
-    order, int64 [P or 1, q_len], where blocks are cut from the tokens in another order (`plans.order`): the token of
-    each place, a permutation. Queries and keys share it, so q_len is kv_len. None: blocks are cut from the tokens as
-    they come.
+    order, int64 [P or 1, kv_len], where blocks are cut from the tokens in another order (`plans.order`): the token of
+    each place, a permutation. It is that of the keys, and of the queries where they are as many. q_order, int64
+    [P or 1, q_len]: of queries with an order of their own. None: blocks are cut from the tokens as they come.
 
     check_values: counts and ids are looked at once, here, which copies those of a GPU to the host. False where they are
     known to be right; nor can they be looked at inside a graph, or on fake tensors.
@@ -58,6 +60,7 @@ class BlockPlan:
     compensate: tuple[float, ...] = (0.0,)
     covariance: bool = False
     order: torch.Tensor | None = None
+    q_order: torch.Tensor | None = None
     check_values: InitVar[bool] = True
 
     def __post_init__(self, check_values: bool) -> None:
@@ -85,27 +88,27 @@ class BlockPlan:
         weights = self.compensate
         if not isinstance(weights, tuple) or len(weights) not in (1, len(counts)) or not all(map(_is_share, weights)):
             raise PlanError(f"compensate must be 1 or {len(counts)} numbers in 0..1 (one a regime), got {weights!r}.")
-        self._check_order()
+        self._check_order("order", self.order, self.kv_len)
+        self._check_order("q_order", self.q_order, self.q_len)
         if check_values and values.can_be_read(counts, indices):
             values.check_plan(counts, indices, self.num_kv_blocks)
-            if self.order is not None:
-                values.check_order(self.order)
+            for name in ORDERS:
+                values.check_order(name, getattr(self, name))
 
-    def _check_order(self) -> None:
-        order = self.order
+    def _check_order(self, name: str, order: torch.Tensor | None, length: int) -> None:
         if order is None:
             return
-        _check_tensors(kv_counts=self.kv_counts, order=order)
-        sizes = {(1, self.q_len), (len(self.kv_counts), self.q_len)}
+        _check_tensors(kv_counts=self.kv_counts, **{name: order})
+        sizes = {(1, length), (len(self.kv_counts), length)}
         if order.dtype != torch.int64 or tuple(order.shape) not in sizes:
             raise PlanError(
-                f"expected order int64 [1 or {len(self.kv_counts)}, {self.q_len}], got {order.dtype} "
-                f"{list(order.shape)}."
+                f"expected {name} int64 [1 or {len(self.kv_counts)}, {length}], got {order.dtype} {list(order.shape)}."
             )
-        if self.q_len != self.kv_len:
-            raise PlanError(
-                f"an order is for queries and keys alike: q_len {self.q_len} must be kv_len, got {self.kv_len}."
-            )
+
+    @property
+    def query_order(self) -> torch.Tensor | None:
+        """The order of the queries: their own, else that of the keys where they are as many; None: as they come."""
+        return self.order if self.q_order is None and self.q_len == self.kv_len else self.q_order
 
     @property
     def num_q_blocks(self) -> int:
@@ -137,9 +140,9 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan with its tensors on `device`."""
-        order = None if self.order is None else self.order.to(device)
-        counts, indices = self.kv_counts.to(device), self.kv_indices.to(device)
-        return replace(self, kv_counts=counts, kv_indices=indices, order=order, check_values=False)
+        names = ("kv_counts", "kv_indices", *ORDERS)
+        moved: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x.to(device) for name in names}
+        return replace(self, **moved, check_values=False)
 
     def with_rows(self, kv_counts: torch.Tensor, kv_indices: torch.Tensor) -> BlockPlan:
         """The plan of other rows, whose values are known to be right: a second look would wait for the device."""
@@ -169,7 +172,8 @@ class BlockPlan:
             kv_indices=torch.cat(padded),
             compensate=tuple(weights),
             covariance=any(p.covariance for p in plans),
-            order=_stacked_orders(plans),
+            order=_stacked_orders([(p, p.order) for p in plans], first.kv_len),
+            q_order=_stacked_queries(plans),
             check_values=False,
         )
 
@@ -230,7 +234,7 @@ class BlockPlan:
     def to_block_mask(self) -> Any:
         """PyTorch flex `BlockMask` with the plan's blocks as full blocks (no mask inside a block).
 
-        It knows no order of tokens: q, k, v have to be put into the plan's, and the output back (`plans.order`).
+        It knows no order of tokens: q has to be put into `query_order`, k and v into `order`, and the output back.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -302,16 +306,22 @@ class Candidates:
         )
 
 
-def _stacked_orders(plans: Sequence[BlockPlan]) -> torch.Tensor | None:
-    """The orders of the regimes of several plans: one row if they are the same, else a row each."""
-    rows = []
-    for plan in plans:
-        order = plan.order
-        if order is None:
-            order = torch.arange(plan.q_len, dtype=torch.int64, device=plan.kv_counts.device).unsqueeze(0)
-        rows.append(order.expand(len(plan.kv_counts), -1))
-    if all(plan.order is None for plan in plans):
+def _stacked_queries(plans: Sequence[BlockPlan]) -> torch.Tensor | None:
+    """The orders of the queries; None where those of the keys, or none, stand for them."""
+    if all(plan.q_order is None for plan in plans):
         return None
+    return _stacked_orders([(p, p.query_order) for p in plans], plans[0].q_len)
+
+
+def _stacked_orders(given: Sequence[tuple[BlockPlan, torch.Tensor | None]], length: int) -> torch.Tensor | None:
+    """The orders of the regimes of several plans: one row if they are the same, else a row each."""
+    if all(order is None for _, order in given):
+        return None
+    rows = []
+    for plan, order in given:
+        if order is None:
+            order = torch.arange(length, dtype=torch.int64, device=plan.kv_counts.device).unsqueeze(0)
+        rows.append(order.expand(len(plan.kv_counts), -1))
     whole = torch.cat(rows)
     return whole[:1] if all(torch.equal(row, whole[0]) for row in whole[1:]) else whole
 

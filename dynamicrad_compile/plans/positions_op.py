@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from .op import Table, dense_table, empty_table, full_table
+from .layout import Range
+from .op import QUERIES, TABLE, Table, dense_table, empty_table, full_table
 from .positions import (
     Decoded,
     columns_of,
@@ -58,12 +59,20 @@ class Book:
     spec    how plans are made
     text    tokens of the sequence before and after the video
     device  of the plans
+    queries (start, stop) of the tokens of the sequence that ask; None: all
     """
 
     def __init__(
-        self, spec: PlanSpec, tokens: int, text: tuple[int, int], device: torch.device, table_device: torch.device
+        self,
+        spec: PlanSpec,
+        tokens: int,
+        text: tuple[int, int],
+        device: torch.device,
+        table_device: torch.device,
+        queries: Range | None = None,
     ):
         self.spec, self.tokens, self.text, self.device, self.table_device = spec, tokens, text, device, table_device
+        self.queries = queries
         self.reads = 0
         self.pages = self._written(())
         self.missed: torch.Tensor | None = None
@@ -117,36 +126,65 @@ class Book:
             for k, one in enumerate(grids):
                 lines[..., k] = first_in_line(one.grid)
             tables = [self._table(one) for one in grids]
-            tables.append(dense_table(self.spec, self.tokens + sum(self.text)))
+            asked = None if self.queries is None else self.queries[1] - self.queries[0]
+            tables.append(dense_table(self.spec, self.tokens + sum(self.text), asked))
             plans = [torch.stack(same).to(self.device) for same in zip(*tables, strict=True)]
         return _Pages(grids, columns.to(self.table_device), lines.to(self.table_device), tuple(plans))
 
     def _table(self, shown: Decoded) -> Table:
         before, after = (sum(pair) for pair in zip(self.text, shown.tokens_around, strict=True))
-        return full_table(self.spec, shown.video, before, after)
+        return full_table(self.spec, shown.video, before, after, self.queries)
 
 
 @functools.lru_cache(maxsize=32)
 def _book(
-    spec: str, tokens: int, columns: int, text: tuple[int, int], device: torch.device, table_device: torch.device
+    spec: str,
+    tokens: int,
+    columns: int,
+    text: tuple[int, int],
+    device: torch.device,
+    table_device: torch.device,
+    queries: Range | None,
 ) -> Book:
-    return Book(PlanSpec.from_json(spec), tokens, text, device, table_device)
+    return Book(PlanSpec.from_json(spec), tokens, text, device, table_device, queries)
 
 
-@torch.library.custom_op("dynamicrad::plan_of_positions", mutates_args=())
+@torch.library.custom_op(
+    "dynamicrad::plan_of_positions",
+    mutates_args=(),
+    schema=f"(Tensor like, Tensor table, int dim, SymInt text_before, SymInt seq_len, str spec, {QUERIES}) -> {TABLE}",
+)
 def plan_of_positions_op(
-    like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    like: torch.Tensor,
+    table: torch.Tensor,
+    dim: int,
+    text_before: int,
+    seq_len: int,
+    spec: str,
+    q_start: int | None = None,
+    q_len: int | None = None,
+) -> Table:
     """The table of `spec` for the grid that a position table with its tokens along `dim` shows; see `op.Table`.
 
-    The sequence of seq_len tokens has text_before tokens in front of the video. Plans are on `like`'s device.
+    The sequence of seq_len keys has text_before tokens in front of the video. Plans are on `like`'s device.
+    q_start and q_len: the range of the keys that asks; None: all.
     """
     rows = columns_of(table, dim)
     tokens, columns = rows.shape
     text = (text_before, seq_len - text_before - tokens)
-    return _book(spec, tokens, columns, text, like.device, table.device).plan(rows)
+    queries = None if q_start is None or q_len is None else (q_start, q_start + q_len)
+    return _book(spec, tokens, columns, text, like.device, table.device, queries).plan(rows)
 
 
 @plan_of_positions_op.register_fake
-def _(like: torch.Tensor, table: torch.Tensor, dim: int, text_before: int, seq_len: int, spec: str) -> Table:
-    return empty_table(PlanSpec.from_json(spec), seq_len, like)
+def _(
+    like: torch.Tensor,
+    table: torch.Tensor,
+    dim: int,
+    text_before: int,
+    seq_len: int,
+    spec: str,
+    q_start: int | None = None,
+    q_len: int | None = None,
+) -> Table:
+    return empty_table(PlanSpec.from_json(spec), seq_len, like, None if q_start is None else q_len)

@@ -105,8 +105,7 @@ class Scorer:
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """float32 [R, n]: mass between the query blocks `rows` (without text) and all blocks."""
         layout, seg = self.layout, self.segments
-        first = rows * layout.block_size - layout.text_before
-        length = np.minimum(layout.block_size, layout.video_tokens - first)
+        first, length = layout.row_tokens(rows)
         total = np.zeros((len(rows), len(seg.block)))
         for odd in range(1, 2 * REPRESENTATIVES, 2):
             token = first + length * odd // (2 * REPRESENTATIVES)

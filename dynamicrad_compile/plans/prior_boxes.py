@@ -24,15 +24,14 @@ class BoxScorer:
     def __init__(self, layout: Layout, prior: Prior) -> None:
         _, height, width = layout.grid
         self.layout, self.prior, self.places = layout, prior, layout.block_places()
+        self.asking = self.places if layout.queries is None else layout.row_places()
         self.core = max(MIN_CORE, CORE * prior.decay_factor * math.sqrt(height * width))
         self.sink = self.places.first < prior.sink_frames
-        self.row_of = np.full(layout.num_blocks, -1, dtype=np.int64)
-        self.row_of[self.places.block] = np.arange(len(self.places.block))
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """float32 [R, n]: mass between the query blocks `rows` (without text) and all blocks."""
-        centre = self.places.centre
-        dt, dy, dx = (np.abs(centre[self.row_of[rows], d, None] - centre[None, :, d]) for d in range(3))
+        asking, centre = self.asking.centre[np.searchsorted(self.asking.block, rows)], self.places.centre
+        dt, dy, dx = (np.abs(asking[:, d, None] - centre[None, :, d]) for d in range(3))
         dt = np.where(self.sink, np.minimum(dt, 1.0), dt)
         stretch = np.where(dt < 0.5, 1.0, np.where(dt < 1.5, self.prior.adjacent_width, self.prior.far_width))
         square = self.core**2 + (dy * dy + dx * dx) / (stretch * stretch)

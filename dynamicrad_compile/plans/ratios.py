@@ -35,8 +35,10 @@ def budget_of(candidates: Candidates, sparsity: float) -> float:
     return budget
 
 
-def uneven(candidates: Candidates, sparsity: float) -> Candidates:
+def uneven(candidates: Candidates, sparsity: float, own: torch.Tensor) -> Candidates:
     """The same candidates (P = 1, H' = 1), one less in some rows, so that a share of them can meet `sparsity` closely.
+
+    own: int64 [Mq], each row's own block; the farthest from it are left out.
 
     Left as they are where rows differ anyway, where near and far blocks are told apart, and where nothing is to be had.
     """
@@ -54,7 +56,7 @@ def uneven(candidates: Candidates, sparsity: float) -> Candidates:
     turn = torch.arange(len(rows) + 1, device="cpu") * more // len(rows)
     fewer = rows[turn.diff() == 0]
     ids = plan.kv_indices[0, 0, fewer]
-    away = (ids - fewer[:, None]).abs()
+    away = (ids - own[fewer, None]).abs()
     away[:, :held] = -1
     away[:, size:] = -1
     places = torch.arange(ids.shape[1], device="cpu").expand_as(ids)

@@ -45,8 +45,10 @@ def select_blocks(
             )
     if not isinstance(thresholds, Tensor):
         thresholds = torch.tensor([thresholds], dtype=torch.float32, device=q.device)
+    if plan.query_order is not None:
+        q = reordered(q, plan.query_order)
     if plan.order is not None:
-        q, k = (reordered(x, plan.order) for x in (q, k))
+        k = reordered(k, plan.order)
         kv_mask = None if kv_mask is None else reordered_keys(kv_mask, plan.order)
     tables = (plan.kv_counts, plan.kv_indices, candidates.kv_forced, candidates.kv_near)
     counts, indices = torch.ops.dynamicrad.select_blocks(

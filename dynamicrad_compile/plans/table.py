@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..errors import PlanError
 from ..profiles.parameters import Table
-from .layout import Layout
+from .layout import Layout, Range
 from .order import Box, inverse
 from .patterns import PATTERNS
-from .plan import BlockPlan, Candidates
+from .plan import ORDERS, BlockPlan, Candidates
 from .ratios import ratios_for, uneven
 
 KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
@@ -83,9 +84,14 @@ class PlanSpec:
         boxes = {regime.box for regime in self.regimes}
         return 0 if boxes == {None} else 1 if len(boxes) == 1 else len(self.regimes)
 
-    def build(self, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
-        """The table for a grid (frames, height, width) with text around it; built once, then remembered."""
-        return _build(self, grid, text_before, text_after)
+    def build(
+        self, grid: tuple[int, int, int], text_before: int, text_after: int, queries: Range | None = None
+    ) -> PlanTable:
+        """The table for a grid (frames, height, width) with text around it; built once, then remembered.
+
+        queries: (start, stop) of the tokens that ask, None: all (`layout.Layout`).
+        """
+        return _build(self, grid, text_before, text_after, queries)
 
     def to_json(self) -> str:
         """The specification as text, for a graph's constant argument."""
@@ -144,7 +150,7 @@ class PlanTable:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a graph reads, by name: counts and indices; forced, near and thresholds where something is to be
-        selected; the order of tokens and its inverse where they have one.
+        selected; the orders of keys and of queries and their inverses where they have one.
         """
         plan = self.plan
         found = {"counts": plan.kv_counts, "indices": plan.kv_indices}
@@ -153,21 +159,27 @@ class PlanTable:
             found |= {"forced": forced, "near": near, "thresholds": self.thresholds}
         if plan.order is not None:
             found |= {"order": plan.order, "inverse": inverse(plan.order)}
+        q_order = plan.query_order
+        if q_order is not None:
+            back = found["inverse"] if q_order is plan.order else inverse(q_order)
+            found |= {"q_order": q_order, "q_inverse": back}
         return found
 
 
 @functools.lru_cache(maxsize=64)
-def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int) -> PlanTable:
+def _build(
+    spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_after: int, queries: Range | None
+) -> PlanTable:
     rows: list[Candidates] = []
     thresholds: list[list[float]] = []
     pattern = PATTERNS[spec.pattern]
     for regime in spec.regimes:
-        layout = Layout(grid, spec.block_size, text_before, text_after, regime.box)
+        layout = Layout(grid, spec.block_size, text_before, text_after, regime.box, queries)
         near, far = regime.near, regime.far
         if regime.criterion:
             found = pattern.candidates(layout, regime.parameters)
             if regime.sparsity is not None:
-                found = uneven(found, regime.sparsity)
+                found = uneven(found, regime.sparsity, torch.from_numpy(layout.own_blocks()))
                 near, far = ratios_for(found, regime.sparsity, regime.balance)
         else:
             found = Candidates.forced(pattern.plan(layout, regime.parameters))
@@ -180,6 +192,10 @@ def _build(spec: PlanSpec, grid: tuple[int, int, int], text_before: int, text_af
         thresholds.append(row)
     whole = Candidates.stack(rows)
     if whole.plan.order is not None:  # of boxes that differ but give this grid one order, a row each all the same
-        order = whole.plan.order.expand(spec.orders, -1).contiguous()
-        whole = replace(whole, plan=replace(whole.plan, order=order, check_values=False), check_values=False)
+        orders: dict[str, Any] = {
+            name: x.expand(spec.orders, -1).contiguous()
+            for name in ORDERS
+            if (x := getattr(whole.plan, name)) is not None
+        }
+        whole = replace(whole, plan=replace(whole.plan, **orders, check_values=False), check_values=False)
     return PlanTable(whole, torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria)

@@ -61,14 +61,16 @@ def _check_rows(counts: Tensor, indices: Tensor, blocks: int, where: str) -> Non
             )
 
 
-def check_order(order: Tensor) -> None:
+def check_order(name: str, order: Tensor | None) -> None:
     """Raise PlanError, with regime and token, unless each row of an order int64 [P, S] lists every token once."""
+    if order is None:
+        return
     rows = order.detach().cpu()
     for p, row in enumerate(rows):
         counts = row.clamp(0, len(row) - 1).bincount(minlength=len(row))
         for (token,) in (counts != 1).nonzero()[:1].tolist():
             raise PlanError(
-                f"order of regime {p} lists token {token} {counts[token]} times; expected a permutation of "
+                f"{name} of regime {p} lists token {token} {counts[token]} times; expected a permutation of "
                 f"0..{len(row) - 1}, each token once."
             )
 

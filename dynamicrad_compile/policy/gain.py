@@ -81,7 +81,7 @@ def mode_for(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regim
         return static, "mode 'auto' is 'static_ratio': nothing is known of this device"
     extra = cost.SELECTION
     if plan.covariance and any(plan.compensate):
-        extra += cost.covariances(site.shape[-1], plan.kv_len, plan.block_q, plan.block_kv)
+        extra += cost.covariances(site.shape[-1], plan.kv_len, plan.block_q, plan.block_kv, plan.q_len)
     ratio = 1.0 / (1.0 / gain.ratio + extra)
     mode = dynamic if ratio >= crossover.MIN_GAIN else static
     return mode, f"mode 'auto' is {mode.mode!r}: choosing by content is expected to run at {ratio:.2f}x of dense"

@@ -31,10 +31,10 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
     spec = _specification(PATTERNS[settings.pattern], settings, wishes.options, regimes.names)
-    problem = too_long(site.tokens, spec.block_size)
+    problem = too_long(site.keys, spec.block_size)
     if problem:
         return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
-    return PlannedSite(site, spec.build(site.grid, *site.text), spec)
+    return PlannedSite(site, spec.build(site.grid, *site.text, site.queries), spec)
 
 
 def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
@@ -42,8 +42,13 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     frames = site.grid[0]
     if site.axes and frames < MIN_FRAMES:
         return Dense(few_frames(frames), this_grid=True)
+    if site.queries is not None and not own.takes_queries:
+        start, stop = site.queries
+        text = f"only tokens {start}..{stop} of {site.keys} ask, of which the function of option plan is not told"
+        advice = "give the function a parameter: (grid, text_before, text_after, queries=None)"
+        return Dense(Reason("plan_misfit", text, advice), this_grid=True)
     try:
-        table = own.table(site.grid, site.text, site.shape[1], site.device)
+        table = own.table(site.grid, site.text, site.shape[1], site.device, site.queries)
     except PlanError as error:
         if own.follows_grid:
             raise

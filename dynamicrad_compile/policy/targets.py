@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..passes import PlannedSite
-from ..plans.plan import BlockPlan
+from ..plans.plan import ORDERS, BlockPlan
 
 LACKING = 0.005
 """A target is reached where no more of it is lacking."""
@@ -15,9 +15,9 @@ def regime_plan(plan: BlockPlan, number: int) -> BlockPlan:
     """The plan of one regime alone."""
     own = slice(number, number + 1)
     weights = plan.compensate if len(plan.compensate) == 1 else plan.compensate[own]
-    order = plan.order if plan.order is None or len(plan.order) == 1 else plan.order[own]
+    orders = {name: x if x is None or len(x) == 1 else x[own] for name in ORDERS for x in [getattr(plan, name)]}
     counts, indices = plan.kv_counts[own], plan.kv_indices[own]
-    return replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights, order=order, check_values=False)
+    return replace(plan, kv_counts=counts, kv_indices=indices, compensate=weights, **orders, check_values=False)
 
 
 def unreached(planned: PlannedSite) -> str:

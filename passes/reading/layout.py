@@ -26,7 +26,7 @@ def layout_of_rank(rank: int) -> str:
 
 def plain_shape(call: AttentionCall, which: int) -> tuple[int, int, int, int] | None:
     """Shape [B, H, S, D] of query (0), key (1) or value (2), as hints; None where it is not recorded."""
-    node, layout = (call.query, call.key, call.value)[which], call.layouts[which]
+    node, layout = operands_of(call)[which], call.layouts[which]
     shape = shape_hint(node)
     if shape is None or len(shape) != len(layout):
         return None
@@ -39,9 +39,14 @@ def plain_shape(call: AttentionCall, which: int) -> tuple[int, int, int, int] | 
     return sizes["b"], sizes["h"], sizes["s"], sizes["d"]
 
 
-def token_dim(call: AttentionCall) -> int:
-    """The dimension of the query that holds its tokens."""
-    return call.layouts[0].index("t" if "t" in call.layouts[0] else "s")
+def operands_of(call: AttentionCall) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Query, key and value."""
+    return call.query, call.key, call.value
+
+
+def token_dim(call: AttentionCall, which: int = 0) -> int:
+    """The dimension of query (0), key (1) or value (2) that holds its tokens."""
+    return call.layouts[which].index("t" if "t" in call.layouts[which] else "s")
 
 
 def plain_labels(call: AttentionCall, which: int, labels: list[Label]) -> list[Label]:

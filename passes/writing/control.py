@@ -36,7 +36,8 @@ from .buffers import buffer_node, state_node
 class PlanNodes:
     """Nodes of a plan table's tensors (see PlanTable.tensors), and of the weights of compensation.
 
-    The order of tokens and its inverse are int64 [1 or B, S], None where plans are for tokens as they come.
+    The orders of keys and of queries and their inverses are int64 [1 or B, S], None where plans are for tokens as they
+    come.
     """
 
     counts: fx.Node
@@ -46,11 +47,15 @@ class PlanNodes:
     thresholds: fx.Node | None = None
     order: fx.Node | None = None
     inverse: fx.Node | None = None
+    q_order: fx.Node | None = None
+    q_inverse: fx.Node | None = None
     compensate: fx.Node | None = None
 
     def each(self, change: Callable[[fx.Node], fx.Node]) -> PlanNodes:
         """The same with `change` applied to every node."""
-        return PlanNodes(*(None if node is None else change(node) for node in vars(self).values()))
+        given = {node: None for node in vars(self).values() if node is not None}
+        changed = {node: change(node) for node in given}
+        return PlanNodes(*(None if node is None else changed[node] for node in vars(self).values()))
 
 
 def gated(counts: torch.Tensor, dense: torch.Tensor, indices: torch.Tensor, num_kv: int | None) -> torch.Tensor:
@@ -59,10 +64,10 @@ def gated(counts: torch.Tensor, dense: torch.Tensor, indices: torch.Tensor, num_
     return torch.where(dense, torch.full_like(counts, full), counts)
 
 
-def several_orders(planned: PlannedSite) -> bool:
-    """Whether regimes have orders of tokens of their own."""
-    order = planned.table.plan.order
-    return order is not None and len(order) > 1
+def one_order(planned: PlannedSite) -> bool:
+    """Whether all regimes have the same order of tokens, or none."""
+    orders = (planned.table.plan.order, planned.table.plan.query_order)
+    return all(order is None or len(order) == 1 for order in orders)
 
 
 def safest(chosen: torch.Tensor) -> torch.Tensor:
@@ -95,7 +100,8 @@ class Controls:
             nodes = replace(nodes, compensate=buffer_node(self.gm, "compensate", weights.to(self.device)))
         if len(planned.table.plan.kv_counts) > 1:
             regime = self._regime_for(planned.video.shape[0])
-            shared = {} if several_orders(planned) else {"order": nodes.order, "inverse": nodes.inverse}
+            names = ("order", "inverse", "q_order", "q_inverse") if one_order(planned) else ()
+            shared = {name: getattr(nodes, name) for name in names}
             of_regimes = replace(nodes, **dict.fromkeys(shared))
             nodes = replace(of_regimes.each(lambda node: call(torch.index_select, (node, 0, regime))), **shared)
         if self.control.gates:

@@ -30,8 +30,10 @@ def plain_operands(graph: fx.Graph, call: AttentionCall) -> list[fx.Node]:
     return nodes
 
 
-def into_order(graph: fx.Graph, x: fx.Node, order: fx.Node, inverse: fx.Node, training: bool) -> fx.Node:
-    """Node of x [B, H, S, D] with its tokens in another order, int64 [1 or B, S]; inverse: the way back."""
+def into_order(graph: fx.Graph, x: fx.Node, order: fx.Node | None, inverse: fx.Node | None, training: bool) -> fx.Node:
+    """Node of x [B, H, S, D] with its tokens in another order, int64 [1 or B, S] or None; inverse: the way back."""
+    if order is None:
+        return x
     if training:
         return graph.call_function(reorder, (x, order, inverse))
     return graph.call_function(reordered, (x, order))

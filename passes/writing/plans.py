@@ -18,7 +18,7 @@ from dynamicrad_compile.runtime.pool import Slot
 
 from ..axes.positions import PositionTable, table_of
 from ..graph import value_of
-from ..reading.layout import token_dim
+from ..reading.layout import operands_of, token_dim
 from ..site import PassContext, PlannedSite, VideoSite
 from .buffers import buffer_node, state_node
 from .control import Controls, PlanNodes
@@ -56,7 +56,7 @@ class PlanWriter:
         """The plan of a site, in front of it unless a site before it has the same."""
         video, table = planned.video, planned.table
         where = self.homes.get(video.node)
-        made = (planned.spec, video.axes, video.text, _length(video)) if where else id(table)
+        made = (planned.spec, video.axes, video.text, video.queries, *_lengths(video)) if where else id(table)
         key = (made, video.shape[0])
         if key not in self.written:
             num_kv = None if where else table.plan.num_kv_blocks
@@ -91,11 +91,13 @@ class PlanWriter:
     def _constant(self, tensors: Mapping[str, torch.Tensor]) -> PlanNodes:
         """A table as buffers of the graph module."""
         device = self.controls.device
-        return PlanNodes(**{name: buffer_node(self.gm, f"plan_{name}", t.to(device)) for name, t in tensors.items()})
+        moved = {id(t): t.to(device) for t in tensors.values()}  # queries may have the order of the keys
+        return PlanNodes(**{name: buffer_node(self.gm, f"plan_{name}", moved[id(t)]) for name, t in tensors.items()})
 
     def _runtime(self, planned: PlannedSite, where: RuntimeSizes) -> PlanNodes:
         """A table made from the sizes that the graph has when it runs."""
-        call, query = self.gm.graph.call_function, planned.video.call.query
+        call, video, attention = self.gm.graph.call_function, planned.video, planned.video.call
+        query = attention.query
 
         def size(home: Home) -> Any:
             return home if isinstance(home, int) else call(torch.ops.aten.sym_size.int, home)
@@ -105,9 +107,13 @@ class PlanWriter:
 
         table = where.grid if isinstance(where.grid, PositionTable) else None
         grid: Sequence[Home] = where.grid if isinstance(where.grid, tuple) else ((where.grid.node, where.grid.dim),)
-        length = size((query, token_dim(planned.video.call)))
-        if "t" in planned.video.call.layouts[0]:
-            length = call(operator.floordiv, (length, planned.video.call.sequences or 1))
+
+        def length_of(which: int) -> Any:
+            found = size((operands_of(attention)[which], token_dim(attention, which)))
+            packed = "t" in attention.layouts[which]
+            return call(operator.floordiv, (found, attention.sequences or 1)) if packed else found
+
+        length = length_of(0 if video.queries is None else 1)
         before: Any = 0
         if where.before is None:
             before = call(operator.sub, (length, product(grid)))
@@ -115,15 +121,26 @@ class PlanWriter:
             before = call(operator.add, (before, product(piece)))
         assert planned.spec is not None
         rest = (before, length, planned.spec.to_json())
+        asked: tuple[Any, ...] = ()
+        if video.queries is not None:
+            number = length_of(0)
+            at_end = video.queries[1] == video.keys
+            asked = (call(operator.sub, (length, number)) if at_end else before, number)
         if table is not None:
-            made = call(torch.ops.dynamicrad.plan_of_positions.default, (query, table.node, table.dim, *rest))
+            made = call(torch.ops.dynamicrad.plan_of_positions.default, (query, table.node, table.dim, *rest, *asked))
         else:
-            made = call(torch.ops.dynamicrad.make_plan.default, (query, *map(size, grid), *rest))
-        return PlanNodes(
-            **{name: call(operator.getitem, (made, NAMES.index(name))) for name in planned.table.tensors()}
-        )
+            made = call(torch.ops.dynamicrad.make_plan.default, (query, *map(size, grid), *rest, *asked))
+        names = planned.table.tensors()
+        nodes = {name: call(operator.getitem, (made, NAMES.index(name))) for name in names if not name.startswith("q_")}
+        if "order" in nodes and not asked:
+            return PlanNodes(**nodes, q_order=nodes["order"], q_inverse=nodes["inverse"])
+        if "order" in nodes:  # the op has one for queries of any range
+            own = {name: call(operator.getitem, (made, NAMES.index(name))) for name in ("q_order", "q_inverse")}
+            return PlanNodes(**nodes, **own)
+        return PlanNodes(**nodes)
 
 
-def _length(video: VideoSite) -> str:
-    """The symbolic length of the query's sequence, as text."""
-    return str(value_of(video.call.query).shape[token_dim(video.call)])
+def _lengths(video: VideoSite) -> tuple[str, str]:
+    """The symbolic lengths of the queries and keys, as text."""
+    query, key, _ = (value_of(node).shape for node in operands_of(video.call))
+    return str(query[token_dim(video.call)]), str(key[token_dim(video.call, 1)])

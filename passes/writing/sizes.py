@@ -13,7 +13,7 @@ from ..axes.concatenation import parts_of
 from ..axes.labels import Axis, resolve
 from ..axes.positions import PositionTable, table_of
 from ..graph import depends_on_data, specialise, value_of
-from ..reading.layout import token_dim
+from ..reading.layout import operands_of, token_dim
 from ..site import CROSS, AttentionCall, Dense, PassContext, VideoSite
 
 Home = tuple[fx.Node, int] | int
@@ -70,13 +70,13 @@ def vary(where: RuntimeSizes, call: AttentionCall) -> bool:
     """Whether a plan may change from call to call: a size of the grid, or the length of the sequence, is symbolic."""
     homes: Iterable[Home] = where.grid if isinstance(where.grid, tuple) else [(where.grid.node, where.grid.dim)]
     sizes = [value_of(home[0]).shape[home[1]] for home in homes if not isinstance(home, int)]
-    return any(isinstance(size, torch.SymInt) for size in (*sizes, tokens_of(call)))
+    return any(isinstance(size, torch.SymInt) for size in (*sizes, tokens_of(call), tokens_of(call, 1)))
 
 
-def tokens_of(call: AttentionCall) -> Any:
-    """The length of a call's sequence, as the graph has it."""
-    length = value_of(call.query).shape[token_dim(call)]
-    return length // call.sequences if "t" in call.layouts[0] and call.sequences else length
+def tokens_of(call: AttentionCall, which: int = 0) -> Any:
+    """The length of a call's queries (0) or keys (1), as the graph has it."""
+    length = value_of(operands_of(call)[which]).shape[token_dim(call, which)]
+    return length // call.sequences if "t" in call.layouts[which] and call.sequences else length
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,14 @@ def runtime_sizes(video: VideoSite, context: PassContext, fixed_inputs: bool) ->
         return None
     # What a table shows are frames and references together.
     references = table.shown.tokens_around if grid is table and table is not None else (0, 0)
+    asked = video.queries
+    if asked is not None and asked[1] != video.keys and asked[0] != video.text.before - references[0]:
+        return None  # where they begin is in no shape
     if video.text.before == references[0]:
         return RuntimeSizes(grid)
     if video.text.after == references[1]:
         return RuntimeSizes(grid, None)
-    parts = parts_of(video.trace.query[-2])
+    parts = parts_of((video.trace.query if asked is None else video.trace.key)[-2])
     at = next((i for i, part in enumerate(parts) if resolve(part.label) == resolve(video.axes)), 0)
     pieces: list[tuple[Home, ...]] = []
     for part in parts[: at - bool(references[0])]:

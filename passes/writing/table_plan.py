@@ -38,7 +38,7 @@ def guarded_plan(
     """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
     call = gm.graph.call_function
     spec, text, grids = planned.spec, planned.video.text, grids_of(planned)
-    plans = [planned.table] if spec is None else [spec.build(grid, *text) for grid in grids]
+    plans = [planned.table] if spec is None else [spec.build(grid, *text, planned.video.queries) for grid in grids]
     width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
     found: PlanNodes | None = None
     for grid, plan in reversed(list(zip(grids, plans, strict=True))):

@@ -130,7 +130,9 @@ def test_regimes_with_the_same_order_share_it():
         (dict(order=torch.zeros(1, 64, dtype=torch.int32)), "expected order int64"),
         (dict(order=torch.zeros(1, 60, dtype=torch.int64)), "expected order int64"),
         (dict(order=torch.zeros(1, 64, dtype=torch.int64)), "lists token 0 64 times"),
-        (dict(order=torch.arange(64)[None], kv_len=60), "queries and keys alike"),
+        (dict(order=torch.arange(64)[None], kv_len=60), r"expected order int64 \[1 or 1, 60\]"),
+        (dict(q_order=torch.arange(60)[None], kv_len=60), r"expected q_order int64 \[1 or 1, 64\]"),
+        (dict(q_order=torch.zeros(1, 64, dtype=torch.int64), kv_len=60), "q_order of regime 0 lists token 0 64 times"),
     ],
 )
 def test_wrong_orders(change, message):

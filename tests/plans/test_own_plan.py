@@ -73,7 +73,7 @@ def test_compensation():
     [
         (band().float(), r"expected a BlockPlan, a bool block mask .* got torch.float32 \[15, 15\]"),
         (band().int().numpy(), r"got torch.int32 \[15, 15\]"),
-        (band()[:14], r"got torch.bool \[14, 15\]"),
+        (band()[:, :14], r"got torch.bool \[15, 14\]"),
         (band()[None, None], r"got torch.bool \[1, 1, 15, 15\]"),
         (band().tolist(), "got list"),
         ("radial", "got str"),
@@ -81,7 +81,17 @@ def test_compensation():
         (torch.stack([band(), band().tril(-1)]), r"query block 0 of head 1 reads no block"),
         (drad.BlockPlan.stack([plan(), plan()]), r"one regime \(P = 1\), got 2"),
     ],
-    ids=["float", "int", "not square", "rank", "list", "name", "empty row", "empty row of a head", "regimes"],
+    ids=[
+        "float",
+        "int",
+        "more rows than columns",
+        "rank",
+        "list",
+        "name",
+        "empty row",
+        "empty row of a head",
+        "regimes",
+    ],
 )
 def test_what_can_be_no_plan_is_refused_at_once(value, message):
     with pytest.raises(PlanError, match=message):
@@ -92,10 +102,31 @@ def test_what_can_be_no_plan_is_refused_at_once(value, message):
         table(lambda *_: value)
 
 
-def test_queries_and_keys_are_the_same_tokens():
+def test_queries_are_among_the_keys():
     wrong = drad.BlockPlan.from_mask(band()[:, :10], block_q=16, block_kv=16, q_len=240, kv_len=160)
-    with pytest.raises(PlanError, match="has 240 and 160"):
+    with pytest.raises(PlanError, match="has 240 queries and 160 keys"):
         checked(wrong)
+
+
+def test_plans_of_queries_that_are_some_of_the_keys():
+    asked = (80, 240)
+    mask = band()[5:]
+    rows = drad.BlockPlan.from_mask(mask, block_q=16, block_kv=16, q_len=160, kv_len=240)
+    for value in (mask, rows, lambda grid, before, after, queries=None: rows, lambda *_, **given: mask):
+        own = OwnPlan(checked(value))
+        assert own.takes_queries
+        found = own.table(*SITE, asked).plan
+        assert (found.q_len, found.kv_len) == (160, 240)
+        assert torch.equal(found.block_mask()[0, 0], mask)
+    assert not OwnPlan(checked(lambda grid, before, after: rows)).takes_queries
+    with pytest.raises(PlanError, match="mask of 10 x 15 blocks does not fit 240 tokens"):
+        OwnPlan(mask).table(*SITE)
+    with pytest.raises(PlanError, match="for 160 queries, of the sequence 240 tokens ask"):
+        OwnPlan(rows).table(*SITE)
+    with pytest.raises(
+        PlanError, match="mask of 15 x 15 blocks does not fit 160 queries of 240 keys, which are 10 x 15"
+    ):
+        OwnPlan(band()).table(*SITE, asked)
 
 
 def test_lengths_that_do_not_fit_are_named():
@@ -110,9 +141,9 @@ def test_lengths_that_do_not_fit_are_named():
 
 
 def test_block_size_of_a_mask():
-    assert [block_size_of(blocks, 240) for blocks in (15, 8, 4, 2)] == [16, 32, 64, 128]
+    assert [block_size_of((blocks, blocks), (240, 240)) for blocks in (15, 8, 4, 2)] == [16, 32, 64, 128]
     with pytest.raises(PlanError, match=r"may have blocks of \[64, 128, 256\] tokens: give block_size"):
-        block_size_of(1, 60)
+        block_size_of((1, 1), (60, 60))
     assert table(torch.ones(1, 1, dtype=torch.bool), (1, 6, 10), (0, 0), 2, CPU, block_size=64).plan.block_q == 64
 
 

@@ -1,6 +1,7 @@
 """The radial planner equals the published masks where those are sound and is sound everywhere else."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -59,21 +60,28 @@ def keeps_tile(tile):
 
 def slow_mask(layout, decay, sink):
     """Radial mask by token masks and loops: each frame pair and each run in one block shrunk alone."""
-    n, tokens, block = layout.num_blocks, layout.tokens_per_frame, layout.block_size
+    tokens, block = layout.tokens_per_frame, layout.block_size
+    start, stop = layout.queries or (0, layout.seq_len)
     position = layout.text_before + np.arange(layout.video_tokens).reshape(layout.frames, tokens)
-    mask = np.eye(n, dtype=bool)
+    mask = np.zeros((-(-(stop - start) // block), -(-layout.seq_len // block)), dtype=bool)
+    asked = (position >= start) & (position < stop)
     for i in range(layout.frames):
+        rows = np.where(asked[i], (position[i] - start) // block, -1)
         for j in range(layout.frames):
             allowed = frame_pair_tokens(i, j, tokens, block, decay, sink)
-            for row in np.unique(position[i] // block):
+            for row in set(rows) - {-1}:
                 for column in np.unique(position[j] // block):
-                    tile = allowed[position[i] // block == row][:, position[j] // block == column]
+                    tile = allowed[rows == row][:, position[j] // block == column]
                     mask[row, column] |= keeps_tile(tile)
-    video_end = layout.text_before + layout.video_tokens
-    for b in range(n):
-        first, last = b * block, min((b + 1) * block, layout.seq_len)
-        if first < layout.text_before or last > video_end:
-            mask[b] = mask[:, b] = True
+    video = range(layout.text_before, layout.text_before + layout.video_tokens)
+    for row, first in enumerate(range(start, stop, block)):
+        inside = range(first, min(first + block, stop))
+        held = Counter(token // block for token in inside)
+        mask[row, max(sorted(held), key=held.get)] = True
+        mask[row] |= any(token not in video for token in inside)
+    for column in range(mask.shape[1]):
+        inside = range(column * block, min((column + 1) * block, layout.seq_len))
+        mask[:, column] |= any(token not in video for token in inside)
     return mask
 
 
@@ -117,12 +125,14 @@ def test_random_ragged_grids_equal_token_level_segments():
         grid = tuple(int(x) for x in rng.integers(1, (9, 17, 19)))
         text = tuple(int(x) for x in rng.choice([0, 0, 5, block, 77], size=2))
         decay, sink = float(rng.choice([0.2, 0.5, 1.0, 2.5])), int(rng.integers(0, 3))
-        layout = Layout(grid, block, *text)
-        np.testing.assert_array_equal(
-            radial_mask(layout, Radial(decay_factor=decay, sink_frames=sink)),
-            slow_mask(layout, decay, sink),
-            err_msg=f"{layout} decay {decay} sink {sink}",
-        )
+        whole = Layout(grid, block, *text)
+        start, stop = sorted(int(x) for x in rng.choice(whole.seq_len + 1, size=2, replace=False))
+        for layout in (whole, Layout(grid, block, *text, queries=(start, stop))):
+            np.testing.assert_array_equal(
+                radial_mask(layout, Radial(decay_factor=decay, sink_frames=sink)),
+                slow_mask(layout, decay, sink),
+                err_msg=f"{layout} decay {decay} sink {sink}",
+            )
 
 
 def test_text_behind_whole_blocks_follows_published_rule():

@@ -102,6 +102,7 @@ def test_a_share_of_blocks_in_boxes_meets_the_budget_to_a_few_blocks(block_size,
 
 def test_candidates_that_differ_anyway_are_left_as_they_are():
     plan = make_candidates((16, 8, 8), 16, sparsity=0.5)
-    assert uneven(plan, 0.8) is plan  # near and far are told apart
+    own = torch.arange(plan.plan.num_q_blocks)
+    assert uneven(plan, 0.8, own) is plan  # near and far are told apart
     boxes = make_candidates((16, 8, 8), 16, sparsity=0.03, box=(4, 2, 2))
-    assert uneven(boxes, 0.995) is boxes  # not a block to spare
+    assert uneven(boxes, 0.995, own) is boxes  # not a block to spare

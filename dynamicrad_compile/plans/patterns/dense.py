@@ -12,7 +12,7 @@ from .pattern import Pattern, plan_of_mask
 
 def dense_plan(layout: Layout, parameters: Dense) -> BlockPlan:
     """The plan that keeps all blocks."""
-    return plan_of_mask(np.ones((layout.num_blocks, layout.num_blocks), dtype=bool), layout)
+    return plan_of_mask(np.ones((layout.num_rows, layout.num_blocks), dtype=bool), layout)
 
 
 DENSE = Pattern("dense", Dense, dense_plan)

@@ -68,22 +68,23 @@ class Pattern(Generic[Parameters]):
 
 
 def plan_of_mask(mask: np.ndarray, layout: Layout, compensate: float = 0.0, covariance: bool = False) -> BlockPlan:
-    """Plan of a block mask, bool [n, n] or [H', n, n] with n = layout.num_blocks."""
+    """Plan of a block mask, bool [m, n] or [H', m, n] with m = layout.num_rows and n = layout.num_blocks."""
     plan = BlockPlan.from_mask(
         torch.from_numpy(mask),
         block_q=layout.block_size,
         block_kv=layout.block_size,
-        q_len=layout.seq_len,
+        q_len=layout.q_len,
         kv_len=layout.seq_len,
         compensate=compensate,
     )
-    return replace(plan, order=order_of(layout), covariance=covariance, check_values=False)
+    return replace(plan, **orders_of(layout), covariance=covariance, check_values=False)
 
 
-def order_of(layout: Layout) -> torch.Tensor | None:
-    """int64 [1, seq_len], the token of each place (`BlockPlan.order`); None in raster order."""
-    order = layout.order()
-    return None if order is None else torch.from_numpy(order)[None]
+def orders_of(layout: Layout) -> dict[str, Any]:
+    """`order` and `q_order` of a `BlockPlan`, int64 [1, S]; None in raster order, and for queries that are all keys."""
+    order, asked = layout.order(), None if layout.queries is None else layout.query_order()
+    names = {"order": order, "q_order": asked}
+    return {name: None if x is None else torch.from_numpy(x)[None] for name, x in names.items()}
 
 
 def _problem(parameters: type[Table], problem: Any) -> str:

@@ -44,49 +44,48 @@ def frame_distance_tables(layout: Layout, parameters: Radial) -> tuple[np.ndarra
 
 
 def radial_mask(layout: Layout, parameters: Radial | None = None) -> np.ndarray:
-    """Block mask of Radial Attention, bool [n, n] with n = layout.num_blocks.
+    """Block mask of Radial Attention, bool [m, n] with m = layout.num_rows and n = layout.num_blocks.
 
     Time O(S^2) for S segments in numpy; memory one byte per block pair plus a constant.
     """
     parameters = parameters or Radial()
-    n = layout.num_blocks
     window, kept_distance = frame_distance_tables(layout, parameters)
-    seg = layout.segments()
-    mask = np.zeros((n, n), dtype=bool)
+    asking, seg = layout.row_segments(), layout.segments()
+    mask = np.zeros((layout.num_rows, layout.num_blocks), dtype=bool)
     blocks, first_segment = np.unique(seg.block, return_index=True)
-    last_segment = np.append(first_segment[1:], len(seg.block))
+    rows, first_row = np.unique(asking.block, return_index=True)
+    last_row = np.append(first_row[1:], len(asking.block))
     rows_per_chunk = max(1, CHUNK_ELEMENTS // len(seg.block))
     low = 0
-    while low < len(blocks):
+    while low < len(rows):
         # As many whole blocks as fit the chunk, at least one.
-        budget = first_segment[low] + rows_per_chunk
-        high = max(low + 1, int(np.searchsorted(last_segment, budget, side="right")))
-        rows = slice(first_segment[low], last_segment[high - 1])
-        kept = _kept_segment_pairs(seg, rows, window, kept_distance, layout.tokens_per_frame, parameters.sink_frames)
-        kept = np.logical_or.reduceat(kept, first_segment[low:high] - first_segment[low], axis=0)
-        mask[blocks[0] + low : blocks[0] + high, blocks[0] : blocks[-1] + 1] = np.logical_or.reduceat(
+        budget = first_row[low] + rows_per_chunk
+        high = max(low + 1, int(np.searchsorted(last_row, budget, side="right")))
+        some = Segments(*(x[first_row[low] : last_row[high - 1]] for x in vars(asking).values()))
+        kept = _kept_segment_pairs(some, seg, window, kept_distance, layout.tokens_per_frame, parameters.sink_frames)
+        kept = np.logical_or.reduceat(kept, first_row[low:high] - first_row[low], axis=0)
+        mask[rows[0] + low : rows[0] + high, blocks[0] : blocks[-1] + 1] = np.logical_or.reduceat(
             kept, first_segment, axis=1
         )
         low = high
-    np.fill_diagonal(mask, True)
-    text = layout.text_blocks()
-    mask[text] = True
-    mask[:, text] = True
+    mask[np.arange(len(mask)), layout.own_blocks()] = True
+    mask[layout.text_rows()] = True
+    mask[:, layout.text_blocks()] = True
     return mask
 
 
 def _kept_segment_pairs(
-    seg: Segments, rows: slice, window: np.ndarray, kept_distance: np.ndarray, tokens: int, sink_frames: int
+    asking: Segments, seg: Segments, window: np.ndarray, kept_distance: np.ndarray, tokens: int, sink_frames: int
 ) -> np.ndarray:
-    """bool [R, S]: the shrinking rule for the segments in `rows` against all segments.
+    """bool [R, S]: the shrinking rule for R segments of queries against all segments of keys.
 
     Key column b is read by min(L, 2w + 1, b + w - a0 + 1, a1 - b + w) of the L rows [a0, a1). So the columns
     read by at least m rows are an interval, [a0 + m - 1 - w, a1 - m + w]: counting them needs no token mask.
     (2w + 1 >= L holds always, since w is at least the block size or the frame.)
     """
-    a0, a1 = seg.start[rows, None], seg.stop[rows, None]
+    a0, a1 = asking.start[:, None], asking.stop[:, None]
     b0, b_last = seg.start[None, :], seg.stop[None, :] - 1
-    distance = np.abs(seg.frame[rows, None] - seg.frame[None, :])
+    distance = np.abs(asking.frame[:, None] - seg.frame[None, :])
     w = window[distance]
     kept = kept_distance[distance]
     sink = seg.frame < sink_frames
