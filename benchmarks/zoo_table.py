@@ -234,7 +234,7 @@ def _other_resolutions(row: Row, make: Make, model: Any, compiled: Any) -> int |
 
 def _compile(model: Any, **options: Any) -> Any:
     torch._dynamo.reset()
-    return drad.compile(model, **options)
+    return torch.compile(model, backend="dynamicrad", options=options)
 
 
 def _call(model: Any, kwargs: dict[str, Any]) -> torch.Tensor:

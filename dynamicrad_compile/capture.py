@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from .backend import analyse
-from .compiling import captures_data_dependent
-from .noting import CAPTURE
+from .capturing import CAPTURE
 from .options import Options
 from .outside import graph_made
 from .passed_on import passes_on
@@ -27,14 +25,12 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     The model is not run: its graphs return zeros of the right shapes. Only where the code between two graphs
     can't go on with zeros are the graphs run eagerly. Gradients are off. `options` are the backend's.
     Attention calls that ran outside every graph, because Dynamo gave up there, are counted in a note.
-    Give the result of `drad.compile` to see what its capture settings change.
 
     Raises OptionsError, ProfileError, RouterError or GridError, or whatever the model itself raises.
     """
     parsed = Options.from_mapping(options)
     target = getattr(model, "_orig_mod", model)
-    settings = torch._dynamo.config.patch(CAPTURE) if captures_data_dependent(model) else contextlib.nullcontext()
-    with settings, torch.no_grad():
+    with torch._dynamo.config.patch(CAPTURE), torch.no_grad():
         try:
             return _capture(target, args, kwargs, parsed, run=False)
         except torch._dynamo.exc.BackendCompilerFailed:

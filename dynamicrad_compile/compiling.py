@@ -1,4 +1,4 @@
-"""drad.compile: torch.compile, and what one call by name can't give: capture settings, and state beside the graphs."""
+"""drad.compile: torch.compile, and what one call by name can't give: state beside the graphs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def compile(
     state: PinnedState | None = None,
     **options: Any,
 ) -> Any:
-    """`torch.compile(model, backend="dynamicrad")` with the capture settings that some video models need.
+    """`torch.compile(model, backend="dynamicrad")`, with clock and regime kept beside the graphs.
 
     fullgraph, dynamic and mode are torch.compile's, but mode may be an `Options` mode too; all other keywords are
-    `Options`, checked at once. While the compiled model runs, and for no other, Dynamo captures operations whose output
-    size depends on data, so that attention over a prompt cut to its valid tokens stays in the graph. Each call's
-    timestep and prompt are noted before it, so that dense steps and the regime reach graphs that see neither of them;
-    with `state` they are what the caller pins there instead. Copies of the compiled model have a state of their own.
+    `Options`, checked at once. Each call's timestep and prompt are noted before it, so that dense steps and the regime
+    reach graphs that see neither of them; with `state` they are what the caller pins there instead. Copies of the
+    compiled model have a state of their own.
 
     Returns the compiled model. Raises OptionsError.
     """
@@ -56,8 +55,3 @@ def compile(
 
         return CompiledModel(compiled._orig_mod, compiled.dynamo_ctx, notes)
     return with_notes(compiled, model, notes)
-
-
-def captures_data_dependent(compiled: Any) -> bool:
-    """Whether something was compiled by `drad.compile`."""
-    return hasattr(getattr(compiled, "forward", compiled), "dynamicrad_notes")

@@ -1,4 +1,4 @@
-"""What drad.compile does around each call of a model: capture settings, and a note of its timestep and prompt."""
+"""What drad.compile does around each call of a model: a note of its timestep and prompt, kept beside the graphs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch
 
 from .runtime.beside import CallNotes, CallState, PinnedState, run_with
 
-CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
-"""Dynamo settings under which sizes that depend on data do not break the graph (Mochi, HunyuanVideo 1.5, FramePack)."""
-
 # Parameters of a model's forward that condition a call, in diffusers and in the models' own repositories.
 TIMESTEP = ("timestep", "timesteps", "t", "sigma", "sigmas")
 PROMPT = ("encoder_hidden_states", "prompt_embeds", "context", "text_states", "text", "txt", "y")
@@ -21,13 +18,13 @@ MASK = ("encoder_attention_mask", "encoder_hidden_states_mask", "prompt_attentio
 
 
 def with_notes(function: Any, original: Callable[..., Any], notes: CallNotes | PinnedState | None) -> Any:
-    """The compiled function, with timestep and prompt of each call noted before it, under the capture settings."""
+    """The compiled function, with timestep and prompt of each call noted before it."""
     conditions = _reader(original)
 
     @functools.wraps(function)
     def captured(*args: Any, **kwargs: Any) -> Any:
         state = notes.note(*conditions(args, kwargs)) if isinstance(notes, CallNotes) else notes
-        with run_with(state or CallState()), torch._dynamo.config.patch(CAPTURE):
+        with run_with(state or CallState()):
             return function(*args, **kwargs)
 
     captured.dynamicrad_notes = notes if isinstance(notes, CallNotes) else CallNotes()  # type: ignore[attr-defined]

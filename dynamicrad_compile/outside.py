@@ -29,8 +29,8 @@ _MODULES = os.path.join(TORCH, "nn") + os.sep
 _RUN = GraphState.bind.__code__.co_filename
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _ADVICE = (
-    "Try drad.compile(model); where an offloading or casting hook breaks graphs, do without it or use one around whole "
-    "blocks; TORCH_LOGS=graph_breaks tells more."
+    "Where an offloading or casting hook breaks graphs, do without it or use one around whole blocks; "
+    "TORCH_LOGS=graph_breaks tells more."
 )
 
 

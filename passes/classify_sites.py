@@ -95,7 +95,7 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         site.reason = Reason(
             "not_traced",
             "the axis trace did not reach it (sizes depend on data)",
-            "compile with drad.compile(model), so that sizes that depend on data stay traceable",
+            "see the report's notes for the operation that could not be traced; option `dump` writes the graph",
         )
         return
     query, key = trace.query[-2], trace.key[-2]

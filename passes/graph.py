@@ -40,7 +40,8 @@ def _symbol_hint(symbol: Any, shape_env: Any) -> int:
     name = str(symbol)
     if name.startswith("u") and name[1:].isdigit():
         return _STAND_INS[int(name[1:]) % len(_STAND_INS)]
-    return int(shape_env.size_hint(symbol))
+    known = getattr(shape_env, "guarding_hint_or_throw", None) or shape_env.size_hint  # the first is its newer name
+    return int(known(symbol))
 
 
 def shape_hint(node: fx.Node) -> tuple[int, ...] | None:

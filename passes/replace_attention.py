@@ -72,7 +72,7 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     one_grid = not context.is_final and any(isinstance(d, Dense) and d.this_grid for d in context.decisions.sites)
     sizes = symbolic_inputs(gm, context) if planned or one_grid else []
     followed = [p for p in planned if p.spec is not None]
-    found = {p.video.node: runtime_sizes(p.video, context, fixed_inputs=not sizes) for p in followed}
+    found = {p.video.node: runtime_sizes(p.video, context) for p in followed}
     homes = {node: where for node, where in found.items() if where is not None}
     symbolic = bool(sizes) and len(homes) == len(planned) and not one_grid
     if sizes and not symbolic:

@@ -22,7 +22,7 @@ from ..reading.layout import operands_of, token_dim
 from ..site import PassContext, PlannedSite, VideoSite
 from .buffers import buffer_node, state_node
 from .control import Controls, PlanNodes
-from .sizes import Home, RuntimeSizes
+from .sizes import Formula, Home, RuntimeSizes
 from .table_plan import guarded_plan
 
 
@@ -100,7 +100,9 @@ class PlanWriter:
         query = attention.query
 
         def size(home: Home) -> Any:
-            return home if isinstance(home, int) else call(torch.ops.aten.sym_size.int, home)
+            if isinstance(home, Formula):
+                return self._computed(home)
+            return call(torch.ops.aten.sym_size.int, home) if isinstance(home, tuple) else home
 
         def product(homes: Sequence[Home]) -> Any:
             return functools.reduce(lambda a, b: call(operator.mul, (a, b)), map(size, homes))
@@ -138,6 +140,21 @@ class PlanWriter:
             own = {name: call(operator.getitem, (made, NAMES.index(name))) for name in ("q_order", "q_inverse")}
             return PlanNodes(**nodes, **own)
         return PlanNodes(**nodes)
+
+    def _computed(self, formula: Formula) -> Any:
+        """A size computed from others, by Python's own operators."""
+        from torch.utils._sympy.interp import sympy_interp  # loads SymPy, which importing the package does not
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        tracer = fx.proxy.GraphAppendingTracer(self.gm.graph)
+        proxies = {}
+        for symbol in formula.expression.free_symbols:
+            home = formula.symbols[symbol]
+            if not isinstance(home, fx.Node):
+                home = self.gm.graph.call_function(torch.ops.aten.sym_size.int, home)
+            proxies[symbol] = fx.Proxy(home, tracer)
+        value = sympy_interp(PythonReferenceAnalysis, proxies, formula.expression)
+        return value.node if isinstance(value, fx.Proxy) else value
 
 
 def _lengths(video: VideoSite) -> tuple[str, str]:

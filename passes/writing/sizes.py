@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
@@ -16,7 +16,22 @@ from ..graph import depends_on_data, specialise, value_of
 from ..reading.layout import operands_of, token_dim
 from ..site import CROSS, AttentionCall, Dense, PassContext, VideoSite
 
-Home = tuple[fx.Node, int] | int
+if TYPE_CHECKING:
+    import sympy
+
+Symbol: TypeAlias = fx.Node | tuple[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A size by an expression of symbols, each a node that is the size or has it as a dimension."""
+
+    expression: sympy.Expr
+    symbols: Mapping[sympy.Symbol, Symbol]
+
+
+Home: TypeAlias = tuple[fx.Node, int] | int | Formula
+"""Where a size is: a dimension of a node, a number that the graph was compiled for, or a formula of others."""
 
 
 def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymInt]:
@@ -68,9 +83,10 @@ def hold_decisions(context: PassContext) -> None:
 
 def vary(where: RuntimeSizes, call: AttentionCall) -> bool:
     """Whether a plan may change from call to call: a size of the grid, or the length of the sequence, is symbolic."""
-    homes: Iterable[Home] = where.grid if isinstance(where.grid, tuple) else [(where.grid.node, where.grid.dim)]
-    sizes = [value_of(home[0]).shape[home[1]] for home in homes if not isinstance(home, int)]
-    return any(isinstance(size, torch.SymInt) for size in (*sizes, tokens_of(call), tokens_of(call, 1)))
+    homes: tuple[Home, ...] = where.grid if isinstance(where.grid, tuple) else ((where.grid.node, where.grid.dim),)
+    sizes = [value_of(home[0]).shape[home[1]] for home in homes if isinstance(home, tuple)]
+    formulas = any(isinstance(home, Formula) for home in homes)
+    return formulas or any(isinstance(size, torch.SymInt) for size in (*sizes, tokens_of(call), tokens_of(call, 1)))
 
 
 def tokens_of(call: AttentionCall, which: int = 0) -> Any:
@@ -81,7 +97,7 @@ def tokens_of(call: AttentionCall, which: int = 0) -> Any:
 
 @dataclass(frozen=True)
 class RuntimeSizes:
-    """Where a graph holds the sizes of one site, as (node, dimension) pairs, or as numbers that it was compiled for.
+    """Where a graph holds the sizes of one site.
 
     grid     frames, height and width; or a table whose values show them
     before   axes whose products are the pieces in front of the video; None: whatever the video leaves of the sequence
@@ -91,22 +107,28 @@ class RuntimeSizes:
     before: tuple[tuple[Home, ...], ...] | None = ()
 
 
-def runtime_sizes(video: VideoSite, context: PassContext, fixed_inputs: bool) -> RuntimeSizes | None:
-    """Nodes from which the sizes of a site can be read when the graph runs; None if an axis is in no shape.
+def runtime_sizes(video: VideoSite, context: PassContext) -> RuntimeSizes | None:
+    """Where the sizes of a site can be read when the graph runs; None if an axis is in no shape.
 
-    With `fixed_inputs` (no input has a symbolic size) an axis that only a later reshape shows has a fixed size.
+    Of an axis that only a later reshape shows, the size that it has there is computed from those of earlier nodes.
     """
     homes: dict[Axis, Home] = {}
-    for node, labels in context.node_labels.items():
-        if node is video.node:
-            break
-        for dim, label in enumerate(labels):
+    symbols: dict[sympy.Symbol, Symbol] = {}
+    is_earlier = True
+    for node in video.node.graph.nodes:
+        value = value_of(node)
+        is_earlier = is_earlier and node is not video.node
+        if is_earlier and isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            symbols.setdefault(value.node.expr, node)
+        if not isinstance(value, torch.Tensor) or node is video.node:
+            continue
+        for dim, (label, size) in enumerate(zip(context.node_labels.get(node, []), value.shape, strict=False)):
             axes = resolve(label)
-            if len(axes) == 1:
-                homes.setdefault(axes[0], (node, dim))
-    for axis in video.axes:
-        if fixed_inputs and axis.table is None:
-            homes.setdefault(axis, axis.size)
+            if is_earlier and isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                symbols.setdefault(size.node.expr, (node, dim))
+            home: Home | None = (node, dim) if is_earlier else _size_from(size, symbols)
+            if len(axes) == 1 and home is not None:
+                homes.setdefault(axes[0], home)
     grid: tuple[Home, Home, Home] | PositionTable
     table = table_of(video.axes)
     if len(video.axes) == 3 and all(axis in homes for axis in video.axes):
@@ -134,3 +156,11 @@ def runtime_sizes(video: VideoSite, context: PassContext, fixed_inputs: bool) ->
             return None
         pieces.append(tuple(homes[axis] for axis in axes))
     return RuntimeSizes(grid, tuple(pieces)) if at else None
+
+
+def _size_from(size: Any, symbols: Mapping[sympy.Symbol, Symbol]) -> Home | None:
+    """A size as a number or as a formula of these symbols; None where it is of others, too."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return Formula(expression, symbols) if expression.free_symbols <= symbols.keys() else None

@@ -10,7 +10,7 @@ from support.marks import fast
 from zoo.more import ZOO_MORE
 from zoo.original import ZOO_ORIGINAL
 
-from dynamicrad_compile.noting import CAPTURE
+from dynamicrad_compile.capturing import CAPTURE
 
 # Masks or caches that a plan can't express yet, tiled token orders, grids lost at graph breaks or in packed buffers.
 DENSE = {
