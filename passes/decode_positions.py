@@ -13,6 +13,9 @@ number of tokens is symbolic the plan is made when the graph runs.
 Pictures of one size, which lie in a sequence as frames do, are told by their times and stay dense. References in front
 of the frames or behind them are told by these too: they are extra tokens, as text is.
 
+In a packed sequence, of text, audio, pictures and video one behind the other, the video is one piece of the axis, and
+what is in front of it and behind it are others (plans/packed).
+
 A single frame may be followed by a video, or be an image of a model that makes no others. Where graphs of the same
 code have shown a video, it is taken for one. Else the first such graphs are for their number of tokens alone, so that a
 video compiles again; after these the model is one of images.
@@ -25,14 +28,16 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dynamicrad_compile.plans.layout import MIN_FRAMES
+from dynamicrad_compile.plans.packed import Packed, find_video, is_of_positions
 from dynamicrad_compile.plans.positions import (
     Decoded,
+    Triple,
     columns_of,
     decode_table,
     may_be_pictures,
     times_of,
 )
-from dynamicrad_compile.reporting.reason import Reason
+from dynamicrad_compile.reporting.reason import NOTHING, Reason
 
 from .axes.concatenation import parts_of
 from .axes.labels import Axis, Label, Part, fresh, label_size, resolve
@@ -42,6 +47,7 @@ from .site import PassContext
 
 MAX_FRAMES = 2
 """So many graphs of one code that show a single frame are for it alone."""
+RASTER_ROWS = f"{NOTHING} if it holds none; else keep its rows frame by frame, row by row, in even steps of time"
 IF_VIDEO = "set `grid` if they are a video"
 
 
@@ -63,7 +69,7 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
             axes = resolve(label)
             if label_size(axes) != value.shape[dim]:
                 continue
-            if len(axes) == 1 and axes[0] in wanted:
+            if len(axes) == 1 and axes[0] in wanted and not axes[0].parts:
                 found += _decode(node, value, dim, axes[0], context)
             elif axes in traced:
                 _compare(node, value, dim, axes)
@@ -89,22 +95,44 @@ def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: P
     varies = isinstance(value_of(node).shape[dim], torch.SymInt)
     table = columns_of(value.detach(), dim)
     decoded = decode_table(table, single_frame=varies)
-    if decoded is None or (decoded.video[0] == 1 and not _may_be_video(value_of(node).shape[dim], context)):
+    if decoded is None:
+        packed = find_video(table)
+        if packed is not None:
+            return _split_packed(packed, table, PositionTable(node, dim, packed, varies), axis, context)
+        if axis.why is not None and is_of_positions(table):  # its rows were written in an order that is not known
+            text = f"the positions in {node.name} show no {MIN_FRAMES} frames or more in its {axis.size} tokens"
+            axis.why = Reason("no_video_in_positions", text, RASTER_ROWS)
+        return 0
+    if decoded.video[0] == 1 and not _may_be_video(value_of(node).shape[dim], context):
         return 0
     doubt = _doubt(table, decoded, varies)
     context.seen.videos += decoded.video[0] >= MIN_FRAMES and doubt is None
-    factors = tuple(Axis(size, axis.source, axis) for size in decoded.video)
-    for factor in factors:
-        factor.blank, factor.feature = axis.blank, axis.feature
-        factor.table = PositionTable(node, dim, decoded, varies)
-        factor.conflict = factor.conflict or doubt
-    if decoded.around is None or not sum(decoded.around):
-        axis.factors = factors
-        return 1
-    pieces: list[Label] = [fresh(n, axis.source) for n in decoded.tokens_around]
-    pieces.insert(1, factors)
-    axis.parts = tuple(Part(piece, 0, n) for piece in pieces if (n := label_size(piece)) > 0)
+    _split(axis, decoded.video, decoded.tokens_around, PositionTable(node, dim, decoded, varies), doubt)
     return 1
+
+
+def _split_packed(packed: Packed, table: torch.Tensor, shown: PositionTable, axis: Axis, context: PassContext) -> int:
+    """Split an axis into a video that its table shows, and the tokens around it."""
+    doubt = None
+    if packed.doubt and not shown.varies:
+        times = table[packed.start :: packed.grid[1] * packed.grid[2], packed.columns[0]][: packed.grid[0]]
+        doubt = _may_be_pictures(packed.grid[0], _numbers(times) if packed.numbers else "")
+    context.seen.videos += doubt is None
+    _split(axis, packed.grid, packed.tokens_around, shown, doubt)
+    return 1
+
+
+def _split(axis: Axis, grid: Triple, around: tuple[int, int], table: PositionTable, doubt: Reason | None) -> None:
+    """An axis is a grid with so many tokens in front of it and behind it."""
+    factors = tuple(Axis(size, axis.source, axis) for size in grid)
+    for factor in factors:
+        factor.blank, factor.feature, factor.table, factor.conflict = axis.blank, axis.feature, table, doubt
+    if not any(around):
+        axis.factors = factors
+        return
+    pieces: list[Label] = [fresh(size, axis.source) for size in around]
+    pieces.insert(1, factors)
+    axis.parts = tuple(Part(piece, 0, size) for piece in pieces if (size := label_size(piece)))
 
 
 def _may_be_video(tokens: torch.SymInt, context: PassContext) -> bool:
@@ -124,15 +152,19 @@ def _doubt(table: torch.Tensor, decoded: Decoded, varies: bool) -> Reason | None
     if decoded.around is None:
         text = f"{frames} pictures of one size{numbers}: in time they do not follow each other as frames do"
         return Reason("pictures", text, IF_VIDEO)
-    if may_be_pictures(decoded) and not varies:
-        few = f"only {decoded.video[0]} frames{numbers}"
-        text = f"{few}, and nothing but positions says so: they may be pictures to be edited"
-        return Reason("frames_or_pictures", text, IF_VIDEO)
-    return None
+    return _may_be_pictures(decoded.video[0], numbers) if may_be_pictures(decoded) and not varies else None
 
 
 def _times(table: torch.Tensor, decoded: Decoded) -> str:
     """The numbers of pictures in brackets, where the table has numbers."""
-    if not decoded.numbers or decoded.grid[0] == 1:
-        return ""
-    return f" (numbers {', '.join(f'{t:g}' for t in times_of(table, decoded).tolist())})"
+    return _numbers(times_of(table, decoded)) if decoded.numbers and decoded.grid[0] > 1 else ""
+
+
+def _numbers(times: torch.Tensor) -> str:
+    return f" (numbers {', '.join(f'{t:g}' for t in times.tolist())})"
+
+
+def _may_be_pictures(frames: int, numbers: str) -> Reason:
+    few = f"only {frames} frames{numbers}"
+    text = f"{few}, and nothing but positions says so: they may be pictures to be edited"
+    return Reason("frames_or_pictures", text, IF_VIDEO)

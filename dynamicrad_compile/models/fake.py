@@ -16,6 +16,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ..errors import DynamicRadError, nearest
+from ..kernels.blocks import cdiv
 from ..optional import optional
 from .presets import FAMILIES, PRESETS, Config, Inputs, Latents
 
@@ -57,7 +58,7 @@ def specify(
         full.update({key: min(layers, full[key]) for key in family.depth})
         if "vace_layers" in full:
             full["vace_layers"] = [i for i in full["vace_layers"] if i < layers]
-    size = _latents(full, compression or family.compression, frames, height, width)
+    size = _latents(full, compression or family.compression, frames, height, width, family.chunk)
     if class_name == "CosmosTransformer3DModel":  # a channel that tells padding; it needs torchvision
         full["concat_padding_mask"] = False
     if class_name == "CogVideoXTransformer3DModel":  # the position table is made for one size
@@ -123,8 +124,15 @@ def _defaults(cls: type) -> Config:
     return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
-def _latents(config: Config, compression: tuple[int, int], frames: int, height: int, width: int) -> Latents:
-    """Latent size of a video. Raises DynamicRadError if it does not divide."""
+def _latents(
+    config: Config,
+    compression: tuple[int, int],
+    frames: int,
+    height: int,
+    width: int,
+    chunk: tuple[int, int] | None = None,
+) -> Latents:
+    """Latent size of a video; one in chunks gets what frames it lacks. Raises DynamicRadError if it does not divide."""
     time, space = compression
     patch = config["patch_size"]
     patch_h, patch_w = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
@@ -133,4 +141,7 @@ def _latents(config: Config, compression: tuple[int, int], frames: int, height: 
     for name, value, unit in (("height", height, space * patch_h), ("width", width, space * patch_w)):
         if value < unit or value % unit:
             raise DynamicRadError(f"{name} must be a multiple of {unit} pixels for this model, got {value}.")
-    return Latents((frames - 1) // time + 1, height // space, width // space)
+    latents = (frames - 1) // time + 1
+    if chunk is not None:
+        latents = max(0, cdiv(frames - chunk[1], chunk[0])) * chunk[1] + 2
+    return Latents(latents, height // space, width // space)

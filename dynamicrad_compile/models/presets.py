@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..errors import DynamicRadError
 
@@ -29,11 +30,14 @@ class Family:
 
     inputs       keyword arguments of `forward` for a configuration and a latent size
     compression  how many frames (after the first) and pixels a side one latent holds
+    chunk        frames and latents of each chunk of a video that is encoded in chunks, of which the last has as many
+                 frames as others have latents, and two latents; then `compression` says pixels only
     depth        configuration keys that count layers
     """
 
     inputs: Callable[[Config, Latents], Inputs]
     compression: tuple[int, int] = (4, 8)
+    chunk: tuple[int, int] | None = None
     depth: tuple[str, ...] = ("num_layers",)
 
 
@@ -189,6 +193,30 @@ def _sana_video(config: Config, size: Latents) -> Inputs:
     }
 
 
+def _minimax_h3(config: Config, size: Latents) -> Inputs:
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+
+    text, seconds = 256, (17 * (size.frames - 2) // 5 + 5) / 24
+    tags = {"audio_tag": 2, "video_tag": 0}
+    with unset_fake_temporarily():  # where the video lies is told by the values of positions
+        positions, tokens, video, audio, prompt, *_ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+            _ones(text), size.frames, size.height, size.width, round(40 * seconds), config["patch_size"], 2, **tags
+        )
+    patch_t, patch_h, patch_w = config["patch_size"]
+    return {
+        "hidden_states": _floats(1, len(video), config["in_channels"] * patch_t * patch_h * patch_w),
+        "audio_hidden_states": _floats(1, len(audio), config["audio_in_channels"]),
+        "encoder_hidden_states": _floats(1, text, config["text_dim"]),
+        "timestep": _floats(1),
+        "timestep_indices": torch.zeros_like(tokens),
+        "token_tags": tokens,
+        "position_ids": positions,
+        "video_indices": video,
+        "audio_indices": audio,
+        "text_indices": prompt,
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(_wan),
     "WanVACETransformer3DModel": Family(_wan_vace),
@@ -202,6 +230,7 @@ FAMILIES: dict[str, Family] = {
     "CosmosTransformer3DModel": Family(_cosmos, compression=(8, 8)),
     "Kandinsky5Transformer3DModel": Family(_kandinsky5, depth=("num_visual_blocks",)),
     "SanaVideoTransformer3DModel": Family(_sana_video),
+    "MiniMaxH3Transformer3DModel": Family(_minimax_h3, (1, 16), (17, 5), ("num_layers", "num_refiner_layers")),
 }
 
 # Name -> class and what differs from the defaults of the class.
@@ -236,4 +265,5 @@ PRESETS: dict[str, tuple[str, Config]] = {
         {"in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792, "ff_dim": 7168},
     ),
     "sana-video": ("SanaVideoTransformer3DModel", {}),
+    "minimax-h3": ("MiniMaxH3Transformer3DModel", {}),
 }

@@ -23,6 +23,7 @@ import torch
 
 from .layout import Range
 from .op import QUERIES, TABLE, Table, dense_table, empty_table, full_table
+from .packed import Packed, find_video, shows_video
 from .positions import (
     Decoded,
     columns_of,
@@ -39,18 +40,23 @@ MAX_READS = 16
 
 
 class _Pages(NamedTuple):
-    """K grids; what `shows` takes; and the tensors of a `Table`, each [K + 1, ...]: the last is dense."""
+    """K grids; what `shows` takes; and the tensors of a `Table`, each [K + 1, ...]: the last is dense.
 
-    grids: tuple[Decoded, ...]
+    Grids of all tokens of a table come before videos among others.
+    """
+
+    grids: tuple[Decoded | Packed, ...]
     columns: torch.Tensor
     lines: torch.Tensor
     plans: tuple[torch.Tensor, ...]
 
     def shown(self, table: torch.Tensor) -> torch.Tensor:
         """bool [K]: of which grids a table [tokens, columns] shows the frames."""
-        shown = shows(table, self.columns, self.lines)
-        frames = [frames_in(table, one.grid, *one.checked) for one in self.grids]
-        return shown & torch.stack(frames) if frames else shown
+        whole = shows(table, self.columns, self.lines)
+        frames = [frames_in(table, one.grid, *one.checked) for one in self.grids if isinstance(one, Decoded)]
+        packed = [shows_video(table, *one[:4]) for one in self.grids if isinstance(one, Packed)]
+        shown = [whole & torch.stack(frames)] if frames else []
+        return torch.cat([*shown, torch.stack(packed)] if packed else [*shown, whole[:0]])
 
 
 class Book:
@@ -107,23 +113,22 @@ class Book:
         if self.reads >= MAX_READS:
             return False
         self.reads += 1
-        found = decode_table(table.detach(), single_frame=True)
+        found = _frames_in(table.detach())
         if found is None or found in self.pages.grids:
-            return False
-        if found.around is None or may_be_pictures(found):
             return False
         frames, height, width = found.grid
         transposed = [] if self.missed is None else [found._replace(grid=(frames, width, height))]
         self.pages = self._written(dict.fromkeys((*self.pages.grids, found, *transposed)))
         return True
 
-    def _written(self, found: Iterable[Decoded]) -> _Pages:
-        grids = tuple(found)
+    def _written(self, found: Iterable[Decoded | Packed]) -> _Pages:
+        grids = tuple(sorted(found, key=lambda one: isinstance(one, Packed)))
+        whole = [one for one in grids if isinstance(one, Decoded)]
         with torch.inference_mode(False):
-            columns = torch.tensor([one.columns for one in grids], dtype=torch.int64, device="cpu")
+            columns = torch.tensor([one.columns for one in whole], dtype=torch.int64, device="cpu")
             columns = columns.reshape(-1, 3).T.contiguous()
-            lines = torch.empty(self.tokens, 3, len(grids), dtype=torch.int64, device="cpu")
-            for k, one in enumerate(grids):
+            lines = torch.empty(self.tokens, 3, len(whole), dtype=torch.int64, device="cpu")
+            for k, one in enumerate(whole):
                 lines[..., k] = first_in_line(one.grid)
             tables = [self._table(one) for one in grids]
             asked = None if self.queries is None else self.queries[1] - self.queries[0]
@@ -131,9 +136,18 @@ class Book:
             plans = [torch.stack(same).to(self.device) for same in zip(*tables, strict=True)]
         return _Pages(grids, columns.to(self.table_device), lines.to(self.table_device), tuple(plans))
 
-    def _table(self, shown: Decoded) -> Table:
+    def _table(self, shown: Decoded | Packed) -> Table:
         before, after = (sum(pair) for pair in zip(self.text, shown.tokens_around, strict=True))
         return full_table(self.spec, shown.video, before, after, self.queries)
+
+
+def _frames_in(table: torch.Tensor) -> Decoded | Packed | None:
+    """The frames in a table [tokens, columns]; None where there are none, or they may be pictures."""
+    found = decode_table(table, single_frame=True)
+    if found is None:
+        packed = find_video(table)
+        return None if packed is None or packed.doubt else packed
+    return None if found.around is None or may_be_pictures(found) else found
 
 
 @functools.lru_cache(maxsize=32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from dynamicrad_compile.plans.packed import Packed
 from dynamicrad_compile.plans.positions import Decoded
 
 from .labels import Label
@@ -17,13 +18,14 @@ class PositionTable:
 
     node      placeholder of the table
     dim       its dimension of tokens
-    shown     its grid, and the columns that tell it (of the other dimensions, flattened), at compile time
+    shown     its grid, or a video among its tokens, and the columns that tell it (of the other dimensions, flattened),
+              at compile time
     varies    the graph serves other numbers of tokens too: the grid is known only when it runs
     """
 
     node: fx.Node
     dim: int
-    shown: Decoded
+    shown: Decoded | Packed
     varies: bool = False
 
 

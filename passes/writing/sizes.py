@@ -138,7 +138,7 @@ def runtime_sizes(video: VideoSite, context: PassContext) -> RuntimeSizes | None
         grid = table
     else:
         return None
-    # What a table shows are frames and references together.
+    # What a table shows are frames and what is around them: references, or all of a packed sequence.
     references = table.shown.tokens_around if grid is table and table is not None else (0, 0)
     asked = video.queries
     if asked is not None and asked[1] != video.keys and asked[0] != video.text.before - references[0]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from dynamicrad_compile.plans.packed import Packed, shows_video
 from dynamicrad_compile.plans.positions import Triple, columns_of, frames_in
 
 from ..axes.positions import PositionTable
@@ -62,8 +63,10 @@ def _shows(graph: fx.Graph, table: PositionTable, grid: Triple) -> fx.Node:
     The same pictures around the frames are references.
     """
     call, shown = graph.call_function, table.shown
-    whole = (shown.grid[0], *grid[1:])
     value = call(columns_of, (table.node, table.dim))
+    if isinstance(shown, Packed):
+        return call(shows_video, (value, grid, *shown[1:4]))
+    whole = (shown.grid[0], *grid[1:])
     checks = [call(frames_in, (value, whole, *shown.checked))]
     for d, column in enumerate(shown.columns):
         cube = call(torch.reshape, (call(torch.select, (value, 1, column)), whole))

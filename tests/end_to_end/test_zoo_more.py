@@ -19,7 +19,6 @@ DENSE = {
     "anyflow_far_infer",
     "wan_animate2_extract",
     "wan_animate2_cached",
-    "minimax_h3",
     "cosmos3",
     "sana_wm_refiner",
     "kandinsky5_nabla",
