@@ -24,10 +24,10 @@ from dynamicrad_compile.kernels.tiles import TABLE, Section, Table, Tile, read_t
 def to_toml(table: Table, comment: str) -> str:
     """The table as TOML, below `comment`."""
     lines = [comment.rstrip("\n")]
-    for arch, dtypes in sorted(table.items()):
+    for arch, dtypes in sorted(table.items(), key=lambda entry: (isinstance(entry[0], str), entry[0])):
         for dtype, dims in sorted(dtypes.items(), reverse=True):
             for dim, section in sorted(dims.items()):
-                lines += ["", f"[sm_{arch}.{dtype}.{dim}]"]
+                lines += ["", f"[{f'sm_{arch}' if isinstance(arch, int) else arch}.{dtype}.{dim}]"]
                 lines += [f"use = {toml_value(list(section.use))}"] * bool(section.use)
                 for name, tile in section.tiles.items():
                     sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages]

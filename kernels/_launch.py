@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 from triton.errors import TritonError
 
 from .attention_arguments import Means
+from .chip import Chip, chip_of
 from .tiles import Tile
 
 log = logging.getLogger(__name__)
@@ -74,9 +75,16 @@ def wrap_triton(kernel: Any, described: bool = False) -> Any:
     return kernel if INTERPRETED or described else torch.library.wrap_triton(kernel)
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; the interpreter takes the tiles of sm_90."""
-    return (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+def chip(device: torch.device) -> Chip:
+    """The chip of a device; the interpreter takes the tiles of sm_90."""
+    return (9, 0) if INTERPRETED else chip_of(device)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of fp32 operands are computed: three of TF32 on tensor cores, in fp32 on AMD."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -106,7 +114,7 @@ def sizes_of(x: torch.Tensor) -> dict[str, Any]:
         "BLOCK_D": max(16, triton.next_power_of_2(x.shape[-1])),
         # The interpreter's tl.dot is wrong for bf16.
         "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+        "PRECISION": precision(x.dtype),
     }
 
 

@@ -1,10 +1,11 @@
-"""Compile a kernel for an architecture without a GPU: PTX, and what ptxas says of it.
+"""Compile a kernel for an architecture without a GPU: PTX, and what ptxas says of it; for AMD what the assembler says.
 
 For the plugins of TensorRT, the tests, the tile model and whoever looks at PTX. The package imports it nowhere else.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -23,11 +24,13 @@ from dynamicrad_compile.errors import ExportError
 
 from .attention_gluon import CONSUMERS, REGISTERS
 from .attention_triton import MEANS_TILE, _block_sparse_forward
-from .tiles import Tile
+from .tiles import Architecture, Tile
 
 POINTERS = {"counts": "*i32", "indices": "*i32", "order": "*i32", "places": "*i32", "key_mask": "*i1", "lse": "*fp32"}
 POINTERS |= dict.fromkeys(("q_scale", "k_scale", "mean_scale"), "*fp32")
 POINTERS |= {"n_valid": "*i32", "weight": "*fp32", "kept": "*i32", "work": "*i32"}
+WAVE = {"gfx942": 64, "gfx1100": 32}
+"""Threads of a wave of AMD GPUs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Build:
     def log(self) -> str:
         """What ptxas prints. Raises ExportError if it rejects the kernel."""
         arch = int(re.sub(r"\D", "", self.target))
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={self.target}", "-o", "/dev/null", "-"]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={self.target}", "-o", os.devnull, "-"]
         done = subprocess.run(command, input=self.ptx, capture_output=True, text=True)
         if done.returncode:
             raise ExportError(f"ptxas rejects the kernel for {self.target}: {done.stderr.strip()}")
@@ -83,29 +86,68 @@ class Build:
         return f"{self.registers} registers, {self.spilled} B spilled, {self.shared >> 10} KiB shared, {shown}"
 
 
+@dataclass(frozen=True)
+class AmdBuild:
+    """A kernel compiled for an AMD GPU."""
+
+    name: str
+    target: str  # "gfx942"
+    assembly: str
+    shared: int  # bytes of LDS of a block
+
+    def _count(self, what: str) -> int:
+        found = re.search(rf"\.{what}:\s+(\d+)", self.assembly)
+        return int(found[1]) if found else 0
+
+    @property
+    def registers(self) -> int:
+        """Vector registers of a thread, accumulation registers included."""
+        return self._count("vgpr_count")
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of a thread in memory."""
+        return self._count("private_segment_fixed_size")
+
+    @property
+    def instructions(self) -> dict[str, int]:
+        """Matrix instructions of CDNA and of RDNA."""
+        return {name: self.assembly.count(f"v_{name}_") for name in ("mfma", "wmma")}
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{n} {name}" for name, n in self.instructions.items() if n)
+        return f"{self.registers} registers, {self.spilled} B spilled, {self.shared >> 10} KiB LDS, {shown}"
+
+
 def build(
     kernel: Any,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
     aligned: Collection[str],
-    arch: int,
+    arch: Architecture,
     options: Mapping[str, Any],
     language: Any = ASTSource,
-) -> Build:
-    """Compile a kernel for sm_ARCH, without a device; some seconds.
+) -> Any:
+    """Compile a kernel for sm_ARCH (a Build) or for an AMD GPU (an AmdBuild), without a device; some seconds.
 
     types: type of each argument that is not in `constants`. aligned: arguments that divide by 16, as at run time;
     without this hint loads would be scalar. options: of the compilation, such as num_warps and num_stages. language:
     what its source is, Triton or Gluon.
     """
     names = kernel.arg_names
+    if isinstance(arch, str):
+        constants = {name: "ieee" if name == "PRECISION" else value for name, value in constants.items()}
     source = language(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options})
+    options = {"enable_fp_fusion": True, **options}
+    if isinstance(arch, str):
+        compiled = triton.compile(source, target=GPUTarget("hip", arch, WAVE[arch]), options=options)
+        return AmdBuild(compiled.metadata.name, arch, compiled.asm["amdgcn"], compiled.metadata.shared)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     target = re.search(r"^\.target (\w+)", ptx, re.M)
     assert target is not None
@@ -134,7 +176,7 @@ def forward_constants(dtype: str, dim: int, tile: Tile, block_q: int, block_kv: 
 
 
 def build_forward(
-    arch: int,
+    arch: Architecture,
     dtype: str,
     dim: int,
     tile: Tile,
@@ -144,7 +186,7 @@ def build_forward(
     qk_int8: bool = False,
     gather: bool = False,
     block: int = 128,
-) -> Build:
+) -> Any:
     """Compile the forward kernel for blocks of `block` tokens; dtype "bf16", "fp16" or "fp32".
 
     masked: with a ragged tail and a key mask. compensate: with mean keys. qk_int8: with int8 queries and keys.
@@ -153,7 +195,9 @@ def build_forward(
     """
     if gather and tile.kernel != "triton":
         raise ExportError(f"the kernel {tile.kernel} knows no token order; the plain one does.")
-    if tile.kernel in CONSUMERS:
+    if isinstance(arch, str) and tile.kernel != "triton":
+        raise ExportError(f"the kernel {tile.kernel} is NVIDIA's; {arch} has the plain one.")
+    if tile.kernel in CONSUMERS and isinstance(arch, int):
         if qk_int8:
             raise ExportError(f"the kernel {tile.kernel} has no int8 scores; the others have.")
         return _build_gluon(arch, dtype, dim, tile, masked, compensate, block)

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ._launch import (
-    capability,
+    chip,
     launch_described,
     mean_operands,
     row_strides,
@@ -35,7 +35,7 @@ KERNELS: tuple[Any, ...] = (_row_terms, _dq, _dk_dv, _dmeans)
 def backward_tiles(a: Attention, variants: bool = True) -> BackwardTiles:
     """Tiles of the table for the op's arguments; `variants` as of `choose_backward_tiles`."""
     half = a.q.dtype != torch.float32
-    return choose_backward_tiles(capability(a.q.device), half, a.q.shape[3], a.block_q, a.block_kv, variants)
+    return choose_backward_tiles(chip(a.q.device), half, a.q.shape[3], a.block_q, a.block_kv, variants)
 
 
 def launch_backward(

@@ -9,7 +9,7 @@ import torch
 from dynamicrad_compile.errors import PlanError
 
 from ._launch import (
-    capability,
+    chip,
     instead,
     launch_described,
     mean_operands,
@@ -24,6 +24,7 @@ from ._launch import (
 from .attention_arguments import Attention, Means
 from .attention_gluon import CONSUMERS, launch_gluon
 from .attention_triton_kernels import _block_sparse_forward
+from .chip import name_of
 from .quantise import mean_key, shift
 from .quantise_triton import _quantise_rows, quantise_rows
 from .schedule_triton import _heavy_first, heavy_first
@@ -38,12 +39,12 @@ KERNELS: tuple[Any, ...] = (_block_sparse_forward, _heavy_first, _quantise_rows,
 
 def forward_tile(a: Attention, variants: bool = True) -> Tile:
     """Tile of the table for the op's arguments: of the variant in use, or of the plain kernel."""
-    device, half, dim = capability(a.q.device), a.q.dtype != torch.float32, a.q.shape[3]
+    device, half, dim = chip(a.q.device), a.q.dtype != torch.float32, a.q.shape[3]
     variant = variant_in_use(device, half, dim) if variants else None
     tile = choose_tile(device, half, dim, a.block_q, a.block_kv, variant=variant)
     if variant not in (None, tile.kernel):
         sizes = f"{a.q.dtype}, head_dim {dim} and blocks of {a.block_q} x {a.block_kv}"
-        instead("forward", variant, f"it has no tile for sm_{device[0]}{device[1]}, {sizes}")
+        instead("forward", variant, f"it has no tile for {name_of(device)}, {sizes}")
     return tile
 
 

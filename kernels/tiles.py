@@ -2,22 +2,32 @@
 
 A query tile is `block_m` queries, a key tile `block_n` keys; both divide the plan's blocks. No tile of the table spills
 when compiled ahead of time for its architecture with every mask, but for fp32 backwards above head_dim 64: 12 to 400
-bytes, because TF32x3 keeps each operand twice. `benchmarks/kernel_model.py` shows what a choice implies.
+bytes, because TF32x3 keeps each operand twice, and for gfx1100, of which the table says how much.
+`benchmarks/kernel_model.py` shows what a choice implies.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from dynamicrad_compile.errors import PlanError
 from dynamicrad_compile.files import tomllib
 
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Shared memory that one block may use, in bytes, by architecture (CUDA programming guide, table of limits)."""
+if TYPE_CHECKING:
+    from .chip import Chip
+
+Architecture: TypeAlias = int | str
+"""10 times a compute capability, or AMD's name."""
+SHARED_MEMORY: dict[Architecture, int] = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_MEMORY |= {120: 99 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10}
+"""Shared memory (LDS) that one block may use, in bytes, by architecture (CUDA programming guide; AMD's ISA guides)."""
+AMD = {"gfx9": "gfx942", "gfx11": "gfx1100", "gfx12": "gfx1100"}
+"""Architecture whose entries serve other AMD GPUs, by how their names begin. None of these kernels was ever run."""
 KERNELS = ("forward", "dq", "dk_dv", "dmeans")
 VARIANTS = {"forward": ("tma", "gluon", "gluon_pingpong"), "dq": ("tma",), "dk_dv": ("tma",)}
 """Other forms of a kernel than the plain one. They read through the copy engine; those of Gluon are for sm_90 alone.
@@ -71,7 +81,7 @@ class Section:
 
 
 # architecture -> dtype -> largest head_dim -> section
-Table = dict[int, dict[str, dict[int, Section]]]
+Table = dict[Architecture, dict[str, dict[int, Section]]]
 
 
 def read_table(path: Path = TABLE) -> Table:
@@ -83,9 +93,10 @@ def read_table(path: Path = TABLE) -> Table:
             for dtype, dims in dtypes.items():
                 for dim, entries in dims.items():
                     place = f"[{arch}.{dtype}.{dim}]"
-                    if not (arch.startswith("sm_") and arch[3:].isdigit() and dtype in DTYPES and dim.isdigit()):
-                        raise PlanError(f"{place} is not [sm_ARCH.half or float.HEAD_DIM].")
-                    table.setdefault(int(arch[3:]), {}).setdefault(dtype, {})[int(dim)] = _section(entries, place)
+                    if not (re.fullmatch(r"sm_\d+|gfx[0-9a-f]+", arch) and dtype in DTYPES and dim.isdigit()):
+                        raise PlanError(f"{place} is not [sm_NUMBER or gfxNUMBER.half or float.HEAD_DIM].")
+                    key = int(arch[3:]) if arch.startswith("sm_") else arch
+                    table.setdefault(key, {}).setdefault(dtype, {})[int(dim)] = _section(entries, place)
     except (OSError, AttributeError, tomllib.TOMLDecodeError, PlanError) as error:
         raise PlanError(f"{path.name}: {error}") from error
     return table
@@ -124,18 +135,26 @@ def table() -> Table:
     return read_table()
 
 
-def architecture(capability: tuple[int, int], dtype: str = "half", head_dim: int = 128, kernel: str = "forward") -> int:
-    """Architecture whose entry serves a compute capability: the newest one with such an entry that is not newer."""
-    number = 10 * capability[0] + capability[1]
+def architecture(chip: Chip, dtype: str = "half", head_dim: int = 128, kernel: str = "forward") -> Architecture:
+    """Architecture whose entry serves a chip: the newest with such an entry that is not newer, or AMD's of a kind."""
+    if isinstance(chip, str):
+        served = chip if chip in table() else next((AMD[name] for name in AMD if chip.startswith(name)), None)
+        if served is None:
+            raise PlanError(f"the kernels need an AMD GPU of {', '.join(AMD)}, got {chip}.")
+        return served
+    number = 10 * chip[0] + chip[1]
     # 12.x has the shared memory of 8.6, not that of 9.0 and 10.0.
     skipped = range(90, 120) if number >= 120 else ()
     known = [
         arch
         for arch, dtypes in table().items()
-        if arch <= number and arch not in skipped and kernel in dtypes.get(dtype, {}).get(head_dim, NOTHING).tiles
+        if isinstance(arch, int)
+        and arch <= number
+        and arch not in skipped
+        and kernel in dtypes.get(dtype, {}).get(head_dim, NOTHING).tiles
     ]
     if not known:
-        raise PlanError(f"the CUDA kernels need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}.")
+        raise PlanError(f"the CUDA kernels need compute capability 8.0 or newer, got {chip[0]}.{chip[1]}.")
     return max(known)
 
 
@@ -152,7 +171,7 @@ def asked_variant() -> str | None:
     return asked
 
 
-def variant_in_use(capability: tuple[int, int], half: bool, head_dim: int, kernel: str = "forward") -> str | None:
+def variant_in_use(chip: Chip, half: bool, head_dim: int, kernel: str = "forward") -> str | None:
     """The variant that is to run: that of the environment (CHOICE), else the table's; None for the plain kernel.
 
     Raises PlanError if the environment names none.
@@ -160,21 +179,21 @@ def variant_in_use(capability: tuple[int, int], half: bool, head_dim: int, kerne
     asked = asked_variant()
     if asked:
         return asked if asked in VARIANTS.get(kernel, ()) else None
-    section = _entry(capability, half, head_dim, kernel)
+    section = _entry(chip, half, head_dim, kernel)
     return next((variant for variant in VARIANTS.get(kernel, ()) if f"{kernel}_{variant}" in section.use), None)
 
 
-def _entry(capability: tuple[int, int], half: bool, head_dim: int, kernel: str) -> Section:
+def _entry(chip: Chip, half: bool, head_dim: int, kernel: str) -> Section:
     dtype = "half" if half else "float"
     sizes = {size for dtypes in table().values() for size in dtypes.get(dtype, {})}
     entry = min((size for size in sizes if size >= head_dim), default=None)
     if entry is None:
         raise PlanError(f"head_dim must be at most {max(sizes)}, got {head_dim}.")
-    return table()[architecture(capability, dtype, entry, kernel)][dtype][entry]
+    return table()[architecture(chip, dtype, entry, kernel)][dtype][entry]
 
 
 def choose_tile(
-    capability: tuple[int, int],
+    chip: Chip,
     half: bool,
     head_dim: int,
     block_q: int,
@@ -191,8 +210,8 @@ def choose_tile(
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block % 16 or not 16 <= block <= 256:
             raise PlanError(f"{name} must be a multiple of 16 up to 256 on CUDA, got {block}.")
-    tiles = _entry(capability, half, head_dim, kernel).tiles
-    if variant is not None and capability[0] == 9 and f"{kernel}_{variant}" in tiles:
+    tiles = _entry(chip, half, head_dim, kernel).tiles
+    if variant is not None and chip[0] == 9 and f"{kernel}_{variant}" in tiles:
         tile = tiles[f"{kernel}_{variant}"]
         if "gluon" not in variant or (block_q % tile.block_m == 0 and block_kv % 64 == 0):
             return _cut(tile, block_q, block_kv, kernel)
@@ -208,12 +227,12 @@ def _cut(tile: Tile, block_q: int, block_kv: int, kernel: str) -> Tile:
 
 
 def choose_backward_tiles(
-    capability: tuple[int, int], half: bool, head_dim: int, block_q: int, block_kv: int, variants: bool = True
+    chip: Chip, half: bool, head_dim: int, block_q: int, block_kv: int, variants: bool = True
 ) -> BackwardTiles:
     """`choose_tile` for the three kernels of the backward, of the variants in use; without `variants` all are plain."""
 
     def choose(kernel: str) -> Tile:
-        variant = variant_in_use(capability, half, head_dim, kernel) if variants else None
-        return choose_tile(capability, half, head_dim, block_q, block_kv, kernel, variant)
+        variant = variant_in_use(chip, half, head_dim, kernel) if variants else None
+        return choose_tile(chip, half, head_dim, block_q, block_kv, kernel, variant)
 
     return BackwardTiles(*map(choose, BackwardTiles._fields))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import PlanError
+from ..kernels.chip import chip_of, name_of
 from ..kernels.tiles import CHOICE, asked_variant, variant_in_use
 from ..optional import DISTRIBUTIONS
 
@@ -77,9 +78,11 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("ok", f"CPU with {torch.get_num_threads()} threads; no GPU")
     for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        name = f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"
-        if major >= 8:
+        chip = chip_of(index)
+        name = f"GPU {index}: {torch.cuda.get_device_name(index)}, {name_of(chip)}"
+        if isinstance(chip, str):
+            yield Finding("warn", name, "the kernels compile for AMD and were never run there: compare with `bench`")
+        elif chip[0] >= 8:
             yield Finding("ok", name)
         else:
             yield Finding("warn", name, "older than sm_80: bfloat16 is slow there, use float16")
@@ -93,9 +96,11 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("fail", str(error), f"unset {CHOICE}, or set it to one of these")
         return
     for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability >= (8, 0):
-            forms = {variant_in_use(capability, True, dim) or "triton" for dim in (64, 128)}
+        try:
+            forms = {variant_in_use(chip_of(index), True, dim) or "triton" for dim in (64, 128)}
+        except PlanError as error:
+            yield Finding("fail", f"no attention kernel for GPU {index}", str(error))
+        else:
             yield Finding("ok", f"attention kernel on GPU {index}: {' and '.join(sorted(forms))}, chosen by {by}")
 
 

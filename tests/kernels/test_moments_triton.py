@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +15,8 @@ from support.moments_cases import arguments
 
 pytest.importorskip("triton")
 
-from dynamicrad_compile.kernels import ahead_of_time
-from dynamicrad_compile.kernels import moments_triton as launchers
-from dynamicrad_compile.kernels import moments_triton_kernels as kernels
+from support.builds import build_moments
+
 from dynamicrad_compile.kernels.moments_reference import second_order_attention_reference as reference
 from dynamicrad_compile.kernels.tiles import SHARED_MEMORY
 
@@ -46,30 +44,6 @@ def test_a_head_that_drops_nothing_reads_no_moments(name: str, interpreter):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def types_of(kernel, dtype: str) -> dict[str, str]:
-    operands = dict.fromkeys(("q", "k", "v", "kept", "dropped", "out"), f"*{dtype}")
-    operands |= dict.fromkeys(("both", "products"), "*fp32" if dtype == "fp32" else "*bf16")
-    operands |= dict.fromkeys(("variance", "weights", "squares", "kept_lse", "dropped_lse", "lse"), "*fp32")
-    operands |= {"n_valid": "*i32", "wanted": "*i32", "key_mask": "*i1", "scale": "fp32"}
-    return {name: operands.get(name, "i32") for name in kernel.arg_names}
-
-
-def builds(arch: int, dtype: str, dim: int):
-    """Each kernel for blocks of 128 tokens with a key mask."""
-    half = dtype != "fp32"
-    precision = {"PRECISION": "tf32" if half else "tf32x3"}
-    sizes = {"D": dim, "BLOCK_D": dim, **precision}
-    for kernel, constants in (
-        (kernels._block_moments, {**sizes, **launchers.block_sizes(dim, half), "BLOCK_KV": 128, "HAS_MASK": True}),
-        (kernels._weigh_moments, {**launchers.weigh_sizes(half), **precision}),
-        (kernels._second_order, {**sizes, **launchers.query_sizes(dim, half), "BLOCK_Q": 128, "BLOCK_M": 64}),
-    ):
-        types = types_of(kernel, dtype)
-        aligned = [n for n in kernel.arg_names if types[n].startswith("*") or re.match("stride_[qkv]", n)]
-        options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages", 3)}
-        yield ahead_of_time.build(kernel, types, constants, aligned, arch, options)
-
-
 SIZES = [("bf16", 128), ("bf16", 64), ("fp32", 128), ("bf16", 256), ("fp32", 256)]
 
 
@@ -78,7 +52,7 @@ SIZES = [("bf16", 128), ("bf16", 64), ("fp32", 128), ("bf16", 256), ("fp32", 256
     [(90, "bf16", 128), *(slow(arch, *size) for arch in (80, 90, 100, 120) for size in SIZES)],
 )
 def test_compiles_without_spills(arch: int, dtype: str, dim: int):
-    for built in builds(arch, dtype, dim):
+    for built in build_moments(arch, dtype, dim):
         print(f"\nsm_{arch} {dtype} {dim} {built.name}: {built}")
         assert built.spilled == 0
         assert built.shared <= SHARED_MEMORY[arch]

@@ -14,11 +14,11 @@ from dynamicrad_compile.kernels.tiles import SHARED_MEMORY
 
 pytest.importorskip("triton")
 
-from dynamicrad_compile.kernels import ahead_of_time
+from support.builds import build_select
+
 from dynamicrad_compile.kernels import select_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.kernels import select_triton as triton_select
 from dynamicrad_compile.kernels.select_arguments import Selection, with_state
-from dynamicrad_compile.kernels.select_triton import _select_blocks, shape_of_program
 
 OP = torch.ops.dynamicrad.select_blocks
 OP_STATE = torch.ops.dynamicrad.select_blocks_
@@ -30,23 +30,6 @@ def test_interpreter_matches_reference(case: Case, criterion: str, rank: str, in
     close = check(*interpreter("select_cases", case.name, criterion, rank), build(case, criterion, rank))
     if case.dtype == torch.float32:
         assert close <= 0.02
-
-
-def build_kernel(
-    arch: int, dtype: str, dim: int, width: int, criterion: str, refresh: bool, rank: str
-) -> ahead_of_time.Build:
-    """Compile for `arch`; blocks and heads do not matter."""
-    block_w, block_d, warps = shape_of_program(width, dim, rank)
-    constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_W": block_w, "CRITERION": CRITERIA.index(criterion)}
-    # What the launcher specialises because it is 1.
-    constants |= {"BY_ERROR": rank == "error", "HAS_REFRESH": refresh, "KV_GROUP": 1}
-    constants |= dict.fromkeys(("stride_cm", "stride_fm", "stride_em"), 1)
-    pointers = dict.fromkeys(("q_mean", "k_mean"), f"*{dtype}") | {"refresh": "*i1"}
-    pointers |= dict.fromkeys(("q_square", "k_variance", "thresholds"), "*fp32")
-    tables = ("n_keys", "counts", "indices", "forced", "near", "out_counts", "out_indices")
-    pointers |= dict.fromkeys(tables, "*i32")
-    types = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in _select_blocks.arg_names}
-    return ahead_of_time.build(_select_blocks, types, constants, list(pointers), arch, {"num_warps": warps})
 
 
 BUILDS = [
@@ -68,7 +51,7 @@ BUILDS = [
     "options", BUILDS, ids=[f"sm_{x[0]}-{'-'.join(map(str, x[1:5]))}{'-refresh' * x[5]}-by_{x[6]}" for x in BUILDS]
 )
 def test_compiles_without_spills(options: tuple):
-    built = build_kernel(*options)
+    built = build_select(*options)
     print(f"\nsm_{options[0]} {options[1:]} {built}")
     assert built.spilled == 0
     assert built.shared <= SHARED_MEMORY[options[0]]

@@ -214,7 +214,7 @@ def tiles_of(capability: tuple[int, int], config: KernelConfig) -> tuple[Tile, T
 def _number(capability: tuple[int, int]) -> int:
     """89 for 8.9. Raises ExportError for an architecture that is too old."""
     number = 10 * capability[0] + capability[1]
-    if number < min(SHARED_MEMORY):
+    if number < min(arch for arch in SHARED_MEMORY if isinstance(arch, int)):
         raise ExportError(
             f"the attention kernel needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}. "
             "Use a newer GPU, or via='trtexec', whose models need no kernel of ours."
