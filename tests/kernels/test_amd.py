@@ -47,7 +47,7 @@ def test_forward(arch: str, dtype: str, dim: int, full: bool):
     built = build_forward(
         arch, dtype, dim, choose_tile(arch, dtype != "fp32", dim, 128, 128), masked=full, compensate=full
     )
-    check(built, arch, spills=arch == "gfx1100" and dim > 64)
+    check(built, arch, spills=arch == "gfx1100")  # of which the table says how much, by Triton 3.9
     if dtype != "fp32":
         assert built.instructions["mfma" if arch == "gfx942" else "wmma"] > 0
 
