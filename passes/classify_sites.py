@@ -22,6 +22,7 @@ from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
 from .axes.concatenation import parts_of, same, segments_of, within
 from .axes.grids import Grids
+from .axes.kinship import inputs
 from .axes.labels import Axis, Label, Part, label_size, resolve
 from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
@@ -191,12 +192,10 @@ def _classify_unequal(
 def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids: Grids) -> None:
     """Self-attention over a sequence in which no grid was found."""
     sequence = {axis for part in parts for axis in resolve(part.label)}
-    inputs = {axis.source.node for axis in sequence if axis.source.kind == "input" and axis.source.rank >= 4}
-    batch = [a for a in resolve(trace.query[0]) if a.source.node in inputs]
-    if batch and sequence and all(axis.source.node in inputs for axis in sequence):
-        dims = {a.source.dim for a in (*batch, *sequence) if a.source.dim or a.source.rank == 4}
+    split = _split_between(resolve(trace.query[0]), sequence)
+    if split:
         rest = f"in the batch: attention over {_length(parts)} tokens of {_describe(parts)}"
-        if min(dims) not in {a.source.dim for a in sequence}:
+        if split == "frames":
             site.role, site.reason = SPATIAL, Reason("frames_in_batch", f"frames are {rest}", ONE_FRAME)
         else:
             site.role, site.reason = TEMPORAL, Reason("places_in_batch", f"height and width are {rest}", ONE_PLACE)
@@ -206,6 +205,16 @@ def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids:
     text = f"no frames x height x width in its {_length(parts)} tokens: {_describe(parts)}"
     no_grid = Reason("no_grid", text, f"{NOTHING} if these are text or an image; set `grid` if they are a video")
     site.reason = next((why for why in known if why), no_grid)
+
+
+def _split_between(batch: Label, sequence: set[Axis]) -> str:
+    """What of one input is in the batch while the rest of it is in the sequence: "frames", "places", or "" for none."""
+    for node in sorted({source.node for axis in sequence for source in inputs(axis) if source.rank >= 4}):
+        dims = [{s.dim for s in inputs(axis) if s.node == node} for axis in sequence]
+        outer = {s.dim for axis in batch for s in inputs(axis) if s.node == node and (s.dim or s.rank == 4)}
+        if outer and all(dims):
+            return "frames" if min(outer) < min(map(min, dims)) else "places"
+    return ""
 
 
 def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None, grids: Grids) -> list[int]:

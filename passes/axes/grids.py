@@ -16,6 +16,7 @@ from torch import fx
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
 from .concatenation import parts_of
+from .kinship import inputs, kinship, names, roots
 from .labels import Axis, Label, Part, coarsest, resolve
 
 KEEP_ORDER = "have the model keep its tokens frame by frame, row by row, if it can"
@@ -80,7 +81,7 @@ class Grids:
 
     def _are_two(self, a: Axis, b: Axis) -> bool:
         """Whether it is certain that neighbours in a sequence are two axes, and not one that a reshape cut up."""
-        return not (a.conflict or b.conflict) and (_roots(a) != _roots(b) or self._told_apart(a, b))
+        return not (a.conflict or b.conflict) and (roots(a) != roots(b) or self._told_apart(a, b))
 
     def given_back(self, axes: Label) -> bool:
         """Whether one output of the graph has all these axes."""
@@ -101,20 +102,20 @@ class Grids:
             text = f"its tokens ({_sizes(axes)}) are, some or all, in reverse order"
             return Reason("reversed_order", text, KEEP_ORDER)
         for a, b in itertools.combinations(axes, 2):
-            if a.source.node == b.source.node and a.source.dim > b.source.dim:
-                text = f"{a.source} comes before {b.source}: no frames x height x width"
-                return Reason("axes_swapped", text, SET_GRID)
+            swapped = _swapped(a, b)
+            if swapped:
+                return Reason("axes_swapped", f"{swapped}: no frames x height x width", SET_GRID)
             if any(a in dims and b in dims and dims[a] > dims[b] for dims in self.shown):
                 text = f"the graph gives back {b.size} ({b.source}) before {a.size} ({a.source}): another order"
                 return Reason("output_order", text, SET_GRID)
-            for root in _roots(a) & _roots(b):
+            for root in roots(a) & roots(b):
                 if _position(a, root) > _position(b, root):
                     text = f"{root.source} ({root.size}) was put in another order: no frames x height x width"
                     return Reason("reordered", text, SET_GRID)
-        if any(len(set(choice)) == 3 for choice in itertools.product(*(_roots(axis) for axis in axes))):
+        if any(len(set(choice)) == 3 for choice in itertools.product(*(roots(axis) for axis in axes))):
             return None
         for a, b in itertools.combinations(axes, 2):
-            if _roots(a) == _roots(b) and len(_roots(a)) == 1 and not self._told_apart(a, b):
+            if roots(a) == roots(b) and len(roots(a)) == 1 and not self._told_apart(a, b):
                 text = f"nothing but a reshape says that {a.size * b.size} ({a.source}) are {a.size} x {b.size}"
                 return Reason("only_a_reshape", text, SET_GRID)
         return None
@@ -133,44 +134,30 @@ def _three(label: Label) -> Label:
     return coarsest(label) if len(axes) > 3 else axes
 
 
-def _kinship(axis: Axis) -> set[Axis]:
-    """The axis, those that turned out to be it, and those of which it is a factor."""
-    found: set[Axis] = set()
-    todo = [axis]
-    while todo:
-        one = todo.pop()
-        if one not in found:
-            found.add(one)
-            todo.extend(one.kin)
-            if one.parent is not None:
-                todo.append(one.parent)
-    return found
+def _swapped(a: Axis, b: Axis) -> str:
+    """Which dimension comes before which, if an input, or what the axes are named for, has `b` before `a`; else ""."""
+    if a.source.node == b.source.node and a.source.dim > b.source.dim:
+        return f"{a.source} comes before {b.source}"
+    for node in sorted({source.node for source in inputs(a)}):
+        of_a, of_b = ({source.dim for source in inputs(axis) if source.node == node} for axis in (a, b))
+        if of_b and min(of_a) > max(of_b):
+            return f"dim {min(of_a)} of {node} comes before dim {max(of_b)}"
+    return ""
 
 
 def _is_reversed(axis: Axis) -> bool:
     """Whether its rows are those of an input in reverse order, or a mixture of both orders."""
-    for one in _kinship(axis):
+    for one in kinship(axis):
         mirrored = (one.mirror, *resolve((one.mirror,))) if one.mirror is not None else ()
-        inputs = any(other.source.kind == "input" for axis in mirrored for other in _kinship(axis))
+        inputs = any(other.source.kind == "input" for axis in mirrored for other in kinship(axis))
         if one.reversed and (inputs or not mirrored):
             return True
     return False
 
 
-def _roots(axis: Axis) -> set[Axis]:
-    return {one for one in _kinship(axis) if one.parent is None}
-
-
 def _births(axis: Axis) -> set[str]:
     """Nodes at which the axis, by any name, was split off another."""
-    found: set[Axis] = set()
-    todo: list[Axis] = [axis]
-    while todo:
-        one = todo.pop()
-        if one not in found:
-            found.add(one)
-            todo.extend(one.kin)
-    return {one.born for one in found if one.born}
+    return {one.born for one in names(axis) if one.born}
 
 
 def _position(axis: Axis, root: Axis) -> int:

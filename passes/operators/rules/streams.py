@@ -42,19 +42,21 @@ def elementwise(call: StreamCall) -> Found:
 
 
 def projection(call: StreamCall) -> Found:
-    """A product with weights, or of two streams: the first that is of tokens, else the first."""
-    return _projection(call.tensors)
+    """A product with weights, or of two streams: that which is of tokens, a term of both if both are."""
+    return _projection(call, call.tensors)
 
 
 def biased_projection(call: StreamCall) -> Found:
     """A product whose first operand is added to it."""
-    return _projection(call.tensors[1:])
+    return _projection(call, call.tensors[1:])
 
 
-def _projection(tensors: Sequence[torch.Tensor]) -> Found:
+def _projection(call: StreamCall, tensors: Sequence[torch.Tensor]) -> Found:
     known = [s for x in tensors if (s := get_stream(x)) is not None]
-    first = next((s for s in known if s.projected), known[0] if known else None)
-    return [None if first is None else Stream(first.term, True)]
+    terms = list(dict.fromkeys(s.term for s in known if s.projected)) or [s.term for s in known[:1]]
+    if not terms:
+        return [None]
+    return [Stream(terms[0] if len(terms) == 1 else call.streams.term("product", *terms), True)]
 
 
 def rows(dim_at: int, start_at: int | None = None) -> StreamRule:
