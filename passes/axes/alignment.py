@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
 from .concatenation import parts_of, rows_of
-from .labels import Axis, Label, are_mirrored, resolve, split, take
+from .labels import Axis, Label, Part, are_mirrored, mend, resolve, split, take
 
 
 def unify(first: Label, second: Label, why: str) -> Label:
     """The label of a dimension that is both `first` and `second` (they have the same size)."""
+    _carve(first, second)
     left, right = list(resolve(first)), list(resolve(second))
     while left and right:
         x, y = left[0], right[0]
@@ -31,6 +34,43 @@ def unify(first: Label, second: Label, why: str) -> Label:
             break
         big[:1], small[:] = [], inner
     return first
+
+
+def _carve(first: Label, second: Label) -> None:
+    """Divide axes of which some rows are about to be aligned with rows of something else.
+
+    Text that is cut off before RoPE and put back, and the sequence that it was cut from, are then the same pieces.
+    """
+    slices = [(axis, base) for label in (first, second) for axis in resolve(label) if (base := _base(axis)) is not None]
+    bases = [base for _, base in slices]
+    held = {leaf for axis in (*resolve(first), *resolve(second)) if _base(axis) is None for leaf in _leaves(axis)}
+    for axis, base in slices:
+        if bases.count(base) == 1 and base not in held:
+            (part,) = axis.parts or ()
+            source = replace(base.source, kind="op")
+            sizes = (part.start, part.size, base.size - part.stop)
+            pieces = [Axis(n, source) for n in sizes]
+            for piece in pieces:
+                piece.blank, piece.feature = base.blank, base.feature
+            labels: list[Label] = [(piece,) if piece.size > 1 else () for piece in pieces]
+            base.parts = tuple(Part(label, 0, n) for label, n in zip(labels, sizes, strict=True) if n)
+            base.carved = True
+            pieces[1].kin = (axis, *axis.kin)
+            axis.alias = pieces[1]
+
+
+def _base(axis: Axis) -> Axis | None:
+    """The axis, not divided so far, of which an axis is some of the rows; None if it is not."""
+    if axis.parts is None or len(axis.parts) != 1 or axis.parts[0].whole:
+        return None
+    leaves = resolve(axis.parts[0].label)
+    return leaves[0] if len(leaves) == 1 and not leaves[0].parts and not leaves[0].blank else None
+
+
+def _leaves(axis: Axis) -> set[Axis]:
+    """The axis and all that it is put together from."""
+    inner = {leaf for part in axis.parts or () for one in resolve(part.label) for leaf in _leaves(one)}
+    return {axis, *inner}
 
 
 def _regard(joined: Axis, label: Label) -> bool:
@@ -59,11 +99,11 @@ def _merge(x: Axis, y: Axis, why: str) -> None:
     if (x.mirror or y.mirror or x.parent or y.parent) and are_mirrored((x,), (y,)):
         return
     if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
-        if [p.size for p in x.parts] != [p.size for p in y.parts]:
+        if not _are_cut_alike(x, y):
             _refuse(x, y, why)
             return
-        for a, b in zip(x.parts, y.parts, strict=True):
-            if a.whole and b.whole:
+        for a, b in zip(parts_of((x,)), parts_of((y,)), strict=False):
+            if a.whole and b.whole and a.size == b.size:
                 unify(a.label, b.label, why)
     keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
     if _holds(keep, drop):  # rows of an axis, put together again and aligned with it
@@ -77,6 +117,16 @@ def _merge(x: Axis, y: Axis, why: str) -> None:
     keep.feature = keep.feature or drop.feature
     keep.kin = (*keep.kin, drop, *drop.kin)
     drop.alias = keep
+
+
+def _are_cut_alike(x: Axis, y: Axis) -> bool:
+    """Whether two axes have pieces of the same sizes, or one of them only by rows that were aligned before."""
+    if [p.size for p in parts_of((x,))] == [p.size for p in parts_of((y,))]:
+        return True
+    for axis in (x, y):
+        if axis.carved:
+            mend(axis)
+    return x.parts is None or y.parts is None
 
 
 def _holds(axis: Axis, inner: Axis) -> bool:

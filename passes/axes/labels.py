@@ -56,8 +56,8 @@ class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
     __slots__ = (
-        "alias", "blank", "born", "conflict", "factors", "feature", "kin", "mirror", "parent", "parts", "reversed",
-        "size", "source", "table", "why",
+        "alias", "blank", "born", "carved", "conflict", "factors", "feature", "kin", "mirror", "parent", "parts",
+        "reversed", "size", "source", "table", "why",
     )  # fmt: skip
 
     def __init__(self, size: int, source: Source, parent: Axis | None = None, born: str = ""):
@@ -65,6 +65,7 @@ class Axis:
         self.source = source
         self.parent = parent
         self.born = born  # the node whose reshape or alignment split it off its parent
+        self.carved = False  # its parts are only rows that were aligned with something: a reshape may undo that
         self.blank = False  # rows of a new buffer: nothing is in them until they are written
         self.feature = source.kind == "feature"  # outputs of a projection: channels, heads, query-key-value
         self.why: Reason | None = None  # why nothing is known of it, where there is a reason to give
@@ -145,6 +146,8 @@ def resolve(label: Label) -> Label:
 
 def split(axis: Axis, outer: int, node: str = "") -> tuple[Label, Label] | None:
     """Split a leaf axis into (outer, rest) because `node` needs it; None where that is impossible."""
+    if axis.carved:
+        mend(axis)
     if axis.size % outer or (axis.parts is not None and len(axis.parts) > 1):
         return None
     if outer == 1:
@@ -160,6 +163,19 @@ def split(axis: Axis, outer: int, node: str = "") -> tuple[Label, Label] | None:
         factor.blank = axis.blank
         factor.feature = axis.feature
     return axis.factors[:1], axis.factors[1:]
+
+
+def mend(axis: Axis) -> None:
+    """Make a carved axis one again, its pieces rows of it, unless more is known of them."""
+    pieces = [resolve(part.label) for part in axis.parts or ()]
+    if any(len(leaves) > 1 or any(leaf.parts for leaf in leaves) for leaves in pieces):
+        return
+    start = 0
+    for part, leaves in zip(axis.parts or (), pieces, strict=True):
+        for leaf in leaves:
+            leaf.parts = (Part((axis,), start, start + part.size),)
+        start += part.size
+    axis.parts, axis.carved = None, False
 
 
 def take(leaves: list[Axis], size: int, node: str = "") -> Label | None:
