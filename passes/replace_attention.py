@@ -137,7 +137,7 @@ def _replace(
     nodes, stats = written.nodes, written.stats
     before = node.prev
     with graph.inserting_before(node):
-        keys = keys_node(graph, call) if call.mask is not None else None
+        keys = keys_node(graph, call)
         scale = None if call.scale is None else float(call.scale)
         operands, given = plain_operands(graph, call), keys
         ask, answer = (nodes.q_order, nodes.q_inverse), (nodes.order, nodes.inverse)

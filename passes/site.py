@@ -57,6 +57,7 @@ class AttentionCall:
     mask_layout  dimensions that a mask of full rank has: b batch, h heads, q queries, k keys
     mask_is      "keep": bool, True where a key is attended; "drop": bool, False there; "bias": added to the scores
     output       position of the attention among the outputs of the node; None where the node yields just that
+    key_end      starts of the one packed sequence [2]: keys from the second on are not attended
     dtype        of the computation, where operands are cast to it; None: the operands' own
     inner        other nodes that serve this attention alone (scores, softmax), in order; they go with it
     refusal      why this spelling can't be rewritten; None if it can
@@ -75,6 +76,7 @@ class AttentionCall:
     mask_is: str = "keep"
     output: int | None = None
     sequences: int | None = None
+    key_end: fx.Node | None = None
     dtype: torch.dtype | None = None
     inner: tuple[fx.Node, ...] = ()
     projections: Projections | None = None

@@ -20,6 +20,7 @@ from dynamicrad_compile.reporting.reason import OTHER_BACKEND, Reason
 from ..graph import value_of
 from ..operators.names import op_name, operator_name, tensor_value
 from ..site import AttentionCall
+from .constants import integers
 from .numbers import number
 
 QUANTISED = Reason(
@@ -104,9 +105,12 @@ def read_library_attention(gm: fx.GraphModule, node: fx.Node) -> AttentionCall |
 def _call(node: fx.Node, library: Library, found: dict[str, Any], refusal: Reason | None) -> AttentionCall:
     layout = _LAYOUTS.get(found.get("layout"), library.layout)
     rank = getattr(tensor_value(found["query"]), "ndim", 4)
-    sequences = None
+    sequences, key_end = None, None
     if found["cu"]:
         sequences = _equal_sequences(found) if rank == 3 else None
+        one = rank == 3 and not isinstance(found.get("mask"), fx.Node) and all(map(_is_one_sequence, found["cu"]))
+        if sequences is None and one:
+            sequences, key_end = 1, found["cu"][-1]
         layout = "bshd" if rank == 4 else "shd" if sequences is None else "thd"
         if sequences is None:
             text = "sequences of lengths that the graph doesn't show are packed together (cu_seqlens)"
@@ -121,7 +125,7 @@ def _call(node: fx.Node, library: Library, found: dict[str, Any], refusal: Reaso
         found["query"], found["key"], found["value"], mask if isinstance(mask, fx.Node) else None,
         dropout_p=found.get("dropout_p", 0.0), is_causal=_flag(found.get("is_causal", False)),
         scale=found.get("scale"), layouts=(layout,) * 4, mask_is="bias", output=output, sequences=sequences,
-        refusal=refusal,
+        key_end=key_end, refusal=refusal,
     )  # fmt: skip
 
 
@@ -176,7 +180,7 @@ def _equal_sequences(found: dict[str, Any]) -> int | None:
     counts = set()
     for i, node in enumerate(found["cu"]):
         tokens = (query if i == 0 else key).shape[-3]
-        starts = _integers(node)
+        starts = integers(node)
         count = len(starts) - 1 if starts else 0
         if count < 1 or tokens % count or starts != [j * (tokens // count) for j in range(count + 1)]:
             return None
@@ -184,17 +188,10 @@ def _equal_sequences(found: dict[str, Any]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _integers(node: Any) -> list[int] | None:
-    """Values of a constant integer tensor: arange or a literal, perhaps cast."""
-    while op_name(node) in ("cast", "same", "clone"):
-        node = node.args[0]
-    name = op_name(node)
-    if name == "arange":
-        numbers = [number(x) for x in node.args if not isinstance(x, torch.dtype)]
-        return None if None in numbers else list(range(*(int(x) for x in numbers if x is not None)))
-    if name == "tensor" and isinstance(node.args[0], (list, tuple)):
-        return [int(x) for x in node.args[0]] if all(type(x) is int for x in node.args[0]) else None
-    return None
+def _is_one_sequence(starts: Any) -> bool:
+    """Whether a tensor of starts has two entries: 0 and the length."""
+    value = tensor_value(starts)
+    return value is not None and value.dim() == 1 and value.shape[0] == 2
 
 
 def _read_flex(gm: fx.GraphModule, node: fx.Node) -> AttentionCall | None:

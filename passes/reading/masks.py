@@ -69,9 +69,17 @@ def without_hidden_rows(graph: fx.Graph, call: AttentionCall, out: fx.Node, keys
     return graph.call_function(torch.masked_fill, (out, rows, 0))
 
 
-def keys_node(graph: fx.Graph, call: AttentionCall) -> fx.Node:
-    """Nodes of the bool [B or 1, S] that is True for keys to attend."""
-    assert call.mask is not None
+def keys_before(keys: torch.Tensor, dim: int, starts: torch.Tensor) -> torch.Tensor:
+    """bool [1, S] of keys with their tokens along `dim`: those in front of the second of two starts."""
+    return (torch.arange(keys.shape[dim], device=keys.device) < starts[1:])[None]
+
+
+def keys_node(graph: fx.Graph, call: AttentionCall) -> fx.Node | None:
+    """Nodes of the bool [B or 1, S] that is True for keys to attend; None where all are."""
+    if call.key_end is not None:
+        return graph.call_function(keys_before, (call.key, call.layouts[1].index("t"), call.key_end))
+    if call.mask is None:
+        return None
     value = tensor_value(call.mask)
     assert value is not None
     letters = call.mask_layout[-value.dim() :]

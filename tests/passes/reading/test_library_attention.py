@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import capture, targets
-from support.tiny_dit import LATENTS, OP, SCALE, TinyDiT, check_sparse, plan_everything
+from support.graphs import capture, relative_error, targets
+from support.tiny_dit import (
+    LATENTS,
+    OP,
+    SCALE,
+    TinyDiT,
+    check_sparse,
+    dense_attention,
+    plan_everything,
+    run_rewritten,
+    sparse_plan,
+    token_mask,
+)
 from torch import Tensor
 
 
@@ -136,6 +147,12 @@ def packed(starts):
     return lambda q, k, v: flash2_varlen(q, k, v, starts(), starts(), 60, 60, 0.0, SCALE, False)
 
 
+def starts_of(lengths, tensor=None):
+    """As the original repositories write it: the lengths of the sequences, added up."""
+    lengths = torch.tensor(lengths, dtype=torch.int32) if tensor is None else tensor
+    return torch.cat([lengths.new_zeros([1]), lengths]).cumsum(0, dtype=torch.int32)
+
+
 @torch.compiler.allow_in_graph
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
     return attend(q, k, v, softmax_scale)
@@ -149,6 +166,8 @@ REPLACED = {
     "flash-2": (flash2_plain, "bshd"),
     "flash-2-packed-arange": (packed(lambda: torch.arange(0, 121, 60, dtype=torch.int32)), "thd"),
     "flash-2-packed-literal": (packed(lambda: torch.tensor([0, 60, 120]).to(torch.int32)), "thd"),
+    "flash-2-packed-lengths": (packed(lambda: starts_of([60, 60])), "thd"),
+    "flash-2-packed-repeated": (packed(lambda: starts_of([60] * 2, torch.full((2,), 60))), "thd"),
     "diffusers-flash": (lambda q, k, v: diffusers3(q, k, v, num_splits=4), "bshd"),
     "flash-3": (lambda q, k, v: flash3(q, k, v, softmax_scale=0.3), "bshd"),
     "xformers-flash": (
@@ -219,6 +238,36 @@ def test_packed_sequences_of_unequal_length_stay_dense(ends):
     ((context, gm),) = capture(TinyDiT(only_output(attention), "thd"), LATENTS, build_plan=plan_everything)
     assert context.sites[0].reason.code == "packed_sequences"
     assert OP not in targets(gm)
+
+
+def known_later(end):
+    """Starts of one sequence of which the graph does not show the values."""
+    return lambda q: torch.tensor([0, end]) + q.isnan().any().long()
+
+
+@pytest.mark.parametrize("end", [60, 53])
+def test_one_packed_sequence_of_any_length(end):
+    """Keys behind its end are not attended, and queries there are nobody's."""
+    latents, starts = LATENTS[:1], known_later(end)
+    model = TinyDiT(
+        only_output(lambda q, k, v: flash2_varlen(q, k, v, *[starts(q)] * 2, 60, 60, 0.0, SCALE, False)), "thd"
+    )
+    plan = sparse_plan()
+    for build, allowed in ((plan_everything, torch.ones(60, 60).bool()), (lambda site: plan, token_mask(plan))):
+        out, site, _ = run_rewritten(model, (latents,), build)
+        assert site.replaced, site.reason
+        with torch.no_grad():
+            expected = dense_attention(*model.operands(latents), allowed, keep=(torch.arange(60) < end)[None])
+        assert relative_error(out[:end], expected.flatten(0, 1)[:end]) < 1e-5
+
+
+def test_two_packed_sequences_of_lengths_known_later_stay_dense():
+    def attention(q, k, v):
+        starts = torch.tensor([0, 60, 120]) + q.isnan().any().long()
+        return flash2_varlen(q, k, v, starts, starts, 60, 60, 0.0, SCALE, False)
+
+    ((context, _),) = capture(TinyDiT(only_output(attention), "thd"), LATENTS, build_plan=plan_everything)
+    assert context.sites[0].reason.code == "packed_sequences"
 
 
 def test_unknown_operators_are_no_attention():
