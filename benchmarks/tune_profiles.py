@@ -85,6 +85,7 @@ TARGETS = {
     ),
     "mochi": Target(("Mochi 1",), (28, 30, 53), (24,), 128, 48, "163 frames of 848 x 480", text_after=256),
     "ltx": Target(("LTX-Video 2B",), (33, 22, 40), (32,), 64, 28, "257 frames of 1280 x 704"),
+    "minimax-h3": Target(("MiniMax-H3",), (37, 24, 42), (56,), 128, 50, "124 frames of 1344 x 768", text_before=670),
     "ltx-13b": Target(("LTX-Video 13B",), (33, 22, 40), (32,), 128, 48, "257 frames of 1280 x 704"),
 }
 

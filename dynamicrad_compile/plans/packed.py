@@ -139,7 +139,8 @@ def is_of_positions(table: torch.Tensor) -> bool:
     """Whether neighbouring rows share numbers, as places in one picture do: a cheap look before a thorough one."""
     if len(table) < 4 * MIN_FRAMES or not 3 <= table.shape[1] <= MAX_COLUMNS or table.dtype == torch.bool:
         return False
-    rows = torch.linspace(0, len(table) - 2, min(SAMPLES, len(table) - 1), device=table.device).long()
+    number = min(SAMPLES, len(table) - 1)
+    rows = torch.arange(number, device=table.device) * (len(table) - 2) // max(1, number - 1)
     return bool((table[rows] == table[rows + 1]).any(1).double().mean() > 1 / 32)
 
 
@@ -147,7 +148,7 @@ def _distinct(table: torch.Tensor) -> torch.Tensor:
     """Numbers of the columns that are no copies of earlier ones."""
     some = table[:: max(1, len(table) // SAMPLES)].T
     _, like = some.unique(dim=0, return_inverse=True)
-    number = torch.arange(len(like))
+    number = torch.arange(len(like), device="cpu")
     first = torch.full_like(number, len(like)).scatter_reduce(0, like, number, "amin")[like]
     copies = (first != number) & (table == table[:, first]).all(0)
     return (~copies).nonzero().flatten()

@@ -9,9 +9,10 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.graphs import OPTIONS, call, drad, masked_dense, relative_error
 from support.marks import fast, slow
-from support.packings import inputs
+from support.packings import inputs, packed
 from zoo.more_joint import minimax_h3
 
 SPARSE = {**OPTIONS, "sparsity": 0.6, "compensate": 0.0}
@@ -139,3 +140,60 @@ def test_random_packings(seed):
     assert site.grid[0] * site.grid[1] * site.grid[2] == longest[0]
     with masked_dense(site.plan):
         assert relative_error(sparse, call(eager, kwargs)) < 1e-5
+
+
+def put(x, text, text_rows, video, video_rows):
+    x[text_rows] = text
+    x[video_rows] = video
+    return x
+
+
+def scatter(x, text, text_rows, video, video_rows):
+    x = x.scatter(0, text_rows[:, None].expand(-1, 32), text)
+    return x.scatter(0, video_rows[:, None].expand(-1, 32), video)
+
+
+def sort(x, text, text_rows, video, video_rows):
+    return torch.cat([text, video]).index_select(0, torch.cat([text_rows, video_rows]).argsort())
+
+
+def masked(x, text, text_rows, video, video_rows):
+    is_video = torch.zeros(len(x), dtype=torch.bool).index_fill(0, video_rows, True)[:, None]
+    return x.masked_scatter(is_video, video).masked_scatter(~is_video, text)
+
+
+class Packed(torch.nn.Module):
+    """A packed sequence without a batch, written in another way, with a complex RoPE table."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.text, self.video = torch.nn.Linear(16, 32), torch.nn.Linear(16, 32)
+        self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+    def forward(self, text, text_rows, video, video_rows, rope):
+        x = torch.zeros(len(text) + len(video), 32)
+        x = self.write(x, self.text(text), text_rows, self.video(video), video_rows)
+        q, k, v = (part.unflatten(-1, (2, 16)) for part in self.qkv(x).chunk(3, -1))
+        q, k = (torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (8, 2))) * rope).flatten(-2) for y in (q, k))
+        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1))
+        return (x[video_rows],)
+
+
+@pytest.mark.parametrize("write", fast([put, scatter, sort, masked], [put]), ids=lambda write: write.__name__)
+def test_other_ways_to_pack(write):
+    positions, tags, _ = packed([("text", 9), ("picture", 4, 4), ("video", 6, 5, 8), ("text", 5)])
+    angles = (positions.float()[:, :, None] * torch.tensor([1.0, 0.1, 0.01])).flatten(1)[:, None, :8]
+    rows = {tag: (tags == tag).nonzero().flatten() for tag in (0, 1)}
+    arguments = [x for tag in (1, 0) for x in (torch.randn(len(rows[tag]), 16), rows[tag])]
+    arguments.append(torch.polar(torch.ones_like(angles), angles))
+    eager = Packed(write)
+    model = compiled(eager, "whole")
+    with torch.no_grad():
+        sparse = model(*arguments)[0]
+        (site,) = drad.report(model).replaced
+        assert (site.grid, tuple(site.text_tokens)) == ((6, 5, 8), (25, 5))
+        with masked_dense(site.plan):
+            assert relative_error(sparse, eager(*arguments)[0]) < 1e-5
+        assert relative_error(sparse, eager(*arguments)[0]) > 1e-4

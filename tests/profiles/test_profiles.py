@@ -211,6 +211,7 @@ def test_whole_run_sparsity_counts_dense_steps_and_layers(tmp_path):
         ((21, 45, 80), 40, 128, "wan-720p"),
         ((30, 45, 80), 24, 128, "hunyuan-720p"),
         ((13, 30, 45), 48, 64, "cogvideox"),
+        ((37, 32, 32), 56, 128, "minimax-h3"),
         ((21, 30, 52), 2, 24, "default"),  # no such model
         ((21, 4, 4), 12, 128, "default"),  # far from any
     ],
