@@ -178,7 +178,7 @@ def _say(report: GraphReport) -> None:
 def _site_report(site: Site) -> SiteReport:
     hidden = site.data_dependent  # sizes are stand-ins: not to be shown
     done, reason = site.replacement, site.reason
-    text = TextTokens(*(None if n and hidden else n for n in site.text))
+    text = TextTokens(*(None if n and hidden else n for n in site.asked_text))
     return SiteReport(
         role=site.role,
         replaced=site.replaced,
@@ -195,4 +195,5 @@ def _site_report(site: Site) -> SiteReport:
         overhead=done.overhead if done is not None else 0.0,
         code=reason.code if reason else "",
         advice=reason.advice if reason else "",
+        queries=None if hidden else site.queries,
     )

@@ -12,14 +12,16 @@ denoised) it is the one that the graph gives back; the others are extra tokens, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from dynamicrad_compile.errors import GridError
-from dynamicrad_compile.plans.layout import MIN_FRAMES
+from dynamicrad_compile.plans.layout import MIN_FRAMES, Range
 from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 
+from .axes.among import asked_keys, cut, overlaps, with_earlier
 from .axes.concatenation import parts_of, same, segments_of, within
 from .axes.grids import Grids
 from .axes.kinship import inputs
@@ -111,7 +113,11 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
             site.reason = _behind_a_break(context.continues, _length(parts))
             return
     elif not alike:
-        _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
+        site.queries = asked_keys(query, key, trace.starts)
+        if site.queries is None:
+            _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
+        else:
+            _classify_among(site, trace, site.queries, context, grids)
         return
     elif not trace.same_tokens:
         site.role = CROSS
@@ -132,10 +138,7 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
     if chosen is not None:
         _set_video(site, parts, chosen, context, grids)
     elif videos:
-        sizes = ", ".join("x".join(map(str, grids.size(parts[i].label) or ())) for i in videos)
-        site.role = VIDEO
-        text = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
-        site.reason = Reason("several_videos", text, REPORT_MODEL)
+        _several_videos(site, parts, videos, grids)
     else:
         _classify_gridless(site, trace, parts, grids)
 
@@ -155,13 +158,65 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContex
     site.grid = user_grid or sizes
     # A grid that is the traced one follows the graph as that does: other sizes, and what a table shows.
     site.grid_axes = axes if site.grid == sizes and not (user_grid and conflicts) else ()
-    site.text = TextTokens(sum(p.size for p in parts[:at]), sum(p.size for p in parts[at + 1 :]))
+    site.text = _around(parts, at)
     if user_grid:
         _check_fit(context, parts[at], site, grids)
     elif conflicts:
         site.reason = conflicts[0]
     elif axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
         site.reason = few_frames(axes[0].size)
+
+
+def _around(parts: Sequence[Part], at: int) -> TextTokens:
+    """Tokens before and after a piece."""
+    return TextTokens(_length(parts[:at]), _length(parts[at + 1 :]))
+
+
+def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext, grids: Grids) -> None:
+    """Self-attention whose queries are some of its keys: the video behind a prompt, frames behind a cache of others.
+
+    Keys that are not on the grid, as those of a cache of which nothing is known, are read by all queries. The user's
+    grid may be that of the queries' video, or of all frames that end with it.
+    """
+    windowed = windows(trace.query[0], trace.query[-2])
+    if windowed:
+        site.role, site.reason = OTHER_SELF, windowed
+        return
+    user_grid, parts = context.grid, segments_of(trace.key[-2])
+    videos = [i for i in _video_parts(parts, None, grids) if overlaps(parts, i, asked)]
+    if not videos:
+        parts = cut(trace.key[-2], asked)
+        videos = [i for i in _video_parts(parts, user_grid, grids) if overlaps(parts, i, asked)]
+    chosen = videos[0] if len(videos) == 1 else grids.denoised(parts, videos)
+    if user_grid and (chosen is None or parts[chosen].size != math.prod(user_grid)):
+        pieces = cut(trace.key[-2], asked)
+        span = with_earlier(pieces, asked, user_grid, [grids.size(p.label) if p.whole else None for p in pieces])
+        if span is not None:
+            site.role, site.grid = VIDEO, user_grid
+            site.text = TextTokens(span[0], _length(parts) - span[1])
+            return
+        if chosen is not None:
+            raise GridError(_grid_message(user_grid, parts[chosen].size, site) + f" {_or_all_keys(_length(parts))}")
+    if chosen is None and videos:
+        _several_videos(site, parts, videos, grids)
+    elif chosen is None:
+        _classify_gridless(site, trace, segments_of(trace.query[-2]), grids)
+    else:
+        _set_video(site, parts, chosen, context, grids)
+        if site.reason and site.reason.code == "few_frames" and sum(site.text):
+            text = f"only {site.grid[0] if site.grid else 0} frames ask, and nothing is known of the other keys"
+            site.reason = Reason("few_frames", text, f"set `grid` if they are a video. {_or_all_keys(_length(parts))}")
+
+
+def _or_all_keys(keys: int) -> str:
+    return f"Where they are the last frames of its {keys} keys, as behind a cache, `grid` may be that of all frames."
+
+
+def _several_videos(site: Site, parts: Sequence[Part], videos: Sequence[int], grids: Grids) -> None:
+    sizes = ", ".join("x".join(map(str, grids.size(parts[i].label) or ())) for i in videos)
+    site.role = VIDEO
+    text = f"{len(videos)} videos in one sequence ({sizes}): which one is being denoised is not certain"
+    site.reason = Reason("several_videos", text, REPORT_MODEL)
 
 
 def _may_grow(axes: Label, context: PassContext) -> bool:
@@ -181,8 +236,9 @@ def _classify_unequal(
     videos = [i for i in _video_parts(q_parts, user_grid, grids) if i in found]
     if videos or (q_parts and len(found) == len(q_parts)):
         site.role, site.grid = (VIDEO, grids.size(q_parts[videos[0]].label)) if videos else (OTHER_SELF, None)
-        text = f"keys are {_length(k_parts)} tokens, queries {_length(q_parts)}: more keys are not supported yet"
-        site.reason = Reason("more_keys", text, "run the model without its key cache or context, if it can")
+        asked, read = _length(q_parts), _length(k_parts)
+        text = f"its {asked} queries are arranged as some of its {read} keys; that they are the same tokens is unknown"
+        site.reason = Reason("more_keys", text, REPORT_MODEL)
         return
     site.role = CROSS
     text = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
@@ -243,12 +299,20 @@ def _check_fit(context: PassContext, part: Part, site: Site, grids: Grids) -> No
     assert grid is not None
     if math.prod(grid) != part.size:
         raise GridError(_grid_message(grid, part.size, site))
-    shown = "" if context.override_grid else grids.contradiction(part.label, grid)
+    shown = "" if context.override_grid else _shown(part, grid, grids)
     if shown:
         raise GridError(
             f"grid {_by(grid)} contradicts the graph: the {part.size} video tokens of the attention at "
             f"{_place(site)} are {shown}. Leave `grid` out to have it traced, or set `override_grid` if you mean it."
         )
+
+
+def _shown(part: Part, grid: tuple[int, int, int], grids: Grids) -> str:
+    """What the graph shows where it is certain that a piece is no such grid; "" where it is not."""
+    if part.whole:
+        return grids.contradiction(part.label, grid)
+    size = grids.size(part.label)
+    return "" if size is None or size[1:] == grid[1:] else f"rows of {_by(size)}"
 
 
 def _grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
@@ -267,7 +331,7 @@ def _place(site: Site) -> str:
     return site.path or site.node.name
 
 
-def _length(parts: tuple[Part, ...]) -> int:
+def _length(parts: Sequence[Part]) -> int:
     return sum(part.size for part in parts)
 
 

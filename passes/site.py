@@ -148,6 +148,14 @@ class Site:
     replacement: Replacement | None = None
 
     @property
+    def asked_text(self) -> TextTokens:
+        """Tokens among the queries that are not on the grid, before and after the video."""
+        if self.queries is None or self.kv_length is None:
+            return self.text
+        start, stop = self.queries
+        return TextTokens(max(0, self.text.before - start), max(0, self.text.after - (self.kv_length - stop)))
+
+    @property
     def replaced(self) -> bool:
         """Whether block-sparse attention took its place."""
         return self.replacement is not None

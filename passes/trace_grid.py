@@ -9,6 +9,7 @@ taken. A node that can't be run that way gets unknown axes and a line in `contex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,10 +133,11 @@ class _Tracer(fx.Interpreter):
             packed(self.axis_mode.streams, streams) and same(plain_query[0], plain_key[0])
         )
         given = all(stream is not None and not stream.projected for stream in streams[:2])
-        site.trace = Trace(plain_query, plain_key, same_tokens, given)
+        site.trace = Trace(plain_query, plain_key, same_tokens, given, self._starts(plain_query, plain_key, streams))
         stream = attended(self.axis_mode.streams, streams[0], None if same_tokens else streams[1])
-        recorded_query = value_of(call.query)
-        site.data_dependent = any(depends_on_data(size) for size in getattr(recorded_query, "shape", ()))
+        operands = (call.query, call.key) if site.trace.starts else (call.query,)
+        sizes = [size for n in operands for size in getattr(value_of(n), "shape", ())]
+        site.data_dependent = any(map(depends_on_data, sizes))
         result = self._recorded(n)
         if result is UNKNOWN_VALUE:
             return result
@@ -153,6 +155,13 @@ class _Tracer(fx.Interpreter):
             set_stream(out, stream)
         set_labels(out, labels)
         return result
+
+    def _starts(self, query: list[Label], key: list[Label], streams: Sequence[Stream | None]) -> tuple[int, ...]:
+        """Where among more keys than queries the queries' tokens begin."""
+        asked, read = label_size(query[-2]), label_size(key[-2])
+        if asked >= read or streams[0] is None or streams[1] is None:
+            return ()
+        return self.axis_mode.streams.starts(streams[0].term, asked, streams[1].term, read)
 
     def _labels_of(self, n: fx.Node) -> list[Label] | None:
         value = self.env.get(n)

@@ -34,9 +34,11 @@ class SiteReport:
     replaced     whether block-sparse attention took its place
     reason       why it stayed dense; empty where it was replaced
     grid         (frames, height, width) in latent tokens, or None
-    text_tokens  tokens of the sequence before and after the video
+    text_tokens  tokens of the sequence that asks before and after the video
     shape        query shape (batch, heads, tokens, head_dim), or None where it depends on data
     kv_length    number of keys
+    queries      (start, stop) of the keys whose tokens ask, where these are not all; else None. The grid lies among the
+                 keys, and may begin before the queries do
     sparsity     share of dense attention that is skipped, 0.0 where dense. Where it is decided when the graph runs
                  (mode dynamic_threshold, router, dense steps): the mean over all calls so far; before the first one
                  that of the plan, of all regimes, and where thresholds choose of all candidates
@@ -68,6 +70,7 @@ class SiteReport:
     overhead: float = 0.0
     code: str = ""
     advice: str = ""
+    queries: tuple[int, int] | None = None
 
     def measured(self) -> SiteReport:
         """The same with the sparsity of the calls so far; reading it waits for the device."""
@@ -270,7 +273,7 @@ def _rows(sites: Iterable[SiteReport], more: bool = False) -> list[tuple[str, ..
             "sparse" if site.replaced else "dense",
             site.role,
             "x".join(map(str, site.shape)) if site.shape else "?",
-            str(site.kv_length if site.kv_length is not None else "?"),
+            _keys(site),
             "x".join(map(str, site.grid)) if site.grid else "-",
             "+".join("?" if n is None else str(n) for n in site.text_tokens),
             f"{site.sparsity:.1%}" if site.replaced else "-",
@@ -280,6 +283,13 @@ def _rows(sites: Iterable[SiteReport], more: bool = False) -> list[tuple[str, ..
         rows[key] = rows.get(key, 0) + 1
         first.setdefault(key, site.path or "(root)")
     return [(first[key] if n == 1 else f"{key[0]} (x{n})", *key[1:]) for key, n in rows.items()]
+
+
+def _keys(site: SiteReport) -> str:
+    """Number of keys, and which of them ask."""
+    if site.kv_length is None:
+        return "?"
+    return f"{site.kv_length}" + ("" if site.queries is None else " ({}..{} ask)".format(*site.queries))
 
 
 def _grids(sites: Iterable[SiteReport]) -> str:

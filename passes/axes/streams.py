@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .labels import Label, label_size, resolve
+from .tensor_labels import Rows
 
 
 class Stream(NamedTuple):
@@ -60,6 +61,22 @@ class Streams:
         number = self.term("rows", term, size, start, stop)
         self._slices[number] = (term, size, start, stop)
         return number
+
+    def starts(self, term: int, size: int, whole: int, length: int) -> tuple[int, ...]:
+        """Where among the `length` rows of a term `whole` the `size` rows of a term begin; none where they do not."""
+        pieces = self._rows.get(whole, ((whole, length),))
+        if sum(n for _, n in pieces) != length:
+            return ()
+        first = self._rows.get(term, ((term, size),))[0][0]
+        own, found, place = self._slices.get(first), [], 0
+        for piece, n in pieces:
+            if piece == first:
+                found.append(place)
+            if own is not None and own[:2] == (piece, n):
+                found.append(place + own[2])
+            place += n
+        fitting = [start for start in dict.fromkeys(found) if start + size <= length]
+        return tuple(start for start in fitting if self.rows(whole, length, start, start + size) == term)
 
     def slice_of(self, term: int) -> tuple[int, int, int, int] | None:
         """(term, size, start, stop) of which a term is rows; None if it is none."""
@@ -137,10 +154,22 @@ def attended(streams: Streams, query: Stream | None, key: Stream | None) -> Stre
     return Stream(streams.term("attention", query.term, key.term), query.projected or key.projected)
 
 
-def written(streams: Streams, before: Stream | None, view: Stream | None, new: Stream | None) -> Stream | None:
-    """Stream of a tensor after `new` was written into `view`, a part of it."""
+def overwrites(view: Stream | None, new: Stream | None) -> bool:
+    """Whether a write puts other tokens in the place of those that a tensor came with, as into a cache of keys."""
+    return view is not None and new is not None and not view.projected and view.term != new.term
+
+
+def written(
+    streams: Streams, before: Stream | None, view: Stream | None, new: Stream | None, rows: Rows | None = None
+) -> Stream | None:
+    """Stream of a tensor after `new` was written into `view`, a part of it; rows: where, if that is known."""
     if new is None or before == new or (view is not None and view.term == new.term):
         return before
     if before is None:
         return new
+    if rows is not None and overwrites(view, new):
+        kept = ((0, rows.start), (rows.stop, rows.size))
+        front, behind = ([(streams.rows(before.term, rows.size, *r), r[1] - r[0])] if r[0] < r[1] else [] for r in kept)
+        pieces = [*front, (new.term, rows.stop - rows.start), *behind]
+        return Stream(streams.joined(pieces), before.projected or new.projected)
     return Stream(streams.term("write", before.term, new.term), before.projected or new.projected)

@@ -16,6 +16,16 @@ from .labels import Label, Source, fresh
 
 Labels = list[Label]
 
+
+class Rows(NamedTuple):
+    """Rows `start..stop` of the `size` rows along a dimension."""
+
+    dim: int
+    start: int
+    stop: int
+    size: int
+
+
 MAX_INDEX = 1 << 20  # longer constants are not looked at
 
 
@@ -50,6 +60,21 @@ def set_base(view: torch.Tensor, of: torch.Tensor) -> None:
     """Note that a tensor shows the memory of another."""
     if view is not of:
         view._drad_base = get_base(of)
+
+
+def rows_shown(view: torch.Tensor) -> Rows | None:
+    """Which rows of its base a view shows, where these are all that it lacks of it; None where that is not so."""
+    base = get_base(view)
+    if base is view or view.dim() != base.dim() or view.stride() != base.stride():
+        return None
+    differing = [d for d in range(view.dim()) if view.shape[d] != base.shape[d]]
+    if len(differing) != 1:
+        return None
+    (d,), offset = differing, view.storage_offset() - base.storage_offset()
+    step = base.stride(d)
+    start = offset // step if step else 0
+    fits = offset == start * step and start + view.shape[d] <= base.shape[d]
+    return Rows(d, int(start), int(start + view.shape[d]), base.shape[d]) if fits else None
 
 
 def get_range(tensor: object) -> Range | None:

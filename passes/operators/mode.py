@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..axes.labels import Source, label_size
 from ..axes.streams import Stream, Streams, get_stream, set_stream, written
-from ..axes.tensor_labels import get_base, get_labels, set_base, set_labels, set_range
+from ..axes.tensor_labels import get_base, get_labels, rows_shown, set_base, set_labels, set_range
 from .calls import StreamCall
 from .entry import Operator
 from .names import canonical, operator_name
@@ -87,7 +87,8 @@ class AxisMode(TorchDispatchMode):
         """The memory of a tensor has changed: so has that of which it is a view. `before` is its stream before."""
         base = get_base(target)
         if base is not target:
-            set_stream(base, written(self.streams, get_stream(base), before, get_stream(target)))
+            rows = rows_shown(target)
+            set_stream(base, written(self.streams, get_stream(base), before, get_stream(target), rows))
 
     def source(self, dim: int = 0, kind: str = "op") -> Source:
         """Source of an axis born in the running node."""

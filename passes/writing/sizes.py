@@ -47,7 +47,8 @@ def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymI
     for trace in traces:
         harmless.update(resolve(trace.query[0]))
     for trace in traces:
-        harmless.difference_update(resolve(trace.query[-2]))
+        for part in (*parts_of(trace.query[-2]), *parts_of(trace.key[-2])):
+            harmless.difference_update(resolve(part.label))
     sizes = list(_input_sizes(gm, context))
     free = {str(size) for size, axes in sizes if axes and harmless.issuperset(axes)}
     return [size for size, _ in sizes if str(size) not in free]

@@ -20,7 +20,6 @@ DENSE = {
     "wan_animate2_extract",
     "wan_animate2_cached",
     "cosmos3",
-    "sana_wm_refiner",
     "kandinsky5_nabla",
     "kandinsky6_sr",
 }
@@ -58,7 +57,7 @@ def test_exact_or_dense_with_a_reason(name):
     for site in planned:
         assert site.grid == expected["grid"]
         if not site.data_dependent:
-            assert tuple(site.text) == (expected["n_text_before"], expected["n_text_after"])
+            assert tuple(site.asked_text) == (expected["n_text_before"], expected["n_text_after"])
     assert len(planned) == (0 if name in DENSE else expected["n_video_self_attn_nodes"])
     assert all(site.reason for site in sites if site not in planned)
     check_conditions(name, captured)

@@ -66,9 +66,12 @@ def relative_error(actual, expected):
 @contextmanager
 def masked_dense(plan):
     """Inside, every self-attention over the plan's sequence is dense attention under the plan's block mask."""
-    place = torch.arange(plan.q_len) if plan.order is None else plan.order[0].argsort()
-    rows = place // plan.block_q
-    cols = (torch.arange(plan.kv_len) if plan.order is None else place) // plan.block_kv
+
+    def places(order, length):
+        return torch.arange(length) if order is None else order[0].argsort()
+
+    rows = places(plan.query_order, plan.q_len) // plan.block_q
+    cols = places(plan.order, plan.kv_len) // plan.block_kv
     allowed = plan.block_mask()[0, 0][rows][:, cols]
 
     class Masked(TorchFunctionMode):

@@ -15,9 +15,10 @@ import torch
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
 from ...axes.alignment import unify
-from ...axes.concatenation import concat, rows_of, slice_label
+from ...axes.concatenation import concat, parts_of, rows_of, slice_label
 from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, resolve
-from ...axes.tensor_labels import Labels, Range, get_base, get_labels, get_range, set_labels
+from ...axes.streams import get_stream, overwrites
+from ...axes.tensor_labels import Labels, Range, Rows, get_base, get_labels, get_range, rows_shown, set_labels
 from ..calls import AxisTrace
 
 
@@ -43,12 +44,30 @@ def write(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict
     labels = list(get_labels(args[0]))
     if not isinstance(args[1], torch.Tensor):
         return labels
+    rows = rows_shown(out) if overwrites(get_stream(args[0]), get_stream(args[1])) else None
+    if rows is not None:
+        _overwrite(trace, out, args[1], rows)
+        return list(get_labels(args[1])) if args[1].shape == out.shape else labels
     for d, label in _aligned(args[1], out):
         if out is not args[0] or get_base(out) is out:
             labels[d] = label
         else:
             put(labels[d], label, trace.node)
     return labels
+
+
+def _overwrite(trace: AxisTrace, view: torch.Tensor, source: torch.Tensor, rows: Rows) -> None:
+    """Note that rows of what a view is a part of, as a cache of keys, are the tokens of `source` from now on."""
+    base = get_base(view)
+    labels = list(get_labels(base))
+    for d, label in _aligned(source, view):
+        if d == rows.dim:
+            old = labels[d]
+            pieces = [*rows_of(old, 0, rows.start), *parts_of(label), *rows_of(old, rows.stop, rows.size)]
+            labels[d] = concat(pieces, trace.source(d))
+        else:
+            labels[d] = unify(labels[d], label, trace.node)
+    set_labels(base, labels)
 
 
 def put(target: Label, source: Label, node: str) -> None:
