@@ -70,7 +70,7 @@ class Streams:
         first = self._rows.get(term, ((term, size),))[0][0]
         own, found, place = self._slices.get(first), [], 0
         for piece, n in pieces:
-            if piece == first:
+            if piece in (term, first):
                 found.append(place)
             if own is not None and own[:2] == (piece, n):
                 found.append(place + own[2])

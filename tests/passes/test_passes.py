@@ -151,15 +151,27 @@ def test_classify_sites_tells_cross_attention():
     assert site.role == "cross_attention"
 
 
-def test_classify_sites_leaves_keys_with_extra_tokens():
+def test_classify_sites_finds_queries_among_more_keys():
     def cached(latents, weight, cache):
         x = F.conv3d(latents, weight, stride=(1, 2, 2)).flatten(2).transpose(1, 2)[:, None]
         keys = torch.cat([cache, x], 2)
         return F.scaled_dot_product_attention(x, keys, keys)
 
     site = only_site(cached, LATENTS, torch.randn(8, 3, 1, 2, 2), torch.randn(1, 1, 9, 8))
-    assert site.role == "video_self_attention"
-    assert site.reason.code == "more_keys"
+    tokens = site.q_shape[2]
+    assert (site.role, site.reason) == ("video_self_attention", None)
+    assert (site.queries, tuple(site.text), tuple(site.asked_text)) == ((9, 9 + tokens), (9, 0), (0, 0))
+
+
+def test_classify_sites_leaves_other_tokens_in_the_same_places():
+    def other(latents, others, weight, cache):
+        x = F.conv3d(latents, weight, stride=(1, 2, 2)).flatten(2).transpose(1, 2)[:, None]
+        y = F.conv3d(others, weight, stride=(1, 2, 2)).flatten(2).transpose(1, 2)[:, None] + 0 * x
+        keys = torch.cat([cache, y], 2)
+        return F.scaled_dot_product_attention(x, keys, keys)
+
+    site = only_site(other, LATENTS, LATENTS.flip(1), torch.randn(8, 3, 1, 2, 2), torch.randn(1, 1, 9, 8))
+    assert (site.role, site.reason.code, site.queries) == ("video_self_attention", "more_keys", None)
 
 
 @pytest.mark.parametrize(

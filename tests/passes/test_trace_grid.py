@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,8 +145,8 @@ def test_a_longer_key_sequence_is_not_cross_attention():
         )
 
     site = only(cached, LATENTS, torch.randn(1, 15, DIM))
-    assert (site.role, site.grid) == ("video_self_attention", GRID)
-    assert site.reason.code == "more_keys"
+    assert (site.role, site.grid, site.reason) == ("video_self_attention", GRID, None)
+    assert (site.queries, tuple(site.text)) == ((15, 15 + math.prod(GRID)), (15, 0))
 
 
 # Single operations

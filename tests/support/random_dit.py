@@ -27,8 +27,8 @@ class DitConfig:
     history   frames of another video in front (0: none)
     rope      "none", "meshgrid", "table", "inplace", "ones" (learnt per position), "matrix" (2 x 2 rotations)
     qkv       "separate", "chunk", "unbind", "heads-first"
-    attend    "sdpa", "softmax", "mha", or, for what is no self-attention, "cross" (keys of a second video),
-              "causal", "cache" (more keys)
+    attend    "sdpa", "softmax", "mha", "cache" (four more keys in front), or, for what is no plain self-attention,
+              "cross" (keys of a second video), "causal"
     steps     names of steps that change nothing, in between
     """
 
@@ -51,12 +51,13 @@ class DitConfig:
     unpatchify: bool = True
 
     def truth(self) -> tuple[tuple[int, int, int], int, int] | None:
-        """(grid, tokens before, tokens after) of each attention; None where there is no such thing."""
+        """(grid, keys before, keys after) of each attention; None where there is no such thing."""
         _, h, w = self.grid
         in_order = self.order == "fhw" or (self.order == "tiles" and w == 2)  # one column of tiles is in order
-        if not in_order or self.attend in ("cross", "causal", "cache"):
+        if not in_order or self.attend in ("cross", "causal"):
             return None
-        return self.grid, self.text[0] + self.history * h * w, self.text[1]
+        more = 4 if self.attend == "cache" else 0
+        return self.grid, more + self.text[0] + self.history * h * w, self.text[1]
 
     def plain(self) -> bool:
         """Whether it must be understood: enough frames, nothing that hides where tokens come from."""

@@ -32,6 +32,8 @@ def test_where_rows_of_a_term_begin():
     assert streams.starts(streams.term("other"), 10, keys, 37) == ()
     assert streams.starts(streams.rows(x, 12, 4, 9), 5, keys, 37) == ()  # rows of another tensor
     assert streams.starts(x, 10, streams.joined([(x, 10), (x, 10)]), 20) == (0, 10)
+    both = streams.joined([(text, 7), (x, 10)])
+    assert streams.starts(both, 17, streams.joined([(cache, 20), (both, 17)]), 37) == (20,)
     part = streams.joined([(text, 7), (streams.rows(x, 10, 4, 9), 5)])
     assert streams.starts(streams.rows(x, 10, 4, 9), 5, part, 12) == (7,)
     assert streams.starts(streams.rows(x, 10, 4, 8), 4, part, 12) == ()  # not told
