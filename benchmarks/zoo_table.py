@@ -26,6 +26,7 @@ import copy
 import datetime
 import inspect
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -176,7 +177,9 @@ def _against_masked_dense(make: Make, common: dict[str, Any]) -> tuple[float, bo
             _call(model, kwargs)
         except Exception:  # made for one resolution
             break
-        text = {"text_before": expected["n_text_before"], "text_after": expected["n_text_after"]}
+        more, before, after = (expected[n] for n in ("kv_extra_before", "n_text_before", "n_text_after"))
+        keys = more + before + math.prod(expected["grid"]) + after
+        text = {"text_before": more + before, "text_after": after, "queries": (more, keys)}
         plan = drad.make_plan("dynamicrad", expected["grid"], BLOCK, **text, **params)
         sparse = _call(compiled, kwargs)
         with MaskedDense(plan):

@@ -26,7 +26,9 @@ def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
     """Label of rows `start..stop` (step 1) of a dimension."""
     if start == 0 and stop == label_size(label):
         return label
-    kept = rows_of(label, start, stop)
+    kept, leaves = rows_of(label, start, stop), resolve(label)
+    if len(leaves) == 1 and leaves[0].carved and not all(part.whole for part in kept):
+        return fresh(stop - start, source)  # rows of a table are those of one axis here, and of another one there
     return concat(kept, source) if kept else fresh(0, source)
 
 

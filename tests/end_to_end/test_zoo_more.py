@@ -61,3 +61,10 @@ def test_exact_or_dense_with_a_reason(name):
     assert len(planned) == (0 if name in DENSE else expected["n_video_self_attn_nodes"])
     assert all(site.reason for site in sites if site not in planned)
     check_conditions(name, captured)
+
+
+@pytest.mark.parametrize("sizes", [(5, 8, 6), (9, 6, 8)], ids=str)
+def test_rows_of_one_table_are_those_of_frames_rows_and_columns(sizes):
+    model, kwargs, _ = CASES["wan_loop"](*sizes)
+    sites = [site for site in sites_of(capture(model, **kwargs)) if site.role != "cross_attention"]
+    assert {(site.grid, site.reason) for site in sites} == {(sizes, None)}
