@@ -14,7 +14,8 @@ Pictures of one size, which lie in a sequence as frames do, are told by their ti
 of the frames or behind them are told by these too: they are extra tokens, as text is.
 
 In a packed sequence, of text, audio, pictures and video one behind the other, the video is one piece of the axis, and
-what is in front of it and behind it are others (plans/packed).
+what is in front of it and behind it are others (plans/packed). A table over text and video does the same where the
+graph puts the two together: then the video is in one of the pieces.
 
 A single frame may be followed by a video, or be an image of a model that makes no others. Where graphs of the same
 code have shown a video, it is taken for one. Else the first such graphs are for their number of tokens alone, so that a
@@ -22,6 +23,8 @@ video compiles again; after these the model is one of images.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import fx
@@ -71,6 +74,8 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 continue
             if len(axes) == 1 and axes[0] in wanted and not axes[0].parts:
                 found += _decode(node, value, dim, axes[0], context)
+            elif len(axes) == 1 and not wanted.isdisjoint(axis for one in _pieces(axes[0]) for axis in one):
+                found += _decode_joined(node, value, dim, axes[0], context)
             elif axes in traced:
                 _compare(node, value, dim, axes)
     return found
@@ -98,7 +103,8 @@ def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: P
     if decoded is None:
         packed = find_video(table)
         if packed is not None:
-            return _split_packed(packed, table, PositionTable(node, dim, packed, varies), axis, context)
+            shown = PositionTable(node, dim, packed, varies)
+            return _split_packed(packed, packed.tokens_around, table, shown, axis, context)
         if axis.why is not None and is_of_positions(table):  # its rows were written in an order that is not known
             text = f"the positions in {node.name} show no {MIN_FRAMES} frames or more in its {axis.size} tokens"
             axis.why = Reason("no_video_in_positions", text, RASTER_ROWS)
@@ -111,14 +117,39 @@ def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: P
     return 1
 
 
-def _split_packed(packed: Packed, table: torch.Tensor, shown: PositionTable, axis: Axis, context: PassContext) -> int:
+def _pieces(joined: Axis) -> list[Label]:
+    """The pieces of a concatenation that are axes of their own; () for each that is none."""
+    parts = parts_of((joined,)) if joined.parts else ()
+    return [resolve(part.label) if part.whole and len(resolve(part.label)) == 1 else () for part in parts]
+
+
+def _decode_joined(node: fx.Node, value: torch.Tensor, dim: int, joined: Axis, context: PassContext) -> int:
+    """Split a piece of a concatenation, such as text and video, whose rows are those of one table."""
+    table = columns_of(value.detach(), dim)
+    packed = find_video(table)
+    if packed is None:
+        return 0
+    shown = PositionTable(node, dim, packed, isinstance(value_of(node).shape[dim], torch.SymInt))
+    start, stop = packed.start, packed.start + math.prod(packed.grid)
+    offset = 0
+    for part, piece in zip(parts_of((joined,)), _pieces(joined), strict=True):
+        if piece and not piece[0].parts and offset <= start and stop <= offset + part.size:
+            around = (start - offset, offset + part.size - stop)
+            return _split_packed(packed, around, table, shown, piece[0], context)
+        offset += part.size
+    return 0
+
+
+def _split_packed(
+    packed: Packed, around: tuple[int, int], table: torch.Tensor, shown: PositionTable, axis: Axis, context: PassContext
+) -> int:
     """Split an axis into a video that its table shows, and the tokens around it."""
     doubt = None
     if packed.doubt and not shown.varies:
         times = table[packed.start :: packed.grid[1] * packed.grid[2], packed.columns[0]][: packed.grid[0]]
         doubt = _may_be_pictures(packed.grid[0], _numbers(times) if packed.numbers else "")
     context.seen.videos += doubt is None
-    _split(axis, packed.grid, packed.tokens_around, shown, doubt)
+    _split(axis, packed.grid, around, shown, doubt)
     return 1
 
 

@@ -58,4 +58,64 @@ def rows_rotated_in_place(f=5, h=6, w=8, batch=1):
     return seeded(StepBlocks), kwargs, _exp((f, h, w), L, before=7, n_attn=L)
 
 
-BLOCKS = {f.__name__: f for f in (hunyuan_single_blocks, rows_rotated_in_place)}
+def table_over_text_and_video(f, h, w, text, before):
+    """Flux's rotation [1, S, 1, D / 2, 2, 2] of text at place 0 and of a video behind it, or in front of it."""
+    cos, sin = (t[:, ::2] for t in rope_table_3d(f, h, w, (8, 8, 8)))
+    cos, sin = (F.pad(t, (0, 0, *((text, 0) if before else (0, text))), value=x) for t, x in ((cos, 1.0), (sin, 0.0)))
+    return torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))[None, :, None]
+
+
+def flux_rope(x, pe):
+    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+    return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).reshape(x.shape)
+
+
+class FluxBlocks(nn.Module):
+    """Flux-like video blocks: one table over text and video; two streams that meet in attention, then one stream."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+        self.img, self.txt, self.both = (nn.Linear(DIM, 3 * DIM) for _ in range(3))
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, img, txt, pe):
+        n = txt.shape[1]
+        pairs = zip(self._qkv(self.txt, txt), self._qkv(self.img, img), strict=True)
+        out = self._attend(*(self._joined(*pair) for pair in pairs), pe)
+        if self.before:
+            txt, img = txt + out[:, :n], img + out[:, n:]
+        else:
+            txt, img = txt + out[:, -n:], img + out[:, :-n]
+        x = self._joined(txt, img)
+        return x + self._attend(*self._qkv(self.both, x), pe)
+
+    def _joined(self, txt, img):
+        return torch.cat((txt, img) if self.before else (img, txt), 1)
+
+    @staticmethod
+    def _qkv(linear, x):
+        return linear(F.layer_norm(x, (DIM,))).unflatten(-1, (3, 2, -1)).unbind(2)
+
+    def _attend(self, q, k, v, pe):
+        q, k = flux_rope(q, pe), flux_rope(k, pe)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def _flux_blocks(f, h, w, batch, before):
+    kwargs = dict(img=_r(batch, f * h * w, DIM), txt=_r(batch, 9, DIM))
+    kwargs["pe"] = table_over_text_and_video(f, h, w, 9, before)
+    text = dict(before=9) if before else dict(after=9)
+    return seeded(FluxBlocks, before=before), kwargs, _exp((f, h, w), 2, n_attn=2, **text)
+
+
+def flux_blocks(f=5, h=6, w=8, batch=1):
+    return _flux_blocks(f, h, w, batch, before=True)
+
+
+def flux_blocks_text_behind(f=5, h=6, w=8, batch=1):
+    return _flux_blocks(f, h, w, batch, before=False)
+
+
+BLOCKS = {f.__name__: f for f in (hunyuan_single_blocks, rows_rotated_in_place, flux_blocks, flux_blocks_text_behind)}
