@@ -47,14 +47,24 @@ from .writing.control import Controls
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
 from .writing.selection import select
-from .writing.sizes import RuntimeSizes, hold_decisions, make_constant, runtime_sizes, symbolic_inputs, vary
+from .writing.sizes import (
+    RuntimeSizes,
+    hold_decisions,
+    make_constant,
+    marked_dynamic,
+    runtime_sizes,
+    symbolic_inputs,
+    vary,
+)
 from .writing.table_plan import grids_of
+
+UNMARK = "leave mark_dynamic out, or use maybe_mark_dynamic: then each grid is compiled for itself"
 
 
 def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Rewrite the graph; returns the number of replaced sites."""
     if not context.is_final:
-        hold_decisions(context)
+        hold_decisions(gm, context)
     placed, homes = _placed(gm, context)
     if not placed:
         return 0
@@ -69,18 +79,21 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
 def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedSite], dict[fx.Node, RuntimeSizes]]:
     """The sites whose plans can be placed in the graph, and where it holds the sizes of plans made when it runs."""
     planned = context.planned
-    one_grid = not context.is_final and any(isinstance(d, Dense) and d.this_grid for d in context.decisions.sites)
+    one_grid = any(isinstance(d, Dense) and d.this_grid for d in context.decisions.sites)
     sizes = symbolic_inputs(gm, context) if planned or one_grid else []
+    marked = marked_dynamic(gm, context)
+    is_open = context.is_final or any(marked & size.node.expr.free_symbols for size in sizes)  # they can't be constants
+    one_grid = one_grid and not is_open
     followed = [p for p in planned if p.spec is not None]
     found = {p.video.node: runtime_sizes(p.video, context) for p in followed}
     homes = {node: where for node, where in found.items() if where is not None}
     symbolic = bool(sizes) and len(homes) == len(planned) and not one_grid
     if sizes and not symbolic:
-        if context.is_final:
+        if is_open:
             names = ", ".join(sorted({str(size) for size in sizes}))
             text = f"sizes {names} are dynamic, and {_why_fixed(planned)}"
             for p in planned:
-                p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES)
+                p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES if context.is_final else UNMARK)
             return [], {}
         make_constant(sizes)
     at_run_time = {

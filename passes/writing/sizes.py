@@ -73,12 +73,30 @@ def make_constant(sizes: list[torch.SymInt]) -> None:
         specialise(size)
 
 
-def hold_decisions(context: PassContext) -> None:
-    """Guard what was decided by the number of tokens, where that is symbolic."""
+def marked_dynamic(gm: fx.GraphModule, context: PassContext, ranged: bool = False) -> set[Any]:
+    """Symbols of sizes that the user marked as dynamic: a graph that made one a constant would be refused.
+
+    ranged: only those with a smallest or a largest value, which no guard may narrow.
+    """
+    found: set[Any] = set()
+    for node, given in zip(gm.graph.find_nodes(op="placeholder"), context.example_inputs, strict=False):
+        value, ranges = value_of(node), getattr(given, "_dynamo_dynamic_range", ())
+        bounded = {one.dim for one in ranges if (one.min, one.max) != (None, None)}
+        for dim in bounded if ranged else getattr(given, "_dynamo_dynamic_indices", ()):
+            if isinstance(value, torch.Tensor) and isinstance(size := value.shape[dim], torch.SymInt):
+                found |= size.node.expr.free_symbols
+    return found
+
+
+def hold_decisions(gm: fx.GraphModule, context: PassContext) -> None:
+    """Guard what was decided by the number of tokens, where that is symbolic and the user has set it no bounds."""
+    bounded = marked_dynamic(gm, context, ranged=True)
     for video, decision in zip(context.videos, context.decisions.sites, strict=True):
         tokens = tokens_of(video.call)
         limit = decision.below if isinstance(decision, Dense) else decision.at_least
-        if limit is not None and isinstance(tokens, torch.SymInt) and not depends_on_data(tokens):
+        if limit is None or not isinstance(tokens, torch.SymInt) or depends_on_data(tokens):
+            continue
+        if bounded.isdisjoint(tokens.node.expr.free_symbols):
             bool(tokens < limit)
 
 
