@@ -21,6 +21,11 @@ from ...axes.streams import get_stream, overwrites
 from ...axes.tensor_labels import Labels, Range, Rows, get_base, get_labels, get_range, rows_shown, set_labels
 from ..calls import AxisTrace
 
+IF_ALL_VIDEO = (
+    "set `grid` if its rows are one video and nothing else, frame by frame and row by row; "
+    "of a packed sequence, compile with positions that are an input and have values"
+)
+
 
 def new_buffer(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """empty, zeros, full and the like: axes with nothing in them."""
@@ -203,7 +208,7 @@ def _write_rows(
 
 def _unknown_order(trace: AxisTrace) -> Reason:
     text = f"{trace.node} writes rows by an index whose values are known only when the graph runs"
-    return Reason("unknown_rows", text, SET_GRID)
+    return Reason("unknown_rows", text, IF_ALL_VIDEO)
 
 
 def spoil(trace: AxisTrace, tensor: torch.Tensor, what: str) -> None:
