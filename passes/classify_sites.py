@@ -19,13 +19,13 @@ from torch import fx
 
 from dynamicrad_compile.errors import GridError
 from dynamicrad_compile.plans.layout import MIN_FRAMES, Range
-from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
+from dynamicrad_compile.reporting.reason import KEEP_ORDER, NOTHING, REPORT_MODEL, Reason
 
 from .axes.among import asked_keys, cut, overlaps, with_earlier
 from .axes.concatenation import parts_of, same, segments_of, within
 from .axes.grids import Grids
 from .axes.kinship import inputs
-from .axes.labels import Axis, Label, Part, label_size, resolve
+from .axes.labels import Axis, Label, Part, label_size, mixed, resolve
 from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
 from .graph import value_of
@@ -53,11 +53,16 @@ ONE_PLACE = f"{NOTHING}: attention across frames at one place is short"
 def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
     """Fill role, grid, text and reason of every site; returns the number of video self-attentions.
 
-    Raises GridError if the user's grid fits no sequence of the graph that could be video, or is not the one it shows.
+    Raises GridError if the user's grid fits no sequence of the graph that could be video, or none that is shows it.
     """
-    grids = Grids(gm, context.node_labels)
+    grids, misfits = Grids(gm, context.node_labels), list[GridError]()
     for site in context.sites:
-        _classify(site, context, grids)
+        try:
+            _classify(site, context, grids)
+        except GridError as error:
+            misfits.append(error)
+            site.role, site.grid, site.grid_axes = UNKNOWN, None, ()
+            site.reason = Reason("grid_contradicted", str(error), KEEP_ORDER)
         if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
             site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
@@ -69,7 +74,7 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
             else:
                 context.videos.append(video)
     if context.grid is not None:
-        _check_user_grid(context.grid, context.sites)
+        _check_user_grid(context.grid, context.sites, misfits)
     return sum(site.role == VIDEO for site in context.sites)
 
 
@@ -103,6 +108,13 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         return
     query, key = trace.query[-2], trace.key[-2]
     parts, alike = segments_of(query), same(query, key)
+    why = mixed(query) or mixed(key)
+    if why and label_size(query) == label_size(key):
+        if user_grid and context.override_grid and math.prod(user_grid) == label_size(query):
+            _set_video(site, (Part(query, 0, label_size(query)),), 0, context, grids)
+        else:
+            site.reason = why
+        return
     if not alike:
         site.reason = exchanged(site.call)
         if site.reason:
@@ -161,6 +173,7 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContex
     site.text = _around(parts, at)
     if user_grid:
         _check_fit(context, parts[at], site, grids)
+        site.reason = None if context.override_grid else grids.disorder(parts[at].label)
     elif conflicts:
         site.reason = conflicts[0]
     elif axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
@@ -281,10 +294,12 @@ def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None
     return [i for i, part in enumerate(parts) if part.size == math.prod(user_grid)]
 
 
-def _check_user_grid(grid: tuple[int, int, int], sites: list[Site]) -> None:
+def _check_user_grid(grid: tuple[int, int, int], sites: list[Site], misfits: list[GridError]) -> None:
     """The user's grid must fit some sequence, unless the graph holds only much shorter ones (text)."""
     if any(site.role == VIDEO for site in sites):
         return
+    if misfits:
+        raise misfits[0]
     lengths = [(s.q_shape[-2], s) for s in sites if s.role in (OTHER_SELF, SPATIAL, TEMPORAL) and s.q_shape]
     if not lengths:
         return

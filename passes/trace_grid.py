@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_map
 
 from .axes.concatenation import same
-from .axes.labels import Label, Source, fresh, label_size
+from .axes.labels import Label, Source, fresh, label_size, mixed
 from .axes.streams import Stream, attended, get_stream, packed, set_stream
 from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_range
 from .graph import depends_on_data, hint, value_of
@@ -146,6 +146,7 @@ class _Tracer(fx.Interpreter):
         labels = output_labels(call, query, value)
         if labels is None:
             return result
+        labels = [_freed(label, Source(n.name, d, "op")) if mixed(label) else label for d, label in enumerate(labels)]
         sizes = [label_size(label) for label in labels]
         if sizes != list(out.shape):  # the recorded sizes are stand-ins
             if call.output is not None:
@@ -204,6 +205,14 @@ class _Tracer(fx.Interpreter):
         sizes, strides = [hint(s) for s in tensor.shape], [hint(s) for s in tensor.stride()]
         with self.fake_mode:
             return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def _freed(label: Label, source: Source) -> Label:
+    """What an attention gives for tokens in two orders: nothing is known of its rows."""
+    new = fresh(label_size(label), source)
+    for axis in new:
+        axis.free = True
+    return new
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 NOTHING = "nothing to do"
 SET_GRID = "set `grid` to its (frames, height, width) in tokens, if they lie frame by frame and row by row"
+KEEP_ORDER = (
+    "have the model keep its tokens frame by frame, row by row, if it can; "
+    "if they do lie so, set `grid` and `override_grid`"
+)
 OTHER_BACKEND = "choose another attention backend, such as model.set_attention_backend('native')"
 PROMPT_MASK = "give the prompt mask as a bool of one row a sample, [B, 1, 1, keys], or leave padding out of the prompt"
 REPORT_MODEL = "nothing to set: the model computes it in a way that is not supported; please report the model"

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
-from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+from dynamicrad_compile.reporting.reason import KEEP_ORDER, Reason
 
 from .concatenation import parts_of, rows_of
-from .labels import Axis, Label, Part, are_mirrored, mend, resolve, split, take
+from .labels import Axis, Label, Part, Source, are_mirrored, is_free, label_size, mend, mixed, resolve, split, take
 
 
 def unify(first: Label, second: Label, why: str) -> Label:
-    """The label of a dimension that is both `first` and `second` (they have the same size)."""
+    """The label of a dimension that is both `first` and `second` (they have the same size), in the node `why`.
+
+    Where they contradict each other the label is a new axis of mixed rows, and neither of the two is in doubt.
+    """
+    if mixed(first) or mixed(second):
+        return first if mixed(first) else second
+    if is_free(first) or is_free(second):
+        return second if is_free(first) else first
     _carve(first, second)
     left, right = list(resolve(first)), list(resolve(second))
     while left and right:
         x, y = left[0], right[0]
+        if x is not y and (x in right or y in left):  # one of them stands at two places
+            return _disagreement(first, second, why)
         if x is y or x.size == y.size:
-            if x is not y:
-                _merge(x, y, why)
+            if x is not y and not _merge(x, y, why):
+                return _disagreement(first, second, why)
             left.pop(0)
             right.pop(0)
             continue
@@ -30,8 +41,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
         inner = list(small)
         taken = take(inner, big[0].size, why) if big[0].parts else None
         if taken is None or not _regard(big[0], taken):
-            _refuse(big[0], small[0], why)
-            break
+            return _disagreement(first, second, why)
         big[:1], small[:] = [], inner
     return first
 
@@ -73,6 +83,16 @@ def _leaves(axis: Axis) -> set[Axis]:
     return {axis, *inner}
 
 
+def _disagreement(first: Label, second: Label, why: str) -> Label:
+    sizes = (" x ".join(str(axis.size) for axis in resolve(label)) for label in (first, second))
+    sources = (", ".join(dict.fromkeys(str(axis.source) for axis in resolve(label))) for label in (first, second))
+    (left, right), (one, other) = sizes, sources
+    text = f"{why} puts tokens of two orders together, {left} ({one}) and {right} ({other})"
+    axis = Axis(label_size(first), Source(why, 0, "op"))
+    axis.mixed = Reason("axes_disagree", text, KEEP_ORDER)
+    return (axis,)
+
+
 def _regard(joined: Axis, label: Label) -> bool:
     """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
     pieces = parts_of((joined,))
@@ -94,29 +114,37 @@ def _regard(joined: Axis, label: Label) -> bool:
     return True
 
 
-def _merge(x: Axis, y: Axis, why: str) -> None:
-    """Make two leaf axes of the same size one axis, unless one is the other in reverse order."""
+def _merge(x: Axis, y: Axis, why: str) -> bool:
+    """Make two leaf axes of one size one axis, unless one is the other in reverse order; False if they can't be."""
     if (x.mirror or y.mirror or x.parent or y.parent) and are_mirrored((x,), (y,)):
-        return
+        return True
     if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
         if not _are_cut_alike(x, y):
-            _refuse(x, y, why)
-            return
+            return not _stand_elsewhere(x.parts, y.parts)
         for a, b in zip(parts_of((x,)), parts_of((y,)), strict=False):
-            if a.whole and b.whole and a.size == b.size:
-                unify(a.label, b.label, why)
+            if a.whole and b.whole and a.size == b.size and mixed(unify(a.label, b.label, why)):
+                return False
     keep, drop = (x, y) if _rank(x) >= _rank(y) else (y, x)
     if _holds(keep, drop):  # rows of an axis, put together again and aligned with it
         keep, drop = drop, keep
     if _holds(keep, drop):
-        _refuse(x, y, why)
-        return
+        return False
     keep.conflict = keep.conflict or drop.conflict
     keep.why = keep.why or drop.why
     keep.mirror = keep.mirror or drop.mirror
     keep.feature = keep.feature or drop.feature
     keep.kin = (*keep.kin, drop, *drop.kin)
     drop.alias = keep
+    return True
+
+
+def _stand_elsewhere(first: Sequence[Part], second: Sequence[Part]) -> bool:
+    """Whether two concatenations have a piece in common, at different places."""
+    places: list[dict[Label, int]] = []
+    for parts in (first, second):
+        ends = itertools.accumulate(part.size for part in parts)
+        places.append({resolve(part.label): end for part, end in zip(parts, ends, strict=True) if part.whole})
+    return any(places[0][label] != places[1][label] for label in places[0].keys() & places[1].keys() if label)
 
 
 def _are_cut_alike(x: Axis, y: Axis) -> bool:
@@ -133,14 +161,6 @@ def _holds(axis: Axis, inner: Axis) -> bool:
     """Whether `inner` is among the pieces of `axis`."""
     leaves = (leaf for part in axis.parts or () for leaf in resolve(part.label))
     return any(leaf is inner or _holds(leaf, inner) for leaf in leaves)
-
-
-def _refuse(x: Axis, y: Axis, why: str) -> None:
-    """Record that two structures of one dimension contradict each other."""
-    text = f"{why} aligns an axis of {x.size} ({x.source}) with one of {y.size} ({y.source})"
-    reason = Reason("axes_disagree", text, SET_GRID)
-    x.conflict = x.conflict or reason
-    y.conflict = y.conflict or reason
 
 
 def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, int]:

@@ -13,13 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
-from dynamicrad_compile.reporting.reason import SET_GRID, Reason
+from dynamicrad_compile.reporting.reason import KEEP_ORDER, SET_GRID, Reason
 
 from .concatenation import parts_of
 from .kinship import inputs, kinship, names, roots
 from .labels import Axis, Label, Part, coarsest, resolve
-
-KEEP_ORDER = "have the model keep its tokens frame by frame, row by row, if it can"
 
 
 class Grids:
@@ -95,12 +93,20 @@ class Grids:
         extra = sum(segments[i].size for i in videos if i != found[0])
         return found[0] if 2 * extra <= segments[found[0]].size else None
 
-    def _refusal(self, axes: Label) -> Reason | None:
-        if len(set(axes)) != 3:
-            return Reason("repeated_axis", f"{_sizes(axes)} are not three different axes", SET_GRID)
+    def disorder(self, label: Label) -> Reason | None:
+        """Why the tokens of a label are in no raster order at all, whatever its grid is; None where they may be."""
+        axes = resolve(label)
+        if len(set(axes)) != len(axes):
+            return Reason("repeated_axis", f"{_sizes(axes)} are not different axes", KEEP_ORDER)
         if any(map(_is_reversed, axes)):
             text = f"its tokens ({_sizes(axes)}) are, some or all, in reverse order"
             return Reason("reversed_order", text, KEEP_ORDER)
+        return None
+
+    def _refusal(self, axes: Label) -> Reason | None:
+        disorder = self.disorder(axes)
+        if disorder:
+            return disorder
         for a, b in itertools.combinations(axes, 2):
             swapped = _swapped(a, b)
             if swapped:

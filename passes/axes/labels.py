@@ -56,8 +56,8 @@ class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
     __slots__ = (
-        "alias", "blank", "born", "carved", "conflict", "factors", "feature", "kin", "mirror", "parent", "parts",
-        "reversed", "size", "source", "table", "why",
+        "alias", "blank", "born", "carved", "conflict", "factors", "feature", "free", "kin", "mirror", "mixed", "parent",
+        "parts", "reversed", "size", "source", "table", "why",
     )  # fmt: skip
 
     def __init__(self, size: int, source: Source, parent: Axis | None = None, born: str = ""):
@@ -74,6 +74,8 @@ class Axis:
         self.factors: tuple[Axis, ...] | None = None
         self.parts: tuple[Part, ...] | None = None
         self.conflict: Reason | None = None
+        self.free = False  # output of an attention over mixed rows: it is whatever it meets, and tells nothing of that
+        self.mixed: Reason | None = None  # why its rows are of two orders: whatever it met, it is no other axis
         self.mirror: Axis | None = None  # the same rows, last first
         self.reversed = False  # a flip made it, or a mixture of rows that are reversed and rows that are not
         self.table: Any = None  # a PositionTable: this axis was read from values that may change from call to call
@@ -121,6 +123,21 @@ def _line(axis: Axis) -> list[Axis]:
     return [axis, *(_line(axis.parent) if axis.parent is not None else ())]
 
 
+def mixed(label: Label) -> Reason | None:
+    """Why the rows of a label, or of a piece of it, are of two orders; None if they are not."""
+    for axis in resolve(label):
+        pieces = () if axis.mixed else axis.parts or ()
+        found = axis.mixed or next((why for part in pieces if (why := mixed(part.label))), None)
+        if found:
+            return found
+    return None
+
+
+def is_free(label: Label) -> bool:
+    """Whether a label is of an attention's output of which nothing is known, or a piece of it is."""
+    return any(axis.free or any(is_free(part.label) for part in axis.parts or ()) for axis in resolve(label))
+
+
 def label_size(label: Label) -> int:
     """Number of positions of a label."""
     return math.prod(axis.size for axis in label)
@@ -132,12 +149,12 @@ def fresh(size: int, source: Source) -> Label:
 
 
 def resolve(label: Label) -> Label:
-    """The label in its finest known axes, following aliases and factors."""
+    """The label in its finest known axes, following aliases and factors; an axis of mixed rows is just that."""
     leaves: list[Axis] = []
     for axis in label:
-        while axis.alias is not None:
+        while axis.alias is not None and axis.mixed is None:
             axis = axis.alias
-        if axis.factors is not None:
+        if axis.factors is not None and axis.mixed is None:
             leaves.extend(resolve(axis.factors))
         else:
             leaves.append(axis)
@@ -160,7 +177,7 @@ def split(axis: Axis, outer: int, node: str = "") -> tuple[Label, Label] | None:
         Axis(axis.size // outer, axis.source, axis, node),
     )
     for factor in axis.factors:
-        factor.blank = axis.blank
+        factor.blank, factor.free = axis.blank, axis.free
         factor.feature = axis.feature
     return axis.factors[:1], axis.factors[1:]
 

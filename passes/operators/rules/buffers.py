@@ -16,7 +16,7 @@ from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
 from ...axes.alignment import unify
 from ...axes.concatenation import concat, parts_of, rows_of, slice_label
-from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, resolve
+from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, mixed, resolve
 from ...axes.streams import get_stream, overwrites
 from ...axes.tensor_labels import Labels, Range, Rows, get_base, get_labels, get_range, rows_shown, set_labels
 from ..calls import AxisTrace
@@ -84,7 +84,9 @@ def put(target: Label, source: Label, node: str) -> None:
         if len(inner) == 1 and inner[0].blank and not inner[0].parts:
             fill(inner[0], parts[0].start, parts[0].stop, source)
             return
-    unify(target, source, node)
+    why = mixed(unify(target, source, node))
+    for axis in target:  # other views of the same memory show it, too
+        axis.mixed = axis.mixed or why
 
 
 def fill(blank: Axis, start: int, stop: int, source: Label) -> None:
@@ -183,7 +185,10 @@ def _write_rows(
     offset = tensor.dim() - source.dim()
     for d, label in enumerate(get_labels(source)):
         if 0 <= offset + d != dim and source.shape[d] != 1 and source.shape[d] == tensor.shape[offset + d]:
-            unify(labels[offset + d], label, trace.node)
+            if in_place:
+                put(labels[offset + d], label, trace.node)
+            else:
+                labels[offset + d] = unify(labels[offset + d], label, trace.node)
     size, n = tensor.shape[dim], source.shape[dim - offset] if dim >= offset else 1
     old = labels[dim]
     start, stop = (rows.start, rows.start + n) if rows is not None else (0, size)
@@ -202,7 +207,8 @@ def _write_rows(
         pieces = [*rows_of(old, 0, start), Part(new, 0, label_size(new)), *rows_of(old, stop, size)]
         labels[dim] = concat(pieces, trace.source(dim))
     else:
-        unify(slice_label(old, start, stop, trace.source(dim)), new, trace.node)
+        why = mixed(unify(slice_label(old, start, stop, trace.source(dim)), new, trace.node))
+        labels[dim] = spoilt(trace, size, dim, why) if why else old
     return labels
 
 

@@ -14,6 +14,7 @@ from dynamicrad_compile.passes.axes.labels import (
     coarsest,
     label_size,
     mirrored,
+    mixed,
     resolve,
 )
 from dynamicrad_compile.passes.axes.reshape import reshape
@@ -77,10 +78,31 @@ def test_unify_keeps_the_latent_input():
     assert resolve((table,)) == (latent,)
 
 
-def test_unify_reports_contradicting_structures():
+def test_structures_that_contradict_each_other_are_mixed_and_keep_what_they_were():
     f, hw, wrong, rest = axis(5), axis(48), axis(48), axis(5)
-    unify((f, hw), (wrong, rest), "add_3")
-    assert "add_3" in (f.conflict or hw.conflict).text
+    both = unify((f, hw), (wrong, rest), "add_3")
+    assert "add_3" in mixed(both).text
+    assert (resolve((f, hw)), resolve((wrong, rest))) == ((f, hw), (wrong, rest))
+    assert mixed(unify((f, hw), both, "add_4"))
+    assert sizes((f, hw)) == [5, 48]
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (2, 1, 0)])
+@pytest.mark.parametrize("shape", [(5, 6, 8), (4, 6, 6), (2, 4, 8), (4, 4, 4)])
+def test_the_same_axes_in_another_order_are_mixed(shape, order):
+    axes = tuple(axis(n) for n in shape)
+    assert mixed(unify(axes, tuple(axes[d] for d in order), "add"))
+    assert resolve(axes) == axes
+
+
+def test_a_free_axis_takes_what_it_meets_and_tells_nothing():
+    f, h, w, free = axis(5), axis(6), axis(8), axis(240)
+    free.free = True
+    columns = reshape([(free,)], [5, 8, 6], SRC)
+    (turned,) = reshape([columns[0], columns[2], columns[1]], [240], SRC)
+    for first, second in ((turned, (f, h, w)), ((f, h, w), turned)):
+        assert resolve(unify(first, second, "add")) == (f, h, w)
+    assert sizes((f, h, w)) == [5, 6, 8]
 
 
 def test_concat_slice_and_glue():
@@ -135,3 +157,14 @@ def test_parts_of_a_reversed_axis_are_reversed_too():
     unify(back, (f, h, w), "mul_1")
     assert are_mirrored((s,), back)
     assert not same((s,), back)
+
+
+def test_pieces_are_mixed_where_one_of_them_stands_elsewhere():
+    text, video = axis(7), (axis(5), axis(6))
+
+    def pieces(*labels):
+        return concat([Part(label, 0, label_size(label)) for label in labels], SRC)
+
+    unknown = pieces((axis(3),), (axis(34),))
+    assert not mixed(unify(pieces((text,), video), unknown, "mul"))
+    assert mixed(unify(pieces((text,), video), pieces(video, (text,)), "add"))
