@@ -45,6 +45,7 @@ from .site import (
     VideoSite,
 )
 
+SELF = (OTHER_SELF, SPATIAL, TEMPORAL)
 NO_VIDEO_KEYS = f"{NOTHING}: its keys are a prompt or another short sequence, not video"
 ONE_FRAME = f"{NOTHING}: attention within one frame has no frames to skip"
 ONE_PLACE = f"{NOTHING}: attention across frames at one place is short"
@@ -119,10 +120,11 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         site.reason = exchanged(site.call)
         if site.reason:
             return
-    unknown = context.continues and trace.given and not (alike and trace.same_tokens)
+    unknown = trace.given and not (alike and trace.same_tokens)
     if unknown and label_size(query) == label_size(key):
-        if not ((alike or user_grid) and _video_parts(parts, user_grid, grids)):
-            site.reason = _behind_a_break(context.continues, _length(parts))
+        vouched = user_grid or (alike and context.continues)
+        if not (vouched and _video_parts(parts, user_grid, grids)):
+            site.reason = _given(context.continues, _length(parts))
             return
     elif not alike:
         site.queries = asked_keys(query, key, trace.starts)
@@ -155,10 +157,17 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         _classify_gridless(site, trace, parts, grids)
 
 
-def _behind_a_break(why: str, length: int) -> Reason:
-    """Why queries and keys that come from other graphs are left alone, where neither a grid nor a table vouches."""
-    text = f"its queries and keys ({length}) come from other graphs, so that nothing tells whose tokens they are: {why}"
-    return Reason("behind_graph_break", text, "set `grid` if it is the video's self-attention, or mend the graph break")
+def _given(why: str, length: int) -> Reason:
+    """Why queries and keys that come from outside are left alone, where neither a grid nor a table vouches for them.
+
+    why  the graph goes on where another one ended; "" where it does not
+    """
+    nothing, advice = "so that nothing tells whose tokens they are", "set `grid` if it is the video's self-attention"
+    if why:
+        text = f"its queries and keys ({length}) come from other graphs, {nothing}: {why}"
+        return Reason("behind_graph_break", text, f"{advice}, or mend the graph break")
+    text = f"its queries and keys ({length}) are inputs of the graph, {nothing}"
+    return Reason("behind_graph_break", text, f"{advice}, or compile what computes them together with it")
 
 
 def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContext, grids: Grids) -> None:
@@ -300,12 +309,16 @@ def _check_user_grid(grid: tuple[int, int, int], sites: list[Site], misfits: lis
         return
     if misfits:
         raise misfits[0]
-    lengths = [(s.q_shape[-2], s) for s in sites if s.role in (OTHER_SELF, SPATIAL, TEMPORAL) and s.q_shape]
+    lengths = [(s.q_shape[-2], s) for s in sites if (s.role in SELF or _is_given(s)) and s.q_shape]
     if not lengths:
         return
     length, longest = max(lengths, key=lambda pair: pair[0])
     if 4 * length >= math.prod(grid):
         raise GridError(_grid_message(grid, length, longest))
+
+
+def _is_given(site: Site) -> bool:
+    return site.reason is not None and site.reason.code == "behind_graph_break"
 
 
 def _check_fit(context: PassContext, part: Part, site: Site, grids: Grids) -> None:
