@@ -31,6 +31,7 @@ from .axes.windows import windows
 from .graph import value_of
 from .reading.sharding import exchanged
 from .reading.support import UNRECORDED, few_frames, unsupported
+from .reading.user_grid import check_fit, check_user_grid
 from .site import (
     CROSS,
     OTHER_SELF,
@@ -45,7 +46,6 @@ from .site import (
     VideoSite,
 )
 
-SELF = (OTHER_SELF, SPATIAL, TEMPORAL)
 NO_VIDEO_KEYS = f"{NOTHING}: its keys are a prompt or another short sequence, not video"
 ONE_FRAME = f"{NOTHING}: attention within one frame has no frames to skip"
 ONE_PLACE = f"{NOTHING}: attention across frames at one place is short"
@@ -75,7 +75,7 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
             else:
                 context.videos.append(video)
     if context.grid is not None:
-        _check_user_grid(context.grid, context.sites, misfits)
+        check_user_grid(context.grid, context.sites, misfits)
     return sum(site.role == VIDEO for site in context.sites)
 
 
@@ -181,7 +181,7 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContex
     site.grid_axes = axes if site.grid == sizes and not (user_grid and conflicts) else ()
     site.text = _around(parts, at)
     if user_grid:
-        _check_fit(context, parts[at], site, grids)
+        check_fit(context, parts[at], site, grids)
         site.reason = None if context.override_grid else grids.disorder(parts[at].label)
     elif conflicts:
         site.reason = conflicts[0]
@@ -301,62 +301,6 @@ def _video_parts(parts: tuple[Part, ...], user_grid: tuple[int, int, int] | None
     if user_grid is None or traced:
         return traced
     return [i for i, part in enumerate(parts) if part.size == math.prod(user_grid)]
-
-
-def _check_user_grid(grid: tuple[int, int, int], sites: list[Site], misfits: list[GridError]) -> None:
-    """The user's grid must fit some sequence, unless the graph holds only much shorter ones (text)."""
-    if any(site.role == VIDEO for site in sites):
-        return
-    if misfits:
-        raise misfits[0]
-    lengths = [(s.q_shape[-2], s) for s in sites if (s.role in SELF or _is_given(s)) and s.q_shape]
-    if not lengths:
-        return
-    length, longest = max(lengths, key=lambda pair: pair[0])
-    if 4 * length >= math.prod(grid):
-        raise GridError(_grid_message(grid, length, longest))
-
-
-def _is_given(site: Site) -> bool:
-    return site.reason is not None and site.reason.code == "behind_graph_break"
-
-
-def _check_fit(context: PassContext, part: Part, site: Site, grids: Grids) -> None:
-    """Raise GridError unless the part has as many tokens as the user's grid, and the graph does not show another."""
-    grid = context.grid
-    assert grid is not None
-    if math.prod(grid) != part.size:
-        raise GridError(_grid_message(grid, part.size, site))
-    shown = "" if context.override_grid else _shown(part, grid, grids)
-    if shown:
-        raise GridError(
-            f"grid {_by(grid)} contradicts the graph: the {part.size} video tokens of the attention at "
-            f"{_place(site)} are {shown}. Leave `grid` out to have it traced, or set `override_grid` if you mean it."
-        )
-
-
-def _shown(part: Part, grid: tuple[int, int, int], grids: Grids) -> str:
-    """What the graph shows where it is certain that a piece is no such grid; "" where it is not."""
-    if part.whole:
-        return grids.contradiction(part.label, grid)
-    size = grids.size(part.label)
-    return "" if size is None or size[1:] == grid[1:] else f"rows of {_by(size)}"
-
-
-def _grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
-    return (
-        f"grid {_by(grid)} = {math.prod(grid)} tokens does not fit the {length} video tokens of the attention at "
-        f"{_place(site)}. Give the latent grid after patchifying (frames, height, width), "
-        "or leave `grid` out to have it traced."
-    )
-
-
-def _by(grid: tuple[int, int, int]) -> str:
-    return " x ".join(map(str, grid))
-
-
-def _place(site: Site) -> str:
-    return site.path or site.node.name
 
 
 def _length(parts: Sequence[Part]) -> int:

@@ -1,4 +1,4 @@
-"""Queries and keys that are inputs of a graph: whose tokens they are is unknown, and `grid` is believed where it fits."""
+"""Queries and keys that are inputs of a graph: whose tokens they are is unknown; `grid` is believed where it fits."""
 
 from __future__ import annotations
 
