@@ -56,8 +56,8 @@ class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
     __slots__ = (
-        "alias", "blank", "born", "carved", "conflict", "factors", "feature", "free", "kin", "mirror", "mixed", "parent",
-        "parts", "reversed", "size", "source", "table", "why",
+        "alias", "blank", "born", "carved", "conflict", "factors", "feature", "free", "kin", "mirror", "mixed",
+        "parent", "parts", "reversed", "size", "source", "table", "why",
     )  # fmt: skip
 
     def __init__(self, size: int, source: Source, parent: Axis | None = None, born: str = ""):

@@ -99,3 +99,16 @@ def test_a_given_grid_does_not_turn_tokens_around(dim):
         return m.attend(m.tokens(x).flip(1) if dim == 1 else m.tokens(x.flip(dim)))
 
     assert only(how, LATENTS, grid=GRID).reason.code == "reversed_order"
+
+
+def test_rows_cut_from_mixed_ones_and_pieces_of_them_are_mixed():
+    def cut(m, latents):
+        x = m.tokens(latents)
+        mixture = m.q(x) + columns(m.k(x))
+        part = torch.cat([mixture[:, 15:], mixture[:, :15]], 1)
+        back = torch.cat([part[:, 45:], part[:, :45]], 1)
+        m.attend(x + m.attend(back))
+        return m.attend(torch.cat([mixture[:, :15], x[:, 15:]], 1))
+
+    for site in (sites(cut, LATENTS)[0], sites(cut, LATENTS)[-1]):
+        assert site.reason.code == "axes_disagree"
