@@ -19,7 +19,7 @@ from torch import fx
 
 from dynamicrad_compile.errors import GridError
 from dynamicrad_compile.plans.layout import MIN_FRAMES, Range
-from dynamicrad_compile.reporting.reason import KEEP_ORDER, NOTHING, REPORT_MODEL, Reason
+from dynamicrad_compile.reporting.reason import IF_VIDEO, KEEP_ORDER, NOTHING, REPORT_MODEL, Reason
 
 from .axes.among import asked_keys, cut, overlaps, with_earlier
 from .axes.concatenation import parts_of, same, segments_of, within
@@ -162,12 +162,12 @@ def _given(why: str, length: int) -> Reason:
 
     why  the graph goes on where another one ended; "" where it does not
     """
-    nothing, advice = "so that nothing tells whose tokens they are", "set `grid` if it is the video's self-attention"
-    if why:
-        text = f"its queries and keys ({length}) come from other graphs, {nothing}: {why}"
-        return Reason("behind_graph_break", text, f"{advice}, or mend the graph break")
-    text = f"its queries and keys ({length}) are inputs of the graph, {nothing}"
-    return Reason("behind_graph_break", text, f"{advice}, or compile what computes them together with it")
+    where, cure = "come from other graphs", "mend the graph break"
+    if not why:
+        where, cure = "are inputs of the graph", "compile what computes them together with it"
+    text = f"its queries and keys ({length}) {where}, so that nothing tells whose tokens they are{why and ': '}{why}"
+    advice = f"set `grid` if it is the video's self-attention, or {cure}"
+    return Reason("behind_graph_break", text, advice)
 
 
 def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContext, grids: Grids) -> None:
@@ -281,7 +281,7 @@ def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids:
     known = [axis.conflict or axis.why for axis in sequence] + [grids.why_none(part.label) for part in parts]
     site.role = OTHER_SELF
     text = f"no frames x height x width in its {_length(parts)} tokens: {_describe(parts)}"
-    no_grid = Reason("no_grid", text, f"{NOTHING} if these are text or an image; set `grid` if they are a video")
+    no_grid = Reason("no_grid", text, f"{NOTHING} if these are text or an image; {IF_VIDEO}")
     site.reason = next((why for why in known if why), no_grid)
 
 

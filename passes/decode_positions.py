@@ -40,7 +40,7 @@ from dynamicrad_compile.plans.positions import (
     may_be_pictures,
     times_of,
 )
-from dynamicrad_compile.reporting.reason import NOTHING, Reason
+from dynamicrad_compile.reporting.reason import IF_VIDEO, NOTHING, Reason
 
 from .axes.concatenation import parts_of
 from .axes.labels import Axis, Label, Part, fresh, label_size, resolve
@@ -51,7 +51,6 @@ from .site import PassContext
 MAX_FRAMES = 2
 """So many graphs of one code that show a single frame are for it alone."""
 RASTER_ROWS = f"{NOTHING} if it holds none; else keep its rows frame by frame, row by row, in even steps of time"
-IF_VIDEO = "set `grid` if they are a video"
 
 
 def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:

@@ -37,7 +37,7 @@ from torch import fx
 from dynamicrad_compile.kernels import moments_op as _registers_the_ops  # noqa: F401
 from dynamicrad_compile.plans.layout import MIN_FRAMES
 from dynamicrad_compile.plans.order import reordered_keys
-from dynamicrad_compile.reporting.reason import FIX_SIZES, Reason
+from dynamicrad_compile.reporting.reason import FIX_LENGTH, FIX_SIZES, Reason
 
 from .axes.positions import PositionTable, table_of
 from .reading.masks import keys_node, without_hidden_rows
@@ -110,7 +110,7 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
             p.video.site.reason = few_frames(frames)
         elif p.video.site.data_dependent and p.video.node not in homes:
             text = f"its length depends on data, and {_why_fixed([p])}"
-            p.video.site.reason = Reason("data_dependent_length", text, FIX_SIZES)
+            p.video.site.reason = Reason("data_dependent_length", text, FIX_LENGTH)
         else:
             placed.append(p)
     return placed, homes

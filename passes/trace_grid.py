@@ -133,6 +133,8 @@ class _Tracer(fx.Interpreter):
             packed(self.axis_mode.streams, streams) and same(plain_query[0], plain_key[0])
         )
         given = all(stream is not None and not stream.projected for stream in streams[:2])
+        if not self.context.continues:  # rows of one input are known to be other rows
+            given = given and not any(stream and self.axis_mode.streams.slice_of(stream.term) for stream in streams[:2])
         site.trace = Trace(plain_query, plain_key, same_tokens, given, self._starts(plain_query, plain_key, streams))
         stream = attended(self.axis_mode.streams, streams[0], None if same_tokens else streams[1])
         operands = (call.query, call.key) if site.trace.starts else (call.query,)

@@ -13,12 +13,17 @@ KEEP_ORDER = (
     "have the model keep its tokens frame by frame, row by row, if it can; "
     "if they do lie so, set `grid` and `override_grid`"
 )
-OTHER_BACKEND = "choose another attention backend, such as model.set_attention_backend('native')"
-PROMPT_MASK = "give the prompt mask as a bool of one row a sample, [B, 1, 1, keys], or leave padding out of the prompt"
+IF_VIDEO = "set `grid` if they are a video and nothing else"
+OTHER_BACKEND = "choose another attention backend of the model (in diffusers model.set_attention_backend('native'))"
+PROMPT_MASK = (
+    "if it hides padding of the prompt, give it as a bool of one row a sample, [B, 1, 1, keys], or leave padding out; "
+    "nothing to do if it is a mask of the model itself (causal, windows, a bias)"
+)
 REPORT_MODEL = "nothing to set: the model computes it in a way that is not supported; please report the model"
 REBUILD_MHA = "build the nn.MultiheadAttention without it, or with need_weights=False"
 CALL_SDPA = "write it as torch.nn.functional.scaled_dot_product_attention"
-FIX_SIZES = "set `grid`, or compile for fixed sizes (dynamic=False)"
+FIX_SIZES = "export for fixed frames, heights and widths; if the option `plan` is set, leave it out"
+FIX_LENGTH = "give the model inputs of a fixed length, if it can; if the option `plan` is set, leave it out"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from dynamicrad_compile.reporting.reason import CALL_SDPA, PROMPT_MASK, Reason
+from dynamicrad_compile.reporting.reason import CALL_SDPA, Reason
 
 from ..graph import shape_hint
 from ..operators.names import argument, op_name, operand, tensor_value
@@ -26,6 +26,10 @@ from .layout import layout_of_rank
 from .numbers import number
 from .products import Product, computed_in, peel, read_product
 from .writes import Positions
+
+ONE_MASK = "put its masks together into one bool mask before the scores are masked"
+SCALE_FIRST = "scale queries or scores before the mask is added"
+FILL_IN = "fill in float('-inf') where keys are masked"
 
 
 def read_softmax_attention(node: fx.Node, positions: Positions) -> AttentionCall | None:
@@ -65,10 +69,10 @@ class _Steps:
 
     def masked(self, mask: fx.Node, mask_is: str) -> _Steps:
         if self.mask is not None:
-            return self.refuse(Reason("several_masks", "it has more than one mask", PROMPT_MASK))
+            return self.refuse(Reason("several_masks", "it has more than one mask", ONE_MASK))
         if "?" in self.dims:
             text = f"its mask is applied to reshaped scores ({mask.name})"
-            return self.refuse(Reason("mask_on_reshaped_scores", text, PROMPT_MASK))
+            return self.refuse(Reason("mask_on_reshaped_scores", text, CALL_SDPA))
         return replace(self, mask=mask, mask_is=mask_is, mask_dims=self.dims)
 
 
@@ -113,7 +117,7 @@ def _scale(node: fx.Node, inner: _Inner) -> _Steps | None:
     if found is None or not factor or found.keys:
         return None
     if found.mask is not None and factor != 1:
-        found = found.refuse(Reason("scaled_after_mask", "it is scaled after its mask was added", PROMPT_MASK))
+        found = found.refuse(Reason("scaled_after_mask", "it is scaled after its mask was added", SCALE_FIRST))
     return replace(found, scale=found.scale * factor if op_name(node) == "mul" else found.scale / factor)
 
 
@@ -147,7 +151,7 @@ def _fill(node: fx.Node, inner: _Inner) -> _Steps | None:
         return None
     if level is None or level > HIDDEN:
         text = f"its mask fills in {'a tensor' if level is None else level} instead of -inf"
-        return found.refuse(Reason("mask_fills_in", text, PROMPT_MASK))
+        return found.refuse(Reason("mask_fills_in", text, FILL_IN))
     return found.masked(mask, means)
 
 

@@ -20,8 +20,8 @@ Shape = tuple[int, ...]
 
 def few_frames(frames: int) -> Reason:
     """Why so few frames are no video."""
-    text = f"only {frames} frames: images to be edited rather than a video (set `grid` if they are one)"
-    return Reason("few_frames", text, "set `grid` if they are a video")
+    text = f"only {frames} frames: images to be edited rather than a video"
+    return Reason("few_frames", text, f"{NOTHING}: so few frames have no motion for a plan to follow")
 
 
 def unsupported(site: Site) -> Reason | None:
