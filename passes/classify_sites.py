@@ -31,7 +31,7 @@ from .axes.windows import windows
 from .graph import value_of
 from .reading.sharding import exchanged
 from .reading.support import UNRECORDED, few_frames, unsupported
-from .reading.user_grid import check_fit, check_user_grid
+from .reading.user_grid import check_fit, check_user_grid, grid_message
 from .site import (
     CROSS,
     OTHER_SELF,
@@ -218,7 +218,7 @@ def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext
             site.text = TextTokens(span[0], _length(parts) - span[1])
             return
         if chosen is not None:
-            raise GridError(_grid_message(user_grid, parts[chosen].size, site) + f" {_or_all_keys(_length(parts))}")
+            raise GridError(grid_message(user_grid, parts[chosen].size, site) + f" {_or_all_keys(_length(parts))}")
     if chosen is None and videos:
         _several_videos(site, parts, videos, grids)
     elif chosen is None:

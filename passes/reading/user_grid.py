@@ -24,7 +24,7 @@ def check_user_grid(grid: tuple[int, int, int], sites: list[Site], misfits: list
         return
     length, longest = max(lengths, key=lambda pair: pair[0])
     if 4 * length >= math.prod(grid):
-        raise GridError(_grid_message(grid, length, longest))
+        raise GridError(grid_message(grid, length, longest))
 
 
 def _is_given(site: Site) -> bool:
@@ -36,7 +36,7 @@ def check_fit(context: PassContext, part: Part, site: Site, grids: Grids) -> Non
     grid = context.grid
     assert grid is not None
     if math.prod(grid) != part.size:
-        raise GridError(_grid_message(grid, part.size, site))
+        raise GridError(grid_message(grid, part.size, site))
     shown = "" if context.override_grid else _shown(part, grid, grids)
     if shown:
         raise GridError(
@@ -53,7 +53,7 @@ def _shown(part: Part, grid: tuple[int, int, int], grids: Grids) -> str:
     return "" if size is None or size[1:] == grid[1:] else f"rows of {_by(size)}"
 
 
-def _grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
+def grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
     return (
         f"grid {_by(grid)} = {math.prod(grid)} tokens does not fit the {length} video tokens of the attention at "
         f"{_place(site)}. Give the latent grid after patchifying (frames, height, width), "
