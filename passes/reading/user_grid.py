@@ -54,6 +54,7 @@ def _shown(part: Part, grid: tuple[int, int, int], grids: Grids) -> str:
 
 
 def grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
+    """What is wrong with a grid for so many video tokens, and how to mend it."""
     return (
         f"grid {_by(grid)} = {math.prod(grid)} tokens does not fit the {length} video tokens of the attention at "
         f"{_place(site)}. Give the latent grid after patchifying (frames, height, width), "
