@@ -51,6 +51,7 @@ def _carve(first: Label, second: Label) -> None:
 
     Text that is cut off before RoPE and put back, and the sequence that it was cut from, are then the same pieces.
     """
+    _find_pieces(first, second)
     slices = [(axis, base) for label in (first, second) for axis in resolve(label) if (base := _base(axis)) is not None]
     bases = [base for _, base in slices]
     held = {leaf for axis in (*resolve(first), *resolve(second)) if _base(axis) is None for leaf in _leaves(axis)}
@@ -61,12 +62,31 @@ def _carve(first: Label, second: Label) -> None:
             sizes = (part.start, part.size, base.size - part.stop)
             pieces = [Axis(n, source) for n in sizes]
             for piece in pieces:
-                piece.blank, piece.feature = base.blank, base.feature
+                piece.blank, piece.feature, piece.why = base.blank, base.feature, base.why
             labels: list[Label] = [(piece,) if piece.size > 1 else () for piece in pieces]
             base.parts = tuple(Part(label, 0, n) for label, n in zip(labels, sizes, strict=True) if n)
             base.carved = True
             pieces[1].kin = (axis, *axis.kin)
             axis.alias = pieces[1]
+
+
+def _find_pieces(first: Label, second: Label) -> None:
+    """Of two slices that were cut alike: each is the piece into which what it was cut from has been divided since.
+
+    The first rows of tables may be cut alike and mean frames here, rows or columns there.
+    """
+    slices = [axis for label in (first, second) for axis in resolve(label)]
+    cuts = {
+        (part.start, part.stop, label_size(part.label))
+        for axis in slices
+        for part in (axis.parts if axis.parts and len(axis.parts) == 1 else [Part((), 0, 1)])
+    }
+    if len(slices) != 2 or len(cuts) != 1 or min(cuts)[0] == 0:
+        return
+    for axis in slices:
+        rows = parts_of((axis,))
+        if axis.parts and not axis.parts[0].whole and len(rows) == 1 and rows[0].whole:
+            axis.parts, axis.factors = None, resolve(rows[0].label)
 
 
 def _base(axis: Axis) -> Axis | None:

@@ -141,22 +141,27 @@ def test_a_cache_that_grows():
     assert len(drad.report(compiled).graphs) <= 3
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "regional"])
-def test_the_video_behind_a_prompt(whole):
+@pytest.mark.parametrize("how", ["by name", "grid", "regional"])
+def test_the_video_behind_a_prompt(how):
     model, kwargs, expected = CASES["cosmos3"]()
-    options = {**OPTIONS, "sparsity": 0.6, **({"grid": expected["grid"]} if whole else {})}
+    options = {**OPTIONS, "sparsity": 0.6, **({"grid": expected["grid"]} if how == "grid" else {})}
     dense = call(model, kwargs)
-    if whole:
-        compiled = torch.compile(model, backend="dynamicrad", options=options)
-    else:
+    if how == "regional":
         compiled = copy.deepcopy(model)
         compiled.compile_repeated_blocks(backend="dynamicrad", options=options)
+    else:
+        compiled = torch.compile(model, backend="dynamicrad", options=options)
     sparse = call(compiled, kwargs)
     sites = [site for site in sites_of(compiled) if site.replaced]
     assert {(site.grid, site.queries) for site in sites} == {((5, 6, 8), (9, 249))}
     with masked_dense(sites[0].plan):
         assert relative_error(sparse, call(model, kwargs)) < 1e-5
     assert relative_error(sparse, dense) > 1e-6
+    if how == "by name":  # positions are looked at in each call
+        moved = torch.cat([torch.arange(9), 9 + torch.randperm(240)])
+        kwargs["position_ids"] = kwargs["position_ids"][:, moved]
+        assert relative_error(call(compiled, kwargs), call(model, kwargs)) < 1e-5
+        assert len(drad.report(compiled).graphs) == 1
 
 
 def test_flex_attention_over_a_cache():

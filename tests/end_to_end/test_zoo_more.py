@@ -19,7 +19,6 @@ DENSE = {
     "anyflow_far_infer",
     "wan_animate2_extract",
     "wan_animate2_cached",
-    "cosmos3",
     "kandinsky5_nabla",
     "kandinsky6_sr",
 }

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.graphs import capture
 from support.tokens import DIM, GRID, LATENTS, check_video, only, rotate, sites
+
+from dynamicrad_compile.passes.axes.concatenation import same
 
 # Whose tokens
 
@@ -195,3 +198,13 @@ def test_patches_without_a_convolution(patch):
         return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
 
     check_video(only(how, LATENTS))
+
+
+def test_positions_are_followed_through_a_product_with_frequencies():
+    def rotated(x, positions):
+        angles = (torch.linspace(0.1, 1, 8)[None, :, None] @ positions[:, None]).transpose(1, 2)[:, None]
+        return F.scaled_dot_product_attention(x * angles.cos(), x * angles.cos(), x)
+
+    ((context, gm),) = capture(rotated, torch.randn(1, 2, 60, 8), torch.arange(60).float()[None])
+    labels = {node.name: context.node_labels[node] for node in gm.graph.find_nodes(op="placeholder")}
+    assert same(labels["l_x_"][2], labels["l_positions_"][1])

@@ -49,9 +49,12 @@ def linear(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dic
 
 
 def _columns(trace: AxisTrace, out: torch.Tensor, right: torch.Tensor) -> Label:
-    """Last dimension of a product: features where the right operand is a weight (nothing that was projected)."""
+    """Last dimension of a product: features where the right operand is a weight (nothing that was projected).
+
+    An input with one row is none: the product is of each number with each, as of positions with frequencies.
+    """
     stream = get_stream(right)
-    if stream is None or not stream.projected:
+    if stream is None or not (stream.projected or right.shape[-2] == 1):
         return fresh(out.shape[-1], trace.source(out.dim() - 1, "feature"))
     return get_labels(right)[-1]
 

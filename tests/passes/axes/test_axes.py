@@ -168,3 +168,24 @@ def test_pieces_are_mixed_where_one_of_them_stands_elsewhere():
     unknown = pieces((axis(3),), (axis(34),))
     assert not mixed(unify(pieces((text,), video), unknown, "mul"))
     assert mixed(unify(pieces((text,), video), pieces(video, (text,)), "add"))
+
+
+def test_axes_whose_rows_are_aligned_piece_by_piece_are_the_same():
+    """As where queries and keys are cut into text and video, and the table of their positions, too."""
+    tokens, table = axis(249), axis(249, "table", kind="input")
+    rows = [slice_label((one,), start, stop, SRC) for one in (tokens, table) for start, stop in ((0, 9), (9, 249))]
+    unify(rows[0], rows[2], "rope")
+    unify(rows[1], rows[3], "rope")
+    assert same((tokens,), (table,))
+    assert [part.size for part in parts_of((tokens,))] == [9, 240]
+    assert same(rows[1], slice_label((table,), 9, 249, SRC))
+
+
+def test_rows_of_a_table_that_lie_over_each_other_stay_apart():
+    """As the first rows of one table of angles, for frames, rows and columns."""
+    table, frames, height = axis(27, "table"), axis(8, "f", kind="input"), axis(6, "h", kind="input")
+    unify((frames,), slice_label((table,), 0, 8, SRC), "rope")
+    unify((height,), slice_label((table,), 0, 6, SRC), "rope")
+    for one in (frames, height):
+        assert resolve((one,)) == (one,)
+        assert one.parts is None
