@@ -34,14 +34,15 @@ def go_on(times: torch.Tensor) -> torch.Tensor:
 def may_be_names(times: torch.Tensor, numbers: bool, longest: torch.Tensor) -> torch.Tensor:
     """bool []: whether times [F] that `go_on` may be names of pictures, which follow each other as frames do.
 
-    Of `numbers`: whole ones, few of them or further apart than rows and columns, which are `longest` apart. Of angles:
-    few of them, unless the first frame lasts shorter.
+    Of `numbers`: whole ones, few of them or further apart than rows and columns, which are `longest` apart; or three at
+    uneven steps. Of angles: few of them, unless the first of four lasts shorter.
     """
     steps = (times[1:] - times[:-1]).abs()
     few = len(times) < MIN_NUMBERED
-    if numbers:
-        return (times == times.round()).all() & (few | (steps.amax() > longest))
     even = steps.amax() - steps.amin() <= OFF * steps.amax()
+    if numbers:
+        names = (times == times.round()).all() & (few | (steps.amax() > longest))
+        return names | ~even if len(times) < 4 else names
     return even | (len(times) < 4) if few else torch.zeros_like(even)
 
 
@@ -56,16 +57,23 @@ def are_one_more(times: torch.Tensor, start: int, stop: int) -> bool:
 
 
 def longest_run(times: torch.Tensor) -> tuple[int, int]:
-    """(start, stop) of the longest stretch of times [K] that `go_on`; of equally long ones the last."""
-    best = (0, 0)
+    """(start, stop) of the longest stretch of times [K] that `go_on`; of equally long ones the last.
+
+    Empty where another stretch, of MIN_NUMBERED at least and more than half as long, overlaps with it: then it is not
+    certain where a video begins and ends.
+    """
+    runs = [(0, 0)]
     for start in range(len(times)):
         low, high = start + 1, len(times)
         while low < high:  # whatever begins a video is one
             middle = (low + high + 1) // 2
             low, high = (middle, high) if bool(go_on(times[start:middle])) else (low, middle - 1)
-        if low - start >= best[1] - best[0]:
-            best = (start, low)
-    return best
+        if low > runs[-1][1]:
+            runs.append((start, low))
+    best = max(runs, key=lambda run: (run[1] - run[0], run))
+    least = max(MIN_NUMBERED, (best[1] - best[0]) // 2 + 1)
+    others = [run for run in runs if run != best and run[1] - run[0] >= least]
+    return (0, 0) if any(max(a, best[0]) < min(b, best[1]) for a, b in others) else best
 
 
 def angles(column: torch.Tensor) -> torch.Tensor:

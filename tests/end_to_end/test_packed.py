@@ -123,7 +123,7 @@ def test_random_packings(seed):
         if kind in sizes:
             return kind, choose.randint(*sizes[kind])
         h, w = choose.randint(3, 6), choose.randint(3, 6)
-        return ("picture", h, w) if kind == "picture" else ("video", choose.randint(3, 8), h, w)
+        return ("picture", h, w) if kind == "picture" else ("video", choose.randint(4, 8), h, w)
 
     kinds = ["text", "audio", *choose.choices(["text", "audio", "picture", "video"], k=choose.randint(1, 4))]
     choose.shuffle(kinds)
