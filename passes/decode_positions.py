@@ -43,7 +43,8 @@ from dynamicrad_compile.plans.positions import (
 from dynamicrad_compile.reporting.reason import IF_VIDEO, NOTHING, Reason
 
 from .axes.concatenation import parts_of
-from .axes.labels import Axis, Label, Part, fresh, label_size, resolve
+from .axes.kinship import roots
+from .axes.labels import Axis, Label, Part, fresh, label_size, resolve, take
 from .axes.positions import PositionTable
 from .graph import specialise, value_of
 from .site import PassContext
@@ -57,12 +58,14 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
     """Split sequence axes whose grid is shown by an input's values; returns how many."""
     wanted: set[Axis] = set()
     traced: set[Label] = set()
+    cut: set[Label] = set()
     for site in context.sites:
         if site.trace is not None and len(site.trace.query) >= 2:
             for part in parts_of(site.trace.query[-2]):
                 axes = resolve(part.label) if part.whole else ()
                 wanted.update(axis for axis in axes if len(axes) == 1 and not axis.parts)
                 traced.update([axes] if len(axes) == 3 else [])
+                cut.update([axes] if len(axes) == 2 and roots(axes[0]) & roots(axes[1]) else [])
     found = 0
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), context.example_inputs, strict=False):
         if not isinstance(value, torch.Tensor) or isinstance(value, (FakeTensor, torch.nn.Parameter)):
@@ -75,6 +78,8 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 found += _decode(node, value, dim, axes[0], context)
             elif len(axes) == 1 and not wanted.isdisjoint(axis for one in _pieces(axes[0]) for axis in one):
                 found += _decode_joined(node, value, dim, axes[0], context)
+            elif axes in cut:
+                found += _decode_cut(node, value, dim, axes, context)
             elif axes in traced:
                 _compare(node, value, dim, axes)
     return found
@@ -113,6 +118,26 @@ def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: P
     doubt = _doubt(table, decoded, varies)
     context.seen.videos += decoded.video[0] >= MIN_FRAMES and doubt is None
     _split(axis, decoded.video, decoded.tokens_around, PositionTable(node, dim, decoded, varies), doubt)
+    return 1
+
+
+def _decode_cut(node: fx.Node, value: torch.Tensor, dim: int, axes: Label, context: PassContext) -> int:
+    """Tell the axes of a sequence that a reshape has cut in two before, into frames and places, say."""
+    varies = isinstance(value_of(node).shape[dim], torch.SymInt)
+    table = columns_of(value.detach(), dim)
+    decoded, leaves = decode_table(table), list(axes)
+    if decoded is None or decoded.around != (0, 0):
+        return 0
+    frames, height, _ = decoded.grid
+    if axes[0].size not in (frames, frames * height):
+        return 0
+    found = [resolve(label) for size in decoded.grid if (label := take(leaves, size, node.name)) is not None]
+    if [len(label) for label in found] != [1, 1, 1]:
+        return 0
+    doubt = _doubt(table, decoded, varies)
+    context.seen.videos += decoded.video[0] >= MIN_FRAMES and doubt is None
+    for (axis,) in found:
+        axis.table, axis.conflict = PositionTable(node, dim, decoded, varies), axis.conflict or doubt
     return 1
 
 

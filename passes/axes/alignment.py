@@ -21,6 +21,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
         return first if mixed(first) else second
     if is_free(first) or is_free(second):
         return second if is_free(first) else first
+    _align_bases(first, second, why)
     _carve(first, second)
     left, right = list(resolve(first)), list(resolve(second))
     while left and right:
@@ -44,6 +45,25 @@ def unify(first: Label, second: Label, why: str) -> Label:
             return _disagreement(first, second, why)
         big[:1], small[:] = [], inner
     return first
+
+
+def _align_bases(first: Label, second: Label, why: str) -> None:
+    """Where the same rows of two axes of one size are aligned, the axes are: RoPE that is applied chunk by chunk."""
+    one, other = _rows(first), _rows(second)
+    if one is None or other is None or (one.start, one.stop) != (other.start, other.stop):
+        return
+    x, y = resolve(one.label), resolve(other.label)
+    if label_size(x) == label_size(y) and not set(x) & set(y):
+        unify(x, y, why)
+
+
+def _rows(label: Label) -> Part | None:
+    """Of which rows of what a label is, where that is not put together from pieces itself; None if it is not."""
+    leaves = resolve(label)
+    parts = leaves[0].parts if len(leaves) == 1 else None
+    if not parts or len(parts) != 1 or parts[0].whole:
+        return None
+    return None if any(leaf.parts or leaf.blank for leaf in resolve(parts[0].label)) else parts[0]
 
 
 def _carve(first: Label, second: Label) -> None:

@@ -121,7 +121,7 @@ class Grids:
         if any(len(set(choice)) == 3 for choice in itertools.product(*(roots(axis) for axis in axes))):
             return None
         for a, b in itertools.combinations(axes, 2):
-            if roots(a) == roots(b) and len(roots(a)) == 1 and not self._told_apart(a, b):
+            if roots(a) == roots(b) and not self._told_apart(a, b):
                 text = f"nothing but a reshape says that {a.size * b.size} ({a.source}) are {a.size} x {b.size}"
                 return Reason("only_a_reshape", text, SET_GRID)
         return None

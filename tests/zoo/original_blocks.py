@@ -118,4 +118,42 @@ def flux_blocks_text_behind(f=5, h=6, w=8, batch=1):
     return _flux_blocks(f, h, w, batch, before=False)
 
 
-BLOCKS = {f.__name__: f for f in (hunyuan_single_blocks, rows_rotated_in_place, flux_blocks, flux_blocks_text_behind)}
+class AudioBlocks(nn.Module):
+    """Each frame attends to its own audio before the video does; RoPE is applied segment by segment."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+        self.audio_q, self.audio_kv = nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM)
+
+    def forward(self, x, audio, freqs_cos, freqs_sin):
+        for _ in range(L):
+            frames = F.layer_norm(x, (DIM,)).reshape(x.shape[0] * audio.shape[1], -1, DIM)
+            k, v = self.audio_kv(audio.flatten(0, 1)).chunk(2, -1)
+            heads = [z.unflatten(-1, (2, -1)).transpose(1, 2) for z in (self.audio_q(frames), k, v)]
+            x = x + F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape)
+            q, k, v = self.qkv(F.layer_norm(x, (DIM,))).unflatten(-1, (3, 2, -1)).unbind(2)
+            q, k = (self._rotated(z, freqs_cos, freqs_sin) for z in (q, k))
+            out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
+            x = x + self.out(out.transpose(1, 2).flatten(2))
+        return x
+
+    @staticmethod
+    def _rotated(x, cos, sin):
+        half = x.shape[1] // 2
+        pieces = []
+        for rows in (slice(0, half), slice(half, None)):
+            even, odd = x[:, rows].unflatten(-1, (-1, 2)).unbind(-1)
+            turned = torch.stack([-odd, even], -1).flatten(-2)
+            pieces.append(cos[rows, None] * x[:, rows] + sin[rows, None] * turned)
+        return torch.cat(pieces, 1)
+
+
+def audio_blocks(f=6, h=6, w=8, batch=1):
+    cos, sin = rope_table_3d(f, h, w, (8, 8, 8))
+    kwargs = dict(x=_r(batch, f * h * w, DIM), audio=_r(batch, f, 3, DIM), freqs_cos=cos, freqs_sin=sin)
+    return seeded(AudioBlocks), kwargs, _exp((f, h, w), L, n_attn=2 * L)
+
+
+CASES = (hunyuan_single_blocks, rows_rotated_in_place, flux_blocks, flux_blocks_text_behind, audio_blocks)
+BLOCKS = {f.__name__: f for f in CASES}

@@ -1,0 +1,111 @@
+"""Axes that are already cut when a table tells them: RoPE chunk by chunk, attention within each frame before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.tokens import DIM, GRID, check_video, only
+
+AREA = GRID[1] * GRID[2]
+LINES = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in GRID), indexing="ij")).flatten(1)
+TABLE = torch.cat([torch.cos(torch.outer(line, torch.tensor([1.0, 0.3]))) for line in LINES], 1)
+TABLE = TABLE[:, torch.arange(DIM) % 6]  # [60, DIM]
+
+
+def frame_by_frame(x, t):
+    return torch.cat([x[:, i : i + AREA] * t[i : i + AREA] for i in range(0, len(t), AREA)], 1)
+
+
+def chunks(x, t):
+    return torch.cat([b * a for a, b in zip(x.chunk(4, 1), t.chunk(4), strict=True)], 1)
+
+
+def segments(x, t):
+    return torch.cat([a * b for a, b in zip(x.split([30, 15, 15], 1), t.split([30, 15, 15]), strict=True)], 1)
+
+
+def across_frames(x, t):
+    return torch.cat([a * b for a, b in zip(x.split(16, 1), t.split(16), strict=True)], 1)
+
+
+def in_place(x, t):
+    x = x.clone()
+    for i in range(0, len(t), AREA):
+        x[:, i : i + AREA] *= t[i : i + AREA]
+    return x
+
+
+def half_of_the_features(x, t):
+    return torch.cat([x[..., : DIM // 2] * t[:, : DIM // 2], x[..., DIM // 2 :]], -1)
+
+
+@pytest.mark.parametrize(
+    "rope", [frame_by_frame, chunks, segments, across_frames, in_place, half_of_the_features], ids=lambda f: f.__name__
+)
+def test_rope_chunk_by_chunk(rope):
+    def how(m, x, table):
+        q, k = rope(m.q(x), table), rope(m.k(x), table)
+        return x + F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    check_video(only(how, torch.randn(2, 60, DIM), TABLE))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_frames_that_were_in_the_batch(when):
+    """Each frame attends to its own audio, say."""
+
+    def audio(m, x, keys):
+        y = m.q(x).reshape(-1, AREA, DIM)
+        return x + (y * keys.mean(1, keepdim=True)).reshape(x.shape)
+
+    def how(m, x, table, keys):
+        x = audio(m, x, keys) if when == "before" else x
+        q, k = m.q(x) * table, m.k(x) * table
+        x = x + F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+        return audio(m, x, keys) if when == "after" else x
+
+    check_video(only(how, torch.randn(1, 60, DIM), TABLE, torch.randn(4, 3, DIM)))
+
+
+def test_halves_in_exchange_are_no_grid():
+    def how(m, x, table):
+        q, k = (torch.cat([z[:, :30] * table[30:], z[:, 30:] * table[:30]], 1) for z in (m.q(x), m.k(x)))
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    site = only(how, torch.randn(1, 60, DIM), TABLE)
+    assert site.grid is None
+    assert site.reason
+
+
+def test_a_reshape_that_fits_no_grid_of_the_table_stays_dense():
+    """Rows of 10 where the table has frames of 15."""
+
+    def how(m, x, table):
+        x = x + m.q(x).reshape(1, 6, 10, DIM).mean(2, keepdim=True).expand(-1, -1, 10, -1).reshape(x.shape)
+        q, k = m.q(x) * table, m.k(x) * table
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    site = only(how, torch.randn(1, 60, DIM), TABLE)
+    assert site.grid is None
+    assert site.reason
+
+
+def test_a_reshape_and_a_table_that_shows_nothing_are_no_grid():
+    def how(m, x, table):
+        x = x + m.q(x).reshape(1, 6, 2, 5, DIM).mean((2, 3)).mean(1, keepdim=True)
+        q, k = m.q(x) * table, m.k(x) * table
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    assert only(how, torch.randn(1, 60, DIM), torch.randn(60, DIM)).reason
+
+
+def test_a_reference_with_a_table_of_its_own_is_no_frame():
+    """Rows behind the video are turned by another table than the one whose rows go on like frames."""
+
+    def how(m, x, table, other):
+        q, k = (torch.cat([z[:, :45] * table[:45], z[:, 45:] * other], 1) for z in (m.q(x), m.k(x)))
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    site = only(how, torch.randn(1, 60, DIM), TABLE, torch.randn(15, DIM))
+    assert site.grid != GRID
