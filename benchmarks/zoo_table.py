@@ -3,7 +3,7 @@
     python benchmarks/zoo_table.py                       # all cases, about ten minutes on one core
     python benchmarks/zoo_table.py wan_t2v helios        # some
     python benchmarks/zoo_table.py --inductor wan_t2v    # with code generation: the share of the passes is then real
-    python benchmarks/zoo_table.py --save                # also writes benchmarks/results/zoo.md
+    python benchmarks/zoo_table.py --save                # also benchmarks/results/zoo.* and docs/models.md
 
 Columns
     attentions   attention calls in all graphs
@@ -14,6 +14,7 @@ Columns
                  (* left dense at the second, and equal to eager there)
     graphs       graphs captured by the first call
     recompiles   graphs captured by four more resolutions; - where the case has one resolution
+    blocks       what compile_repeated_blocks replaces; - where the model has no repeated blocks
     passes       seconds in the graph passes, first call; share of the first call, capture and inner compiler included
 
 A case that fails shows its error and does not stop the run.
@@ -25,15 +26,18 @@ import argparse
 import copy
 import datetime
 import inspect
+import json
 import logging
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import models_page
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -68,6 +72,7 @@ class Row:
     sparse_error: float | None = None
     graphs: int = 0
     recompiles: int | None = None
+    by_blocks: str = ""
     passes: float = 0.0
     share: float = 0.0
     dense_elsewhere: bool = False
@@ -88,12 +93,14 @@ class Row:
             _error(self.sparse_error) + "*" * self.dense_elsewhere,
             str(self.graphs),
             "-" if self.recompiles is None else str(self.recompiles),
+            self.by_blocks or "-",
             f"{self.passes:.2f} s",
             f"{self.share:.0%}",
         ]
 
 
-HEADER = ["model", "attentions", "sites", "grid", "all blocks", "70 %", "graphs", "recompiles", "passes", "share"]
+HEADER = ["model", "attentions", "sites", "grid", "all blocks", "70 %", "graphs", "recompiles", "blocks"]
+HEADER += ["passes", "share"]
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -101,7 +108,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="names of cases; all if none is given")
     parser.add_argument("--inductor", action="store_true", help="compile the rewritten graphs with Inductor")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/zoo.md")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/zoo.* and docs/models.md")
     options = parser.parse_args(arguments)
     unknown = set(options.cases) - set(CASES)
     if unknown:
@@ -120,8 +127,15 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 
 
 def save(rows: list[Row], inner: str) -> None:
-    """Write the table to benchmarks/results/zoo.md."""
+    """Write the table and the page of models; rows of other cases stay as they were."""
     RESULTS.mkdir(exist_ok=True)
+    before = json.loads(models_page.ROWS.read_text(encoding="utf-8"))["rows"] if models_page.ROWS.exists() else []
+    known = {row["name"]: Row(**row) for row in before} | {row.name: row for row in rows}
+    rows = [known[name] for name in CASES if name in known]
+    content = {"version": f"torch {torch.__version__}, diffusers {metadata.version('diffusers')}"}
+    content |= {"date": str(datetime.date.today()), "rows": [asdict(row) for row in rows]}
+    models_page.ROWS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    models_page.write(content)
     explained = (__doc__ or "").split("Columns\n")[1]
     head = f"torch {torch.__version__}, inner compiler {inner}, {datetime.date.today()}."
     page = f"# The zoo\n\n{head}\n\n```\n{explained}```\n\n{table(rows)}\n"
@@ -157,6 +171,32 @@ def _measure(row: Row, make: Make, inner: str) -> None:
     row.recompiles = _other_resolutions(row, make, model, compiled)
     if row.replaced:
         row.sparse_error, row.dense_elsewhere = _against_masked_dense(make, common)
+    if row.expected:
+        row.by_blocks = _by_blocks(make, common)
+
+
+def _by_blocks(make: Make, common: dict[str, Any]) -> str:
+    """What regional compilation replaces, and the error where that is too large; "" without repeated blocks."""
+    model, kwargs, _ = make()
+    if not getattr(model, "_repeated_blocks", None):
+        return ""
+    _wake(model)
+    wanted = _call(model, kwargs)
+    torch._dynamo.reset()
+    try:
+        model.compile_repeated_blocks(backend="dynamicrad", options={"sparsity": 0.0, **common})
+        error = _relative(_call(model, kwargs), wanted)
+    except Exception as error:
+        return f"fails: {type(error).__name__}"
+    if error > 1e-4:
+        return f"WRONG: {error:.0e}"
+    report = drad.report(model)
+    longest = max((site.shape[-2] for site in report.sites if site.shape), default=0)
+    whole = [site for site in report.sites if site.shape is None or site.shape[-2] == longest]
+    dense = [site for site in whole if not site.replaced and site.role != "cross_attention"]
+    if not report.replaced:
+        return f"dense: {dense[0].code}" if dense else "dense"
+    return "partly: " + dense[0].code if dense else "sparse"
 
 
 def _against_masked_dense(make: Make, common: dict[str, Any]) -> tuple[float, bool]:

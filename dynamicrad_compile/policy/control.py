@@ -29,7 +29,8 @@ def control_of(
     asked = {"dense_steps": steps or None, "dense_timestep": timestep, "refresh_steps": refresh or None}
     wanted = ", ".join(f"{name} = {value}" for name, value in asked.items() if value is not None)
     if wanted and conditions.timestep is None and not has_clock:
-        problems.append(f"{wanted} can't be honoured: no timestep among the inputs of this graph; every step is sparse")
+        text = "can't be honoured: no timestep among the inputs of this graph; every step is sparse"
+        problems.append(f"{wanted} {text}. drad.compile(model, {wanted}) notes it beside the graphs")
         steps, refresh, timestep = 0, 0, None
     routed = any(len(spec.regimes) > 1 for spec in specs)
     tensors, masked = None, False

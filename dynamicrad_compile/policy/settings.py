@@ -105,7 +105,9 @@ def regimes_of(conditions: Conditions, wishes: Wishes) -> Regimes:
         if given is None:
             why = "no motion router is given (option router; see fit_router)"
         elif conditions.prompt is None:
-            why = "no prompt embedding was found among the inputs of this graph"
+            why = (
+                "no prompt embedding was found among the inputs of this graph; drad.compile notes it beside the graphs"
+            )
         elif conditions.embedding_dim != given.embedding_dim:
             found = conditions.embedding_dim
             why = f"the router is for embeddings of {given.embedding_dim} features, the prompt has {found}"

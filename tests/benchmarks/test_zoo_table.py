@@ -36,6 +36,8 @@ def broken():
 def test_table_of_small_cases(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo_table, "CASES", {f.__name__: f for f in (tiny, causal, wrong, broken)})
     monkeypatch.setattr(zoo_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(zoo_table.models_page, "ROWS", tmp_path / "zoo.json")
+    monkeypatch.setattr(zoo_table.models_page, "PAGE", tmp_path / "models.md")
     exact, dense, bad, failed = zoo_table.main(["--save"])
     assert (exact.expected, exact.found, exact.replaced, exact.grid_right) == (1, 1, 1, True)
     assert exact.full_error < 1e-5

@@ -51,6 +51,7 @@ def test_a_warning_for_each_wish_that_is_not_met(said):
         compile_sparse(NoTime(), dense_steps=2, inner="eager")(torch.randn(1, 3, 4, 6, 10), torch.randn(1, 7, 8))
     (line,) = said(logging.WARNING)
     assert "dense_steps = 2 can't be honoured: no timestep among the inputs" in line
+    assert "drad.compile(model, dense_steps = 2)" in line
 
 
 SCRIPT = """
