@@ -227,7 +227,9 @@ def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext
         _set_video(site, parts, chosen, context, grids)
         if site.reason and site.reason.code == "few_frames" and sum(site.text):
             text = f"only {site.grid[0] if site.grid else 0} frames ask, and nothing is known of the other keys"
-            site.reason = Reason("few_frames", text, f"set `grid` if they are a video. {_or_all_keys(_length(parts))}")
+            site.reason = Reason(
+                "few_frames_ask", text, f"set `grid` if they are a video. {_or_all_keys(_length(parts))}"
+            )
 
 
 def _or_all_keys(keys: int) -> str:

@@ -46,7 +46,7 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
         start, stop = site.queries
         text = f"only tokens {start}..{stop} of {site.keys} ask, of which the function of option plan is not told"
         advice = "give the function a parameter: (grid, text_before, text_after, queries=None)"
-        return Dense(Reason("plan_misfit", text, advice), this_grid=True)
+        return Dense(Reason("plan_without_queries", text, advice), this_grid=True)
     try:
         table = own.table(site.grid, site.text, site.shape[1], site.device, site.queries)
     except PlanError as error:

@@ -88,7 +88,7 @@ def test_a_function_that_is_not_told_of_queries_leaves_it_dense():
     model, kwargs, _ = CASES["causal_cache"]()
     compiled = compile_sparse(model, plan=lambda grid, before, after: drad.make_plan("radial", grid, 16, before))
     assert relative_error(call(compiled, kwargs), call(model, kwargs)) == 0
-    assert {site.code for site in sites_of(compiled)} == {"plan_misfit"}
+    assert {site.code for site in sites_of(compiled)} == {"plan_without_queries"}
     assert "queries=None" in sites_of(compiled)[0].advice
 
 
@@ -118,7 +118,7 @@ def test_too_few_frames_that_ask():
     compiled = compile_sparse(model, sparsity=0.6)
     assert relative_error(call(compiled, kwargs), call(model, kwargs)) == 0
     (site, _) = sites_of(compiled)
-    assert site.code == "few_frames"
+    assert site.code == "few_frames_ask"
     assert "the last frames of its 288 keys" in site.advice
     compiled = compile_sparse(model, sparsity=0.6, grid=(6, 6, 8))
     sparse = call(compiled, kwargs)
