@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -128,7 +129,9 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
             return
     elif not alike:
         site.queries = asked_keys(query, key, trace.starts)
-        if site.queries is None:
+        if why and site.queries is None:  # nothing is proven of them: no prompt, either
+            site.reason = replace(why, advice=REPORT_MODEL)
+        elif site.queries is None:
             _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
         else:
             _classify_among(site, trace, site.queries, context, grids)
