@@ -45,7 +45,7 @@ from dynamicrad_compile.reporting.reason import IF_VIDEO, NOTHING, Reason
 from .axes.concatenation import parts_of
 from .axes.kinship import roots
 from .axes.labels import Axis, Label, Part, fresh, label_size, resolve, take
-from .axes.positions import PositionTable
+from .axes.positions import PositionTable, table_of
 from .graph import specialise, value_of
 from .site import PassContext
 
@@ -76,6 +76,7 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 continue
             if len(axes) == 1 and axes[0] in wanted and not axes[0].parts:
                 found += _decode(node, value, dim, axes[0], context)
+                traced.update([resolve(label)] if len(resolve(label)) == 3 else [])
             elif len(axes) == 1 and not wanted.isdisjoint(axis for one in _pieces(axes[0]) for axis in one):
                 found += _decode_joined(node, value, dim, axes[0], context)
             elif axes in cut:
@@ -86,18 +87,26 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
 
 
 def _compare(node: fx.Node, value: torch.Tensor, dim: int, axes: Label) -> None:
-    """Note it where the values of an input contradict the axes that shapes of the graph show."""
+    """Note it where the values of an input contradict the axes that shapes of the graph, or another table, show."""
     table = columns_of(value.detach(), dim)
-    decoded = decode_table(table)
+    decoded, first = decode_table(table), table_of(axes)
     sizes = tuple(axis.size for axis in axes)
-    if decoded is None or (decoded.grid, decoded.around) == (sizes, (0, 0)):
+    other = decoded is not None and first is not None and _columns(first.shown) != _columns(decoded)
+    if decoded is None or ((decoded.grid, decoded.around) == (sizes, (0, 0)) and not other):
         return
     shown, times = "x".join(map(str, decoded.grid)), _times(table, decoded)
-    if decoded.grid == sizes:
+    if other and first is not None:
+        text = f"the values of {node.name} and of {first.node.name} have frames, rows and columns in another order"
+    elif decoded.grid == sizes:
         text = f"by the values of {node.name} its {sizes[0]} pictures{times} are not frames that follow each other"
     else:
         text = f"the values of {node.name} show {shown}, shapes of the graph {'x'.join(map(str, sizes))}"
     axes[0].conflict = axes[0].conflict or Reason("positions_disagree", text, IF_VIDEO)
+
+
+def _columns(shown: Decoded | Packed) -> list[int]:
+    """Frames, height and width in the order in which a table has them among its columns; axes of one row apart."""
+    return sorted((d for d in range(3) if shown.grid[d] > 1), key=lambda d: shown.columns[d])
 
 
 def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: PassContext) -> int:

@@ -109,3 +109,19 @@ def test_a_reference_with_a_table_of_its_own_is_no_frame():
 
     site = only(how, torch.randn(1, 60, DIM), TABLE, torch.randn(15, DIM))
     assert site.grid != GRID
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (0, 2, 1)])
+def test_tables_of_two_orders_each_for_rows_of_its_own(order):
+    """Each tells the grid by itself; together they put tokens of two orders into one sequence."""
+
+    def how(m, x, table, other):
+        def rope(t):
+            return torch.cat([t[:, :30] * table[:30], t[:, 30:] * other[30:]], 1)
+
+        return x + F.scaled_dot_product_attention(rope(m.q(x))[:, None], rope(m.k(x))[:, None], m.v(x)[:, None])[:, 0]
+
+    x = torch.randn(1, len(TABLE), DIM)
+    permuted = TABLE.unflatten(0, GRID).permute(*order, 3).flatten(0, 2)
+    assert only(how, x, TABLE, TABLE.clone()).grid == GRID
+    assert only(how, x, TABLE, permuted).reason.code == "positions_disagree"
