@@ -48,12 +48,16 @@ def unify(first: Label, second: Label, why: str) -> Label:
 
 
 def _align_bases(first: Label, second: Label, why: str) -> None:
-    """Where the same rows of two axes of one size are aligned, the axes are: RoPE that is applied chunk by chunk."""
+    """Where the same rows of two inputs of one size are aligned, the inputs are: RoPE that is applied chunk by chunk.
+
+    What a graph has put together itself, text and video, is divided into these pieces instead (`_carve`).
+    """
     one, other = _rows(first), _rows(second)
     if one is None or other is None or (one.start, one.stop) != (other.start, other.stop):
         return
     x, y = resolve(one.label), resolve(other.label)
-    if label_size(x) == label_size(y) and not set(x) & set(y):
+    given = all(axis.source.kind == "input" for axis in (*x, *y))
+    if given and label_size(x) == label_size(y) and not set(x) & set(y):
         unify(x, y, why)
 
 

@@ -17,6 +17,7 @@ class Tiny(TinyDiT):
 
 def tiny(f=4, h=4, w=6, **how):
     expected = {"grid": (f, h, w), "n_text_before": 0, "n_text_after": 0, "n_video_self_attn_nodes": 1}
+    expected["kv_extra_before"] = 0
     return Tiny(**how), {"latents": torch.randn(1, 3, f, 2 * h, 2 * w)}, expected
 
 

@@ -44,12 +44,12 @@ def scattered(a: Attention, seed: int) -> tuple[Attention, torch.Tensor]:
 
 def run(a: Attention, means: Means | None, variant: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in the order of the plan; `variant` is one of VARIANTS."""
-    from dynamicrad_compile.kernels._launch import capability
+    from dynamicrad_compile.kernels._launch import chip
     from dynamicrad_compile.kernels.attention_triton import launch_forward
     from dynamicrad_compile.kernels.tiles import choose_tile
 
     rows, places = scattered(a, seed=a.q.shape[2] + a.q.shape[3])
-    device, half = capability(a.q.device), a.q.dtype != torch.float32
+    device, half = chip(a.q.device), a.q.dtype != torch.float32
     tile = choose_tile(device, half, a.q.shape[3], a.block_q, a.block_kv)
     tile = replace(tile, block_n=16, kernel="tma" if variant == "tma" else "triton")
     out, lse = launch_forward(
