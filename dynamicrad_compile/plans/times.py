@@ -124,14 +124,15 @@ def _is_even(lines: torch.Tensor, numbers: bool) -> bool:
 def _first_is_short(lines: torch.Tensor, numbers: bool) -> torch.Tensor:
     """Whether all but the first go on by equal steps, and the first is less than a step in front of them.
 
-    A slow column tells that by itself. Of the others some turn too fast for it; a third must agree on one place.
+    A slow column tells that by itself. Of the others some turn too fast for it; a third must agree on one place. Where
+    a picture has two times, its beginning and its end, the first may end a whole step before the second.
     """
     rest = lines[1:]
     steps, move = _steps(rest, numbers), _moves(rest).amax(0)
     step = torch.maximum((steps.turn * rest[0] - rest[1] - rest[0]).abs(), (rest[1] - rest[0]).abs())
     rises, falls = (lines[1:] > lines[:-1]).all(0), (lines[1:] < lines[:-1]).all(0)
     slow = (rises | falls) & steps.tells
-    near = slow.any() & (((lines[0] - rest[0]).abs() < step) | ~slow).all()
+    near = slow.any() & (((lines[0] - rest[0]).abs() <= step + steps.allowed / 8) | ~slow).all()
     part = torch.linspace(0, 1, 33, dtype=lines.dtype, device=lines.device)[:, None]  # of a step
     angle = (steps.turn / 2).clamp(-1, 1).acos()
     bent = (rest[0] * (angle * (1 + part)).sin() - rest[1] * (angle * part).sin()) / angle.sin()

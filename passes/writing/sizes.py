@@ -47,8 +47,9 @@ def symbolic_inputs(gm: fx.GraphModule, context: PassContext) -> list[torch.SymI
     for trace in traces:
         harmless.update(resolve(trace.query[0]))
     for trace in traces:
-        for part in (*parts_of(trace.query[-2]), *parts_of(trace.key[-2])):
-            harmless.difference_update(resolve(part.label))
+        for sequence in (trace.query[-2], trace.key[-2]):
+            for label in (sequence, *(part.label for part in parts_of(sequence))):
+                harmless.difference_update(resolve(label))
     sizes = list(_input_sizes(gm, context))
     free = {str(size) for size, axes in sizes if axes and harmless.issuperset(axes)}
     return [size for size, _ in sizes if str(size) not in free]
