@@ -101,3 +101,25 @@ def test_a_table_that_contradicts_shapes_leaves_the_site_dense():
     assert "numbers 0, 1, 2, 3, 4, 30" in site.reason.text
     assert only(how, latents, numbers(range(6), 8, 6)).reason.code == "positions_disagree"
     assert only(how, latents, numbers((0, 1, 2, 3, 4, 30)), grid=(6, 6, 8)).reason is None
+
+
+class Heard(Rotated):
+    """Other tokens read the video, too."""
+
+    def forward(self, x, table, others):
+        y = super().forward(x, table)
+        return y, scaled_dot_product_attention(others[:, None], y, y)
+
+
+def test_the_length_of_a_video_that_others_read_stays_a_size():
+    model, others = Heard(0), torch.randn(1, 7, 16)
+    compiled = torch.compile(model, backend="dynamicrad", options=SPARSE)
+    for frames, height in ((5, 6), (7, 6), (7, 12), (6, 10)):
+        table = numbers((30, *range(frames)), height)
+        x = torch.randn(1, len(table), 16)
+        sparse, read = compiled(x, table, others)
+        with masked_dense(plan_for((frames, height, 8), 8 * height)):
+            dense, wanted = model(x, table, others)
+        assert relative_error(sparse, dense) < 1e-5
+        assert relative_error(read, wanted) < 1e-5
+    assert len(drad.report(compiled).graphs) <= 3
