@@ -120,9 +120,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         row = run(name, "inductor" if options.inductor else "eager")
         rows.append(row)
         print(" | ".join(row.cells()), flush=True)
+        if options.save:  # after every row: it is long work
+            save([row], "Inductor" if options.inductor else "eager")
     print("\n" + table(rows))
-    if options.save:
-        save(rows, "Inductor" if options.inductor else "eager")
     return rows
 
 
