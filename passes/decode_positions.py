@@ -24,6 +24,7 @@ video compiles again; after these the model is one of images.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -46,7 +47,7 @@ from .axes.concatenation import parts_of
 from .axes.kinship import roots
 from .axes.labels import Axis, Label, Part, fresh, label_size, resolve, take
 from .axes.positions import PositionTable, table_of
-from .graph import specialise, value_of
+from .graph import hint, specialise, value_of
 from .site import PassContext
 
 MAX_FRAMES = 2
@@ -91,12 +92,15 @@ def _compare(node: fx.Node, value: torch.Tensor, dim: int, axes: Label) -> None:
     table = columns_of(value.detach(), dim)
     decoded, first = decode_table(table), table_of(axes)
     sizes = tuple(axis.size for axis in axes)
-    other = decoded is not None and first is not None and _columns(first.shown) != _columns(decoded)
-    if decoded is None or ((decoded.grid, decoded.around) == (sizes, (0, 0)) and not other):
+    if decoded is None:
         return
     shown, times = "x".join(map(str, decoded.grid)), _times(table, decoded)
-    if other and first is not None:
+    if first is not None:  # of sines and cosines of the same angles one may tell less than the other
+        if not _are_swapped(first, decoded, table.shape[1]):
+            return
         text = f"the values of {node.name} and of {first.node.name} have frames, rows and columns in another order"
+    elif (decoded.grid, decoded.around) == (sizes, (0, 0)):
+        return
     elif decoded.grid == sizes:
         text = f"by the values of {node.name} its {sizes[0]} pictures{times} are not frames that follow each other"
     else:
@@ -104,9 +108,13 @@ def _compare(node: fx.Node, value: torch.Tensor, dim: int, axes: Label) -> None:
     axes[0].conflict = axes[0].conflict or Reason("positions_disagree", text, IF_VIDEO)
 
 
-def _columns(shown: Decoded | Packed) -> list[int]:
-    """Frames, height and width in the order in which a table has them among its columns; axes of one row apart."""
-    return sorted((d for d in range(3) if shown.grid[d] > 1), key=lambda d: shown.columns[d])
+def _are_swapped(first: PositionTable, other: Decoded, columns: int) -> bool:
+    """Whether two tables of as many columns have the columns of one axis for those of another."""
+    shown, value = first.shown, value_of(first.node)
+    if not isinstance(shown, Decoded) or columns * hint(value.shape[first.dim]) != math.prod(map(hint, value.shape)):
+        return False
+    pairs = itertools.permutations(range(3), 2)
+    return any(set(shown.of_axes[i]) & set(other.of_axes[j]) for i, j in pairs)
 
 
 def _decode(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, context: PassContext) -> int:
