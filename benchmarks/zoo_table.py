@@ -169,7 +169,7 @@ def _measure(row: Row, make: Make, inner: str) -> None:
     if row.replaced:
         row.full_error = _relative(out, _call(model, kwargs))
     row.recompiles = _other_resolutions(row, make, model, compiled)
-    if row.replaced:
+    if row.replaced == row.expected > 0:  # else the reference would mask what stays dense, too
         row.sparse_error, row.dense_elsewhere = _against_masked_dense(make, common)
     if row.expected:
         row.by_blocks = _by_blocks(make, common)
@@ -257,7 +257,9 @@ def _read(row: Row, report: Report, expected: dict[str, Any]) -> None:
         doubtful = [s for s in report.sites if s.role != "cross_attention" and not s.replaced] or report.sites
         longest = max((s.shape[-2] if s.shape else 0 for s in doubtful), default=0)
         dense = [s for s in doubtful if (s.shape[-2] if s.shape else 0) == longest]
-        row.reasons = list(dict.fromkeys(site.reason for site in dense)) or ["no attention was captured"]
+        row.reasons = list(dict.fromkeys(site.reason for site in dense if not site.replaced)) or [
+            "no attention was captured"
+        ]
 
 
 def _other_resolutions(row: Row, make: Make, model: Any, compiled: Any) -> int | None:
