@@ -188,6 +188,8 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContex
         site.reason = None if context.override_grid else grids.disorder(parts[at].label)
     elif conflicts:
         site.reason = conflicts[0]
+    elif grids.unproven(axes):
+        site.reason = grids.unproven(axes)
     elif axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
         site.reason = few_frames(axes[0].size)
 

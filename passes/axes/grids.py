@@ -24,14 +24,15 @@ class Grids:
     """Tells the grids of a traced graph; its outputs help to tell them."""
 
     def __init__(self, gm: fx.GraphModule, node_labels: Mapping[fx.Node, list[Label]]):
-        self.shown: list[dict[Axis, int]] = []  # for each output, the dimension in which an axis is
+        self.labels = node_labels
+        self.shown: list[tuple[fx.Node, dict[Axis, int]]] = []  # for each output, the dimension in which an axis is
         for output in (node for node in gm.graph.nodes if node.op == "output"):
             for node in output.all_input_nodes:
                 dims: dict[Axis, int] = {}
                 for d, label in enumerate(node_labels.get(node, [])):
                     parts = [axis for part in parts_of(label) if part.whole for axis in resolve(part.label)]
                     dims.update(dict.fromkeys((*resolve(label), *coarsest(label), *parts), d))
-                self.shown.append(dims)
+                self.shown.append((node, dims))
 
     def axes(self, label: Label) -> Label:
         """Axes (frames, height, width) of a label that is their raster product, frames first; () if it is not."""
@@ -83,7 +84,22 @@ class Grids:
 
     def given_back(self, axes: Label) -> bool:
         """Whether one output of the graph has all these axes."""
-        return bool(axes) and any(all(axis in dims for axis in axes) for dims in self.shown)
+        return bool(axes) and any(all(axis in dims for axis in axes) for _, dims in self.shown)
+
+    def unproven(self, axes: Label) -> Reason | None:
+        """Why it is not certain that frames come first, where the output that would show it can't be followed.
+
+        Tables that the graph makes itself count rows and columns just as they count frames.
+        """
+        latents = [{source.node for one in kinship(axis) if (source := one.source).rank > 3} for axis in axes]
+        seen = any(axis.table is not None for axis in axes) or bool(set.intersection(*latents))
+        if seen or self.given_back(axes):
+            return None
+        for node, dims in self.shown:
+            if len(self.labels.get(node, ())) > 3 and not set(axes) & set(dims):
+                text = f"nothing but tables shows {_sizes(axes)}, and not how {node.name} puts them in order"
+                return Reason("order_not_shown", text, SET_GRID)
+        return None
 
     def denoised(self, segments: Sequence[Part], videos: Sequence[int]) -> int | None:
         """Which of several videos in a sequence the graph gives back; None where that is not certain."""
@@ -111,7 +127,7 @@ class Grids:
             swapped = _swapped(a, b)
             if swapped:
                 return Reason("axes_swapped", f"{swapped}: no frames x height x width", SET_GRID)
-            if any(a in dims and b in dims and dims[a] > dims[b] for dims in self.shown):
+            if any(a in dims and b in dims and dims[a] > dims[b] for _, dims in self.shown):
                 text = f"the graph gives back {b.size} ({b.source}) before {a.size} ({a.source}): another order"
                 return Reason("output_order", text, SET_GRID)
             for root in roots(a) & roots(b):
@@ -131,7 +147,7 @@ class Grids:
         if a.table is not None and b.table is not None:
             return True
         return bool(_births(a) & _births(b)) and any(
-            a in dims and b in dims and dims[a] < dims[b] for dims in self.shown
+            a in dims and b in dims and dims[a] < dims[b] for _, dims in self.shown
         )
 
 

@@ -87,6 +87,17 @@ def test_a_hundred_random_dits_are(config):
     understood_or_left_alone(config)
 
 
+def test_tables_alone_do_not_show_that_frames_come_first():
+    """Rows first; an index hides it, and text cut off by another index hides the output's order, too."""
+    config = DitConfig(
+        grid=(2, 3, 2), heads=1, order="hwf", text=(1, 0), rope="meshgrid", qkv="separate", steps=("select",)
+    )
+    torch._dynamo.reset()
+    model = RandomDit(config).eval()
+    (site,) = sites_of(capture(model, **model.inputs()))
+    assert site.reason.code == "order_not_shown"
+
+
 def understood_or_left_alone(config):
     found = verdict(config)
     event(found)
