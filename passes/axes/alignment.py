@@ -41,7 +41,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
             continue
         inner = list(small)
         taken = take(inner, big[0].size, why) if big[0].parts else None
-        if taken is None or not _regard(big[0], taken):
+        if taken is None or not _regard(big[0], taken, why):
             return _disagreement(first, second, why)
         big[:1], small[:] = [], inner
     return first
@@ -137,13 +137,13 @@ def _disagreement(first: Label, second: Label, why: str) -> Label:
     return (axis,)
 
 
-def _regard(joined: Axis, label: Label) -> bool:
+def _regard(joined: Axis, label: Label, why: str) -> bool:
     """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
     pieces = parts_of((joined,))
     if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
         return False
     if len(pieces) == 1:
-        if pieces[0].whole and resolve(pieces[0].label) != resolve(label):
+        if pieces[0].whole and resolve(pieces[0].label) != resolve(label) and mixed(unify(pieces[0].label, label, why)):
             return False
         joined.parts, joined.factors = None, label
         return True

@@ -91,7 +91,8 @@ class Grids:
 
         Tables that the graph makes itself count rows and columns just as they count frames.
         """
-        latents = [{source.node for one in kinship(axis) if (source := one.source).rank > 3} for axis in axes]
+        origins = [{one.source for one in kinship(axis)} for axis in axes]
+        latents = [{of.node for of in sources if of.kind == "input" and of.rank > 3} for sources in origins]
         seen = any(axis.table is not None for axis in axes) or bool(set.intersection(*latents))
         if seen or self.given_back(axes):
             return None

@@ -45,10 +45,6 @@ LARGE = {
 }
 
 
-# In its camera branch tokens are multiplied by matrices of the rays, other ones for queries than for keys.
-PARTLY = {"sana_wm_cam": 1}
-
-
 @pytest.mark.parametrize("name", fast(CASES, CASES.keys() - LARGE))
 def test_exact_or_dense_with_a_reason(name):
     model, kwargs, expected = CASES[name]()
@@ -61,7 +57,7 @@ def test_exact_or_dense_with_a_reason(name):
         assert site.grid == expected["grid"]
         if not site.data_dependent:
             assert tuple(site.asked_text) == (expected["n_text_before"], expected["n_text_after"])
-    wanted = 0 if name in DENSE else PARTLY.get(name, expected["n_video_self_attn_nodes"])
+    wanted = 0 if name in DENSE else expected["n_video_self_attn_nodes"]
     assert len(planned) == wanted
     assert all(site.reason for site in sites if site not in planned)
     check_conditions(name, captured)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,3 +80,27 @@ def test_two_videos_turned_by_matrices_are_no_self_attention(first):
 
     ids = torch.stack(torch.meshgrid(*(torch.arange(n) for n in GRID), indexing="ij"), -1).reshape(-1, 3).float()
     assert only(how, LATENTS, torch.randn_like(LATENTS), ids).role == "cross_attention"
+
+
+@pytest.mark.parametrize("spelling", ["bnij,bnkj->bnki", "bnkj,bnij->bnki"])
+@pytest.mark.parametrize("videos", [1, 2])
+def test_matrices_of_places_may_differ_for_queries_and_keys(spelling, videos):
+    """A camera's 4 x 4 for each token, turned for queries, inverted for keys, tells nothing of whose tokens they are."""
+
+    def turn(tokens, matrix):
+        operands = (matrix, tokens.unflatten(-1, (-1, 4)))
+        return torch.einsum(spelling, *(operands if spelling.startswith("bnij") else operands[::-1])).flatten(-2)
+
+    def how(m, x, y, cameras):
+        a, b = m.tokens(x), m.tokens(y, m.other) if videos == 2 else m.tokens(x)
+        matrix = torch.einsum("bnij,bnkj->bnik", cameras, cameras)
+        inverse = torch.zeros_like(matrix)
+        inverse[..., :3, :] = matrix.transpose(-1, -2)[..., :3, :]
+        q, k = turn(m.q(a), matrix), turn(m.k(b), inverse)
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(b)[:, None])
+
+    site = only(how, LATENTS, torch.randn_like(LATENTS), torch.randn(1, math.prod(GRID), 4, 4))
+    if videos == 1:
+        check_video(site)
+    else:
+        assert site.role == "cross_attention"

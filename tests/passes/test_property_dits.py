@@ -98,6 +98,12 @@ def test_tables_alone_do_not_show_that_frames_come_first():
     assert site.reason.code == "order_not_shown"
 
 
+@pytest.mark.parametrize("join", ["cat", "dual"])
+def test_rows_written_in_two_pieces_are_those_of_a_table(join):
+    config = DitConfig(grid=(4, 3, 5), text=(4, 4), join=join, rope="inplace", steps=("write", "write"))
+    assert verdict(config) == "exact"
+
+
 def understood_or_left_alone(config):
     found = verdict(config)
     event(found)

@@ -12,6 +12,8 @@ from ...axes.tensor_labels import get_labels
 from ..calls import StreamCall, StreamRule
 
 Found = list[Stream | None]
+MATRIX = 8
+"""Rows of the largest square matrix that is taken for a place's, and not for tokens."""
 
 
 def of_first(call: StreamCall) -> Found:
@@ -52,11 +54,22 @@ def biased_projection(call: StreamCall) -> Found:
 
 
 def _projection(call: StreamCall, tensors: Sequence[torch.Tensor]) -> Found:
-    known = [s for x in tensors if (s := get_stream(x)) is not None]
+    known = [s for x in _moved(tensors) if (s := get_stream(x)) is not None]
     terms = list(dict.fromkeys(s.term for s in known if s.projected)) or [s.term for s in known[:1]]
     if not terms:
         return [None]
     return [Stream(terms[0] if len(terms) == 1 else call.streams.term("product", *terms), True)]
+
+
+def _moved(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Without the small square matrices, one for each token, by which the other operand is turned or moved.
+
+    As RoPE's 2 x 2 and a camera's 4 x 4 do, they tell where tokens are and not whose.
+    """
+    if len(tensors) != 2 or min(x.dim() for x in tensors) < 3:
+        return tensors
+    kept = [x for x in tensors if not x.shape[-2] == x.shape[-1] <= MATRIX]
+    return kept if len(kept) == 1 else tensors
 
 
 def rows(dim_at: int, start_at: int | None = None) -> StreamRule:
