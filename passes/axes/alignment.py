@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dynamicrad_compile.reporting.reason import KEEP_ORDER, Reason
 
-from .concatenation import parts_of, rows_of
+from .concatenation import parts_of, rows_of, settled
 from .labels import Axis, Label, Part, Source, are_mirrored, is_free, label_size, mend, mixed, resolve, split, take
 
 
@@ -23,7 +23,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
         return second if is_free(first) else first
     _align_bases(first, second, why)
     _carve(first, second)
-    left, right = list(resolve(first)), list(resolve(second))
+    left, right = list(settled(first)), list(settled(second))
     while left and right:
         x, y = left[0], right[0]
         if x is not y and (x in right or y in left):  # one of them stands at two places
@@ -41,7 +41,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
             continue
         inner = list(small)
         taken = take(inner, big[0].size, why) if big[0].parts else None
-        if taken is None or not _regard(big[0], taken, why):
+        if taken is None or not _regard(big[0], taken):
             return _disagreement(first, second, why)
         big[:1], small[:] = [], inner
     return first
@@ -137,13 +137,13 @@ def _disagreement(first: Label, second: Label, why: str) -> Label:
     return (axis,)
 
 
-def _regard(joined: Axis, label: Label, why: str) -> bool:
+def _regard(joined: Axis, label: Label) -> bool:
     """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
     pieces = parts_of((joined,))
     if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
         return False
     if len(pieces) == 1:
-        if pieces[0].whole and resolve(pieces[0].label) != resolve(label) and mixed(unify(pieces[0].label, label, why)):
+        if pieces[0].whole and resolve(pieces[0].label) != resolve(label):
             return False
         joined.parts, joined.factors = None, label
         return True

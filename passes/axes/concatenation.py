@@ -42,6 +42,15 @@ def parts_of(label: Label) -> tuple[Part, ...]:
     return (Part(leaves, 0, label_size(leaves)),)
 
 
+def settled(label: Label) -> Label:
+    """The resolved label; what was cut up and has been put together again, as in a buffer, is what it was."""
+    for axis in resolve(label):
+        pieces = parts_of((axis,)) if axis.parts and len(axis.parts) > 1 else ()
+        if len(pieces) == 1 and pieces[0].whole and axis not in pieces[0].label:
+            axis.parts, axis.factors = None, pieces[0].label
+    return resolve(label)
+
+
 def rows_of(label: Label, start: int, stop: int) -> tuple[Part, ...]:
     """Pieces of rows `start..stop` of a label."""
     kept: list[Part] = []

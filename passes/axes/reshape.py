@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
-from .labels import Axis, Label, Source, fresh, label_size, resolve, take
+from .concatenation import settled
+from .labels import Axis, Label, Source, fresh, label_size, take
 
 
 def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> list[Label]:
@@ -21,7 +22,7 @@ def reshape(labels: Sequence[Label], sizes: Sequence[int], source: Source) -> li
     first = next(
         (d for d, (a, b) in enumerate(zip(before, sizes, strict=False)) if a != b), min(len(before), len(sizes))
     )
-    leaves = [leaf for label in labels[first:] for leaf in resolve(label)]
+    leaves = [leaf for label in labels[first:] for leaf in settled(label)]
     out: list[Label] = list(labels[:first])
     d = first
     while d < len(sizes):

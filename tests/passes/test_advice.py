@@ -32,11 +32,46 @@ def times(m, x, positions):
     return m.attend(x * positions.sum(-1)[:, None].cos())
 
 
+@torch.library.custom_op("dynamicrad_test::fill", mutates_args=("buffer",))
+def fill(buffer: torch.Tensor, rows: torch.Tensor) -> None:
+    buffer.copy_(rows)
+
+
+def filled(m, x):
+    buffer = torch.zeros(1, 60, DIM)
+    fill(buffer, m.tokens(x))
+    return m.attend(buffer)
+
+
+def given_back_turned(m, x, *lines):
+    return m.attend(x + sum(lines).reshape(60, DIM)).view(1, *GRID, DIM).transpose(1, 2)
+
+
+def reordered(m, x):
+    return m.attend(x.view(1, *GRID, DIM).transpose(1, 2).reshape(1, 60, DIM))
+
+
+def cut_across(m, x):
+    return m.attend((m.tokens(x).view(1, 6, 10, DIM) * 2).view(1, 60, DIM))
+
+
+def shown_by_tables(m, x, index, back):
+    f, h, w = (torch.arange(n).view(n, *(1,) * (2 - d)) for d, n in enumerate(GRID))
+    x = m.tokens(x).index_select(1, index) * (f + 2 * h + 3 * w).float().cos().reshape(60, 1)
+    return m.attend(x).index_select(1, back).view(1, *GRID, DIM)
+
+
 ROWS = torch.randn(1, 60, DIM)
+LINES = (torch.randn(4, 1, 1, DIM), torch.randn(1, 3, 1, DIM), torch.randn(1, 1, 5, DIM))
 FOLLOWED = [
     ("no_grid", packed, (ROWS,), GRID),
     ("only_a_reshape", lambda m, x: m.attend(x) + m.q(x).view(1, 4, 3, 5, DIM).mean((1, 2, 3))[:, None], (ROWS,), GRID),
     ("axes_swapped", swapped_input, (torch.randn(1, 3, 5, 4, DIM),), GRID),
+    ("output_order", given_back_turned, (ROWS, *LINES), GRID),
+    ("order_not_shown", shown_by_tables, (LATENTS, torch.arange(60), torch.arange(60)), GRID),
+    ("reordered", reordered, (ROWS,), GRID),
+    ("unknown_write", filled, (LATENTS,), GRID),
+    ("reshape_cuts_across", cut_across, (LATENTS,), GRID),
     ("unknown_rows", written, (LATENTS, torch.randperm(60)), GRID),
     ("pictures", times, (torch.randn(1, 192, DIM), ids((0, 10, 20, 30))), (4, 6, 8)),
     ("frames_or_pictures", times, (torch.randn(1, 192, DIM), ids((0, 1, 2, 3))), (4, 6, 8)),

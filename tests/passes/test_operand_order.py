@@ -85,7 +85,7 @@ def test_two_videos_turned_by_matrices_are_no_self_attention(first):
 @pytest.mark.parametrize("spelling", ["bnij,bnkj->bnki", "bnkj,bnij->bnki"])
 @pytest.mark.parametrize("videos", [1, 2])
 def test_matrices_of_places_may_differ_for_queries_and_keys(spelling, videos):
-    """A camera's 4 x 4 for each token, turned for queries, inverted for keys, tells nothing of whose tokens they are."""
+    """A camera's 4 x 4 for each token, turned for queries, inverted for keys, tell nothing of whose tokens they are."""
 
     def turn(tokens, matrix):
         operands = (matrix, tokens.unflatten(-1, (-1, 4)))

@@ -102,6 +102,8 @@ def test_tables_alone_do_not_show_that_frames_come_first():
 def test_rows_written_in_two_pieces_are_those_of_a_table(join):
     config = DitConfig(grid=(4, 3, 5), text=(4, 4), join=join, rope="inplace", steps=("write", "write"))
     assert verdict(config) == "exact"
+    config = DitConfig(grid=(4, 3, 5), text=(1, 4), join=join, layout="packed", steps=("write", "write"))
+    assert verdict(config) == "exact"
 
 
 def understood_or_left_alone(config):

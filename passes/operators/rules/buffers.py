@@ -79,6 +79,9 @@ def put(target: Label, source: Label, node: str) -> None:
     """Note that the rows of `target` now hold those of `source`."""
     leaves = resolve(target)
     parts = leaves[0].parts if len(leaves) == 1 else None
+    if len(leaves) == 1 and leaves[0].blank and not parts:
+        leaves[0].factors, leaves[0].blank = resolve(source), False
+        return
     if parts and len(parts) == 1:
         inner = resolve(parts[0].label)
         if len(inner) == 1 and inner[0].blank and not inner[0].parts:
