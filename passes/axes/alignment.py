@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dynamicrad_compile.reporting.reason import KEEP_ORDER, Reason
 
-from .concatenation import parts_of, rows_of, settled
+from .concatenation import concat, parts_of, rows_of, settled
 from .labels import Axis, Label, Part, Source, are_mirrored, is_free, label_size, mend, mixed, resolve, split, take
 
 
@@ -41,7 +41,7 @@ def unify(first: Label, second: Label, why: str) -> Label:
             continue
         inner = list(small)
         taken = take(inner, big[0].size, why) if big[0].parts else None
-        if taken is None or not _regard(big[0], taken):
+        if taken is None or not _regard(big[0], taken, why):
             return _disagreement(first, second, why)
         big[:1], small[:] = [], inner
     return first
@@ -137,7 +137,7 @@ def _disagreement(first: Label, second: Label, why: str) -> Label:
     return (axis,)
 
 
-def _regard(joined: Axis, label: Label) -> bool:
+def _regard(joined: Axis, label: Label, why: str) -> bool:
     """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
     pieces = parts_of((joined,))
     if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
@@ -148,6 +148,11 @@ def _regard(joined: Axis, label: Label) -> bool:
         joined.parts, joined.factors = None, label
         return True
     unknown = [resolve(piece.label) for piece in pieces]
+    if any(len(x) > 1 for x in unknown):
+        if not _join_frames(pieces, label, why):
+            return False
+        joined.parts, joined.factors = None, label
+        return True
     if any(len(x) > 1 or not piece.whole or set(x) & set(label) for x, piece in zip(unknown, pieces, strict=True)):
         return False
     offset = 0
@@ -156,6 +161,22 @@ def _regard(joined: Axis, label: Label) -> bool:
             axis.parts = rows_of(label, offset, offset + piece.size)
         offset += piece.size
     return True
+
+
+def _join_frames(pieces: Sequence[Part], label: Label, why: str) -> bool:
+    """Learn that pieces are rows of a product's first axis, as a picture in front of frames is one more frame."""
+    first, inner = label[:1], label[1:]
+    area = label_size(inner)
+    if area == 1 or any(not piece.whole or piece.size % area for piece in pieces):
+        return False
+    fronts: list[Part] = []
+    for piece in pieces:
+        leaves, n = list(resolve(piece.label)), piece.size // area
+        front = take(leaves, n, why)
+        if front is None or mixed(unify(tuple(leaves), inner, why)):
+            return False
+        fronts.append(Part(front, 0, n))
+    return not mixed(unify(first, concat(fronts, Source(why, 0, "op")), why))
 
 
 def _merge(x: Axis, y: Axis, why: str) -> bool:

@@ -29,7 +29,18 @@ def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
     kept, leaves = rows_of(label, start, stop), resolve(label)
     if len(leaves) == 1 and leaves[0].carved and not all(part.whole for part in kept):
         return fresh(stop - start, source)  # rows of a table are those of one axis here, and of another one there
+    kept = tuple(piece for part in kept for piece in _sources(part))
     return concat(kept, source) if kept else fresh(0, source)
+
+
+def _sources(part: Part) -> Sequence[Part]:
+    """Rows of frames that were put together, as those of the sources that they are exactly; the rows if of none."""
+    found, offset = list[Part](), 0
+    for piece in () if part.whole else segments_of(part.label):
+        if part.start <= offset and offset + piece.size <= part.stop:
+            found.append(piece)
+        offset += piece.size
+    return found if sum(piece.size for piece in found) == part.size else [part]
 
 
 def parts_of(label: Label) -> tuple[Part, ...]:

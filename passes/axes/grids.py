@@ -55,6 +55,11 @@ class Grids:
     def why_none(self, label: Label) -> Reason | None:
         """Why a label is no grid, where that can be said; None otherwise."""
         axes = resolve(label)
+        if len(axes) == 4 and self.axes(axes[1:]):
+            n, frames, height, width = (axis.size for axis in axes)
+            text = f"{n} pieces of {frames}x{height}x{width} one behind the other: several videos, or one in pieces"
+            advice = f"if it is one, set `grid` to ({n * frames}, {height}, {width}) and `override_grid`"
+            return Reason("pieces_or_videos", text, advice)
         if len(axes) > 3 and len(coarsest(label)) > 3:
             text = f"its tokens are in a tiled order ({_sizes(axes)}), no frames x height x width"
             return Reason("tiled_order", text, KEEP_ORDER)

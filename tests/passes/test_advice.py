@@ -96,6 +96,7 @@ def turned(m, x):
 
 
 MEANT = [
+    ("pieces_or_videos", lambda m, x: m.attend(x.flatten(1, 4)), (torch.randn(1, 2, *GRID, DIM),), (8, 3, 5)),
     ("reversed_order", turned, (LATENTS,), GRID),
     ("positions_disagree", disagreeing, (LATENTS, ids((0, 1, 2, 30), 3, 5)), GRID),
 ]

@@ -174,6 +174,13 @@ def joyimage_edit(f=3, h=6, w=8, batch=1):
     return model, kwargs, _exp((f, h, w), 0, after=7, n_attn=L, note="frames are images, in another order")
 
 
+def joyimage_edit_video(f=5, h=6, w=8, batch=1):
+    """One item of many frames, text behind it."""
+    model, kwargs, _ = joyimage_edit(f, h, w, batch)
+    kwargs |= dict(hidden_states=_r(batch, 4, f, 2 * h, 2 * w))
+    return model, kwargs, _exp((f, h, w), L, after=7, n_attn=L, frames={"hidden_states": 2})
+
+
 def joyimage_edit_plus(f=2, h=6, w=7, batch=1):
     """Images of any size, cut to patches outside the model."""
     model = _m("JoyImageEditPlusTransformer3DModel", **_JOY)
@@ -193,6 +200,7 @@ JOINT = {
     f.__name__: f
     for f in (
         hunyuan_framepack, hunyuan_framepack_b2, cogvideox_15, consisid, ltx_coords, ltx2_pipeline, motif_video,
-        motif_video_decoder, minimax_h3, joyimage_edit, joyimage_edit_plus,
+        motif_video_decoder, minimax_h3, joyimage_edit, joyimage_edit_video,
+        joyimage_edit_plus,
     )
 }  # fmt: skip

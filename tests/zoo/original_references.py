@@ -38,11 +38,11 @@ def _rotated(x, freqs):
 
 
 class Referenced(nn.Module):
-    """Tokens of the frames, those of reference pictures behind them (or in front), each picture at its own time."""
+    """Tokens of the frames, those of references behind them (or in front), at their own times or as more frames."""
 
-    def __init__(self, times=(30,), in_front=False):
+    def __init__(self, times=(30,), in_front=False, one_table=False):
         super().__init__()
-        self.times, self.in_front = times, in_front
+        self.times, self.in_front, self.one_table = times, in_front, one_table
         self.patch_embedding = nn.Conv3d(4, DIM, (1, 2, 2), (1, 2, 2))
         self.text, self.time = nn.Linear(16, DIM), nn.Linear(1, 6 * DIM)
         self.blocks = nn.ModuleList(Block() for _ in range(L))
@@ -58,6 +58,8 @@ class Referenced(nn.Module):
         tokens = [x, pictures]
         if self.in_front:
             times, tokens = times[::-1], tokens[::-1]
+        if self.one_table:
+            times = (range(len(self.times) + f),)
         freqs = torch.cat([self._table(each, h, w) for each in times])[None, :, None]
         x = torch.cat(tokens, 1)
         e, context = self.time(t[:, None]).unflatten(1, (6, DIM)), self.text(context)
@@ -69,7 +71,8 @@ class Referenced(nn.Module):
 
     def _table(self, times, h, w):
         f = len(times)
-        along = torch.stack([self.freqs[0][time] for time in times]).view(f, 1, 1, -1)
+        along = self.freqs[0][:f] if self.one_table else torch.stack([self.freqs[0][time] for time in times])
+        along = along.view(f, 1, 1, -1)
         down, across = self.freqs[1][:h].view(1, h, 1, -1), self.freqs[2][:w].view(1, 1, w, -1)
         return torch.cat([each.expand(f, h, w, -1) for each in (along, down, across)], -1).reshape(f * h * w, -1)
 
@@ -94,4 +97,9 @@ def references_in_front(f=5, h=6, w=8, batch=2):
     return _referenced(batch, f, h, w, times=(40, 50), in_front=True)
 
 
-REFERENCES = {f.__name__: f for f in (reference_behind, references_in_front)}
+def reference_as_first_frame(f=5, h=6, w=8, batch=1):
+    """Control: the tokens of a picture in front, rotated as one more frame."""
+    return _referenced(batch, f, h, w, times=(0,), in_front=True, one_table=True)
+
+
+REFERENCES = {f.__name__: f for f in (reference_behind, references_in_front, reference_as_first_frame)}

@@ -118,6 +118,19 @@ def test_concat_slice_and_glue():
     assert resolve(swapped) != video
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in front", "behind"])
+def test_a_picture_beside_frames_is_one_more_frame_of_a_table(order):
+    f, h, w, y, x = (axis(n, kind="input", dim=d, rank=4) for d, n in enumerate((5, 6, 8, 6, 8)))
+    pieces = [((y, x), 48), ((f, h, w), 240)]
+    tokens = concat([Part(label, 0, n) for label, n in (pieces[i] for i in order)], SRC)
+    table = (axis(6), axis(6), axis(8))
+    assert not mixed(unify(tokens, table, "rope"))
+    assert resolve(tokens)[1:] == resolve((h, w)) == resolve((y, x)) == resolve(table[1:])
+    at = 48 if order == (0, 1) else 0
+    assert resolve(slice_label(tokens, at, at + 240, SRC)) == resolve((f, h, w))
+    assert mixed(unify(concat([Part((axis(7),), 0, 7), Part((f, h, w), 0, 240)], SRC), (axis(19), axis(13)), "x"))
+
+
 def test_slice_across_pieces_keeps_partial_pieces():
     a, b = axis(10), axis(20)
     joined = concat([Part((a,), 0, 10), Part((b,), 0, 20)], SRC)
