@@ -23,7 +23,7 @@ from dynamicrad_compile.plans.layout import MIN_FRAMES, Range
 from dynamicrad_compile.reporting.reason import IF_VIDEO, KEEP_ORDER, NOTHING, REPORT_MODEL, Reason
 
 from .axes.among import asked_keys, cut, overlaps, with_earlier
-from .axes.concatenation import parts_of, same, segments_of, within
+from .axes.concatenation import apart, parts_of, same, segments_of, within
 from .axes.grids import Grids
 from .axes.kinship import inputs
 from .axes.labels import Axis, Label, Part, label_size, mixed, resolve
@@ -125,14 +125,14 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
     if unknown and label_size(query) == label_size(key):
         vouched = user_grid or (alike and context.continues)
         if not (vouched and _video_parts(parts, user_grid, grids)):
-            site.reason = _given(context.continues, _length(parts))
+            site.reason = _given(context.continues, _length(parts), _length(parts))
             return
     elif not alike:
         site.queries = asked_keys(query, key, trace.starts)
         if why and site.queries is None:  # nothing is proven of them: no prompt, either
             site.reason = replace(why, advice=REPORT_MODEL)
         elif site.queries is None:
-            _classify_unequal(site, parts_of(query), parts_of(key), user_grid, grids)
+            _classify_unequal(site, trace, context, grids)
         else:
             _classify_among(site, trace, site.queries, context, grids)
         return
@@ -160,7 +160,7 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         _classify_gridless(site, trace, parts, grids)
 
 
-def _given(why: str, length: int) -> Reason:
+def _given(why: str, asked: int, read: int) -> Reason:
     """Why queries and keys that come from outside are left alone, where neither a grid nor a table vouches for them.
 
     why  the graph goes on where another one ended; "" where it does not
@@ -168,9 +168,10 @@ def _given(why: str, length: int) -> Reason:
     where, cure = "come from other graphs", "mend the graph break"
     if not why:
         where, cure = "are inputs of the graph", "compile what computes them together with it"
-    text = f"its queries and keys ({length}) {where}, so that nothing tells whose tokens they are{why and ': '}{why}"
-    advice = f"set `grid` if it is the video's self-attention, or {cure}"
-    return Reason("behind_graph_break", text, advice)
+    sizes = f"queries and keys ({asked})" if asked == read else f"queries ({asked}) and keys ({read})"
+    text = f"its {sizes} {where}, so that nothing tells whose tokens they are{why and ': '}{why}"
+    believed = "set `grid` if it is the video's self-attention, or " if asked == read else ""
+    return Reason("behind_graph_break", text, f"{believed}{cure}")
 
 
 def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContext, grids: Grids) -> None:
@@ -211,6 +212,12 @@ def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext
         return
     user_grid, parts = context.grid, segments_of(trace.key[-2])
     videos = [i for i in _video_parts(parts, None, grids) if overlaps(parts, i, asked)]
+    joined = parts_of(trace.key[-2])
+    with_cache = [
+        i for i, p in enumerate(joined) if p.whole and grids.is_one_video(p.label) and overlaps(joined, i, asked)
+    ]
+    if with_cache and (user_grid is None or math.prod(user_grid) == joined[with_cache[0]].size):
+        parts, videos = joined, with_cache
     if not videos:
         parts = cut(trace.key[-2], asked)
         videos = [i for i in _video_parts(parts, user_grid, grids) if overlaps(parts, i, asked)]
@@ -253,25 +260,25 @@ def _may_grow(axes: Label, context: PassContext) -> bool:
     return is_read_at_run_time(axes) or isinstance(context.size_of(axes[0]), torch.SymInt)
 
 
-def _classify_unequal(
-    site: Site,
-    q_parts: tuple[Part, ...],
-    k_parts: tuple[Part, ...],
-    user_grid: tuple[int, int, int] | None,
-    grids: Grids,
-) -> None:
-    """Query and key sequences differ: cross-attention, or self-attention with extra keys."""
+def _classify_unequal(site: Site, trace: Trace, context: PassContext, grids: Grids) -> None:
+    """Query and key sequences differ: cross-attention, self-attention with extra keys, or that is open."""
+    q_parts, k_parts = parts_of(trace.query[-2]), parts_of(trace.key[-2])
+    asked, read = _length(q_parts), _length(k_parts)
     found = [i for i, part in enumerate(q_parts) if any(within(part, k) for k in k_parts)]
-    videos = [i for i in _video_parts(q_parts, user_grid, grids) if i in found]
+    videos = [i for i in _video_parts(q_parts, context.grid, grids) if i in found]
     if videos or (q_parts and len(found) == len(q_parts)):
         site.role, site.grid = (VIDEO, grids.size(q_parts[videos[0]].label)) if videos else (OTHER_SELF, None)
-        asked, read = _length(q_parts), _length(k_parts)
         text = f"its {asked} queries are arranged as some of its {read} keys; that they are the same tokens is unknown"
         site.reason = Reason("more_keys", text, REPORT_MODEL)
-        return
-    site.role = CROSS
-    text = f"queries ({_length(q_parts)}) and keys ({_length(k_parts)}) are different tokens"
-    site.reason = Reason("other_tokens", text, NO_VIDEO_KEYS)
+    elif trace.starts or (trace.same_tokens and not any(apart(a, b) for a in q_parts for b in k_parts)):
+        text = f"its {asked} queries are tokens of its {read} keys; that they are arranged alike is unknown"
+        site.reason = Reason("arranged_otherwise", text, REPORT_MODEL)
+    elif trace.given and read > asked:
+        site.reason = _given(context.continues, asked, read)
+    else:
+        site.role = CROSS
+        text = f"queries ({asked}) and keys ({read}) are different tokens"
+        site.reason = Reason("other_tokens", text, NO_VIDEO_KEYS)
 
 
 def _classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids: Grids) -> None:

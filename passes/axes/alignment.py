@@ -140,20 +140,20 @@ def _disagreement(first: Label, second: Label, why: str) -> Label:
 def _regard(joined: Axis, label: Label, why: str) -> bool:
     """Learn that a concatenation, or a slice, has the positions of a product of axes; False where it has not."""
     pieces = parts_of((joined,))
+    unknown = [resolve(piece.label) for piece in pieces]
+    if len(pieces) > 1 and any(len(x) > 1 for x in unknown):  # of which the places within a frame may be the label's
+        if _holds(joined, label[0]) or not _join_frames(pieces, label, why):
+            return False
+        joined.parts, joined.factors = None, label
+        return True
     if any(_holds(joined, axis) for axis in label) and not (len(pieces) == 1 and pieces[0].whole):
         return False
     if len(pieces) == 1:
-        if pieces[0].whole and resolve(pieces[0].label) != resolve(label):
+        if pieces[0].whole and unknown[0] != resolve(label):
             return False
         joined.parts, joined.factors = None, label
         return True
-    unknown = [resolve(piece.label) for piece in pieces]
-    if any(len(x) > 1 for x in unknown):
-        if not _join_frames(pieces, label, why):
-            return False
-        joined.parts, joined.factors = None, label
-        return True
-    if any(len(x) > 1 or not piece.whole or set(x) & set(label) for x, piece in zip(unknown, pieces, strict=True)):
+    if any(not piece.whole or set(x) & set(label) for x, piece in zip(unknown, pieces, strict=True)):
         return False
     offset = 0
     for axes, piece in zip(unknown, pieces, strict=True):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dynamicrad_compile.plans.layout import Range
 
-from .concatenation import glue, parts_of, rows_of, same_part
+from .concatenation import glue, parts_of, rows_of, same_part, sources
 from .labels import Label, Part, label_size
 
 Triple = tuple[int, int, int]
@@ -22,7 +22,7 @@ def asked_keys(query: Label, key: Label, starts: Sequence[int]) -> Range | None:
     size, wanted = label_size(query), parts_of(query)
     found = []
     for start in starts:
-        rows = glue(rows_of(key, start, start + size))
+        rows = glue([piece for part in rows_of(key, start, start + size) for piece in sources(part)])
         if len(rows) == len(wanted) and all(same_part(a, b) for a, b in zip(rows, wanted, strict=True)):
             found.append((start, start + size))
     return found[0] if len(found) == 1 else None

@@ -29,11 +29,11 @@ def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
     kept, leaves = rows_of(label, start, stop), resolve(label)
     if len(leaves) == 1 and leaves[0].carved and not all(part.whole for part in kept):
         return fresh(stop - start, source)  # rows of a table are those of one axis here, and of another one there
-    kept = tuple(piece for part in kept for piece in _sources(part))
+    kept = tuple(piece for part in kept for piece in sources(part))
     return concat(kept, source) if kept else fresh(0, source)
 
 
-def _sources(part: Part) -> Sequence[Part]:
+def sources(part: Part) -> Sequence[Part]:
     """Rows of frames that were put together, as those of the sources that they are exactly; the rows if of none."""
     found, offset = list[Part](), 0
     for piece in () if part.whole else segments_of(part.label):
@@ -110,12 +110,25 @@ def same(first: Label, second: Label) -> bool:
 
 
 def same_part(a: Part, b: Part) -> bool:
-    """Whether two pieces are the same rows of the same label. A single row has no axis to be told by."""
+    """Whether two pieces are the same rows of the same label. Single rows and padding have no axis to be told by."""
     if a.size == b.size == 1 and not (resolve(a.label) and resolve(b.label)):
         return True
+    if a.size == b.size and is_padding(a) and is_padding(b):
+        return True
     return a.start == b.start and a.stop == b.stop and same_axes(resolve(a.label), resolve(b.label))
+
+
+def is_padding(part: Part) -> bool:
+    """Whether a piece is rows of a new buffer into which nothing was written."""
+    leaves = resolve(part.label)
+    return bool(leaves) and part.whole and all(axis.blank and not axis.parts and not axis.why for axis in leaves)
 
 
 def within(a: Part, b: Part) -> bool:
     """Whether a piece is among the rows of another."""
     return b.start <= a.start and a.stop <= b.stop and same_axes(resolve(a.label), resolve(b.label))
+
+
+def apart(a: Part, b: Part) -> bool:
+    """Whether two pieces are other rows of the same label."""
+    return (a.stop <= b.start or b.stop <= a.start) and same_axes(resolve(a.label), resolve(b.label))

@@ -52,6 +52,13 @@ class Grids:
             return ()
         return axes if not self._refusal(axes) else ()
 
+    def is_one_video(self, label: Label) -> bool:
+        """Whether frames that come from several sources, as from a cache, are those of one axis of positions."""
+        axes = self.joined_axes(label)
+        if not axes or any(len(resolve(part.label)) > 1 for part in parts_of(axes[:1])):
+            return False
+        return any(axis.parts is None for axis in names(axes[0]))
+
     def why_none(self, label: Label) -> Reason | None:
         """Why a label is no grid, where that can be said; None otherwise."""
         axes = resolve(label)

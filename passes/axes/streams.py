@@ -101,7 +101,7 @@ class Streams:
     def joined(self, pieces: Sequence[Row]) -> int:
         """A concatenation; neighbouring rows of one term are put together again."""
         glued: list[Row] = []
-        for piece, n in pieces:
+        for piece, n in (inner for row in pieces for inner in self._pieces_of(*row)):
             last = self._slices.get(glued[-1][0]) if glued else None
             this = self._slices.get(piece)
             if last and this and last[:2] == this[:2] and last[3] == this[2]:
@@ -113,6 +113,11 @@ class Streams:
         number = self.term("joined", *glued)
         self._rows[number] = tuple(glued)
         return number
+
+    def _pieces_of(self, term: int, size: int) -> tuple[Row, ...]:
+        """What `size` rows of a term are put together from: itself, where that is not known."""
+        pieces = self._rows.get(term, ())
+        return pieces if sum(n for _, n in pieces) == size else ((term, size),)
 
 
 def get_stream(tensor: torch.Tensor) -> Stream | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynamicrad_compile.reporting.reason import OTHER_BACKEND, Reason
+from dynamicrad_compile.reporting.reason import NOTHING, OTHER_BACKEND, Reason
 
 from ..graph import value_of
 from ..operators.names import op_name, operator_name, tensor_value
@@ -26,6 +26,7 @@ from .numbers import number
 QUANTISED = Reason(
     "quantised", "it works on quantised queries and keys; choose another attention backend for the model", OTHER_BACKEND
 )
+ITS_OWN_MASK = f"{NOTHING}: the model has its own blocks; where it can do without them, {OTHER_BACKEND}"
 MORE_OUTPUTS = Reason("more_outputs", "more than its output is used (log-sum-exp or the like)", OTHER_BACKEND)
 
 
@@ -201,7 +202,7 @@ def _read_flex(gm: fx.GraphModule, node: fx.Node) -> AttentionCall | None:
     if not _returns(gm, score_mod, first_input=True):
         refusal = Reason("score_mod", "FlexAttention with a score_mod", OTHER_BACKEND)
     if len(block_mask) < 3 or min(block_mask[-3:-1]) < 1 << 30 or not _returns(gm, block_mask[-1], first_input=False):
-        refusal = Reason("block_mask", "already block-sparse (FlexAttention BlockMask)", OTHER_BACKEND)
+        refusal = Reason("block_mask", "already block-sparse (FlexAttention BlockMask)", ITS_OWN_MASK)
     elif _uses_more(node, 0):
         refusal = refusal or MORE_OUTPUTS
     subgraphs = tuple(x for x in (score_mod, block_mask[-1]) if isinstance(x, fx.Node))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers.models.transformers import transformer_anyflow_far
 from support.graphs import OPTIONS, compile_sparse, first_output, masked_dense, relative_error
+from support.marks import slow
 from zoo.more import ZOO_MORE
 from zoo.original import ZOO_ORIGINAL
 
@@ -164,16 +167,59 @@ def test_the_video_behind_a_prompt(how):
         assert len(drad.report(compiled).graphs) == 1
 
 
-def test_keys_that_are_rotated_as_frames_and_are_in_part_a_cache_are_unknown():
-    """Their label is given up where the table meets cache and frames together: dense, and called no prompt."""
-    model, kwargs, _ = CASES["anyflow_far_infer"]()
-    compiled = compile_sparse(model, sparsity=0.6)
-    assert relative_error(call(compiled, kwargs), call(model, kwargs)) == 0
-    sites = [site for site in drad.report(compiled).sites if site.kv_length == 320]
-    assert {(site.role, site.code) for site in sites} == {("unknown", "axes_disagree")}
-    torch._dynamo.reset()
-    with pytest.raises(drad.StrictError):
-        call(compile_sparse(model, sparsity=0.6, strict=True), kwargs)
+@contextmanager
+def without_flex():
+    """Inside, the model calls PyTorch's own attention in the place of FlexAttention, which takes no mask here."""
+    dispatch = transformer_anyflow_far.dispatch_attention_fn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformer_anyflow_far, "dispatch_attention_fn", lambda *x, backend, **named: dispatch(*x, **named)
+        )
+        yield
+
+
+@pytest.mark.parametrize("sizes", [(2, 8, 8), slow((3, 6, 8)), slow((4, 8, 4))], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_keys_that_are_rotated_as_frames_of_one_video_are_its_grid(sizes, sparsity):
+    """The table is over cache and chunk together; some chunks are padded to 256 tokens."""
+    frames, height, width = sizes
+    model, kwargs, expected = CASES["anyflow_far_infer"](*sizes, batch=2)
+    compiled = compile_sparse(model, sparsity=sparsity, strict=True)
+    sparse = call(compiled, kwargs)
+    (site, _) = sites_of(compiled)
+    before, padding = 3 * height * width, expected["n_text_after"]
+    assert site.grid == expected["grid"] == (3 + frames, height, width)
+    assert site.queries == (before, before + frames * height * width + padding)
+    assert tuple(site.text_tokens) == (0, padding)
+    assert (site.plan.sparsity > 0.2) == (sparsity > 0)
+    with masked_dense(site.plan), without_flex():
+        assert relative_error(sparse, call(model, kwargs)) < 1e-5
+
+
+def test_the_frames_of_a_cache_may_be_left_out_of_the_grid():
+    """Then its keys are read by all."""
+    model, kwargs, _ = CASES["anyflow_far_infer"](f=3)
+    compiled = compile_sparse(model, sparsity=0.6, grid=(3, 8, 8))
+    sparse = call(compiled, kwargs)
+    (site, _) = sites_of(compiled)
+    assert site.grid == (3, 8, 8)
+    assert bool(site.plan.block_mask()[0, 0, :, :12].all())
+    with masked_dense(site.plan), without_flex():
+        assert relative_error(sparse, call(model, kwargs)) < 1e-5
+
+
+def test_keys_from_another_graph_are_no_prompt():
+    """More keys than queries, both inputs of the graph: nothing is proven of them."""
+    compiled = torch.compile(attend, backend="dynamicrad", options=OPTIONS)
+    q, k = torch.randn(1, 2, 240, 16), torch.randn(1, 2, 640, 16)
+    compiled(q, k)
+    (site,) = drad.report(compiled).sites
+    assert (site.role, site.code) == ("unknown", "behind_graph_break")
+    assert site.advice == "compile what computes them together with it"
+
+
+def attend(q, k):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, k)
 
 
 @pytest.mark.parametrize("box", ["raster", (4, 2, 2)])

@@ -16,7 +16,6 @@ from dynamicrad_compile.capturing import CAPTURE
 DENSE = {
     "skyreels_v2_df",
     "anyflow_far_train",
-    "anyflow_far_infer",
     "wan_animate2_extract",
     "wan_animate2_cached",
     "kandinsky5_nabla",

@@ -99,14 +99,14 @@ def anyflow_far_train(f=5, h=8, w=8, batch=1):
 
 
 def anyflow_far_infer(f=2, h=8, w=8, batch=1):
-    """One chunk of two frames against a cache of earlier keys; flex attention without a mask."""
+    """One chunk of frames against a cache of three earlier ones, all rotated as one video; flex without a mask."""
     model = _far(full_chunk_limit=3)
     cache = [
         {"compressed_cache": _r(2, batch, 2, 64, 24), "full_cache": _r(2, batch, 2, 3 * h * w, 24)} for _ in range(L)
     ]
     flag = {"is_cache_step": False, "num_cached_chunks": 2}
-    kwargs = _flow_kwargs(batch, f, h, w) | dict(chunk_partition=[1, 2, 2], kv_cache=cache, kv_cache_flag=flag)
-    return model, kwargs, _exp((f, h, w), L, n_attn=2 * L, kv_before=3 * h * w, mask="block")
+    kwargs = _flow_kwargs(batch, f, h, w) | dict(chunk_partition=[1, 2, f], kv_cache=cache, kv_cache_flag=flag)
+    return model, kwargs, _exp((3 + f, h, w), L, n_attn=2 * L, after=-f * h * w % 128, in_cache=3 * h * w)
 
 
 _HELIOS = {k: v for k, v in _FLOW.items() if k != "rope_max_seq_len"} | {"rope_dim": (8, 8, 8)}

@@ -105,6 +105,32 @@ def test_a_free_axis_takes_what_it_meets_and_tells_nothing():
     assert sizes((f, h, w)) == [5, 6, 8]
 
 
+def test_caches_of_several_layers_and_the_frames_behind_them_are_one_table():
+    f, h, w, whole = axis(2), axis(6), axis(8), tuple(axis(n) for n in (5, 6, 8))
+    for node in ("mul", "mul_1"):
+        joined = concat([Part((axis(144),), 0, 144), Part((f, h, w), 0, 96)], SRC)
+        assert not mixed(unify(joined, whole, node))
+        assert same(joined, whole)
+        assert same(slice_label(joined, 144, 240, SRC), (f, h, w))
+    moved = concat([Part((axis(96),), 0, 96), Part((f, h, w), 0, 96), Part((axis(48),), 0, 48)], SRC)
+    unify(moved, whole, "mul_2")
+    assert not same(moved, whole)  # they are frames 3 and 4
+
+
+@pytest.mark.parametrize("table", [(5, 8, 6), (2, 15, 8)])
+def test_frames_behind_a_cache_are_no_rows_of_other_frames(table):
+    joined = concat([Part((axis(144),), 0, 144), Part((axis(2), axis(6), axis(8)), 0, 96)], SRC)
+    assert mixed(unify(joined, tuple(map(axis, table)), "mul"))
+
+
+def test_padding_is_alike_until_something_is_written_into_it():
+    video, one, other, written = (axis(5), axis(48)), axis(16), axis(16), axis(16)
+    one.blank = other.blank = True
+    first, second, third = (concat([Part(video, 0, 240), Part((pad,), 0, 16)], SRC) for pad in (one, other, written))
+    assert same(first, second)
+    assert not same(first, third)
+
+
 def test_concat_slice_and_glue():
     text, f, hw = axis(7), axis(5), axis(48)
     video = (f, hw)
