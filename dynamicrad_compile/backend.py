@@ -164,7 +164,8 @@ def _warnings(context: PassContext) -> list[str]:
         return []
     first = dense[0]
     where, advice = first.path or first.node.name, first.reason.advice if first.reason else ""
-    return [f"no attention was replaced: {where} ({len(dense)} such) stays dense: {first.reason}. {advice}".strip()]
+    text = f"{where} ({len(dense)} such) stays dense: {first.reason}. {advice}".strip()
+    return [f"no attention of this graph was replaced: {text}"]
 
 
 def _say(report: GraphReport) -> None:

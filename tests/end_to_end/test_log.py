@@ -35,7 +35,7 @@ def test_a_warning_where_nothing_is_replaced(said):
     model, kwargs, _ = make("wan_t2v")
     call(compile_sparse(model, min_tokens=100_000, inner="eager"), kwargs)
     (line,) = said(logging.WARNING)
-    assert "no attention was replaced: blocks.0.attn1 (2 such) stays dense" in line
+    assert "no attention of this graph was replaced: blocks.0.attn1 (2 such) stays dense" in line
     assert "min_tokens" in line
 
 
