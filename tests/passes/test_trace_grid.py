@@ -208,3 +208,14 @@ def test_positions_are_followed_through_a_product_with_frequencies():
     ((context, gm),) = capture(rotated, torch.randn(1, 2, 60, 8), torch.arange(60).float()[None])
     labels = {node.name: context.node_labels[node] for node in gm.graph.find_nodes(op="placeholder")}
     assert same(labels["l_x_"][2], labels["l_positions_"][1])
+
+
+def test_every_second_row_is_not_the_first_half():
+    """Queries are every second token, keys the first half, both rotated by one table: no self-attention."""
+
+    def how(m, x):
+        x = m.tokens(torch.cat([x, x], 2))
+        q, k, v = rotate(m.q(x)[:, ::2]), rotate(m.k(x)[:, :60]), m.v(x)[:, :60]
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
+
+    assert only(how, LATENTS).role != "video_self_attention"

@@ -82,22 +82,23 @@ def rows(dim_at: int, start_at: int | None = None) -> StreamRule:
         tensor = call.args[0]
         dim = call.dim(dim_at, tensor.dim())
         label, size = get_labels(tensor)[dim], tensor.shape[dim]
-        start = 0
+        start, step = 0, 1
         if start_at is not None:
+            step = call.args[start_at + 2] if len(call.args) > start_at + 2 else 1
             start = (call.args[start_at] if len(call.args) > start_at else 0) or 0
             start = min(max(start + size if start < 0 else start, 0), size)
         found: Found = []
         for piece in call.outs:
             n = piece.shape[dim] if piece.dim() == tensor.dim() else 1
-            found.append(_sliced(call, tensor, label, start, min(start + n, size)))
+            found.append(_sliced(call, tensor, label, start, min(start + n, size), step))
             start += n
         return found
 
     return rule
 
 
-def _sliced(call: StreamCall, tensor: torch.Tensor, label: Label, start: int, stop: int) -> Stream | None:
-    """Stream of rows `start..stop` of a dimension with this label."""
+def _sliced(call: StreamCall, tensor: torch.Tensor, label: Label, start: int, stop: int, step: int) -> Stream | None:
+    """Stream of rows `start..stop` of a dimension with this label; of as many from `start` on, if `step` is not 1."""
     stream = get_stream(tensor)
     leaves = list(resolve(label))
     featured = bool(leaves) and leaves[0].feature
@@ -107,6 +108,8 @@ def _sliced(call: StreamCall, tensor: torch.Tensor, label: Label, start: int, st
     if stream is None or (featured and inner and not (start % inner or stop % inner)):  # heads or q, k, v are chosen
         return stream
     size = label_size(label)
+    if step != 1:
+        return Stream(call.streams.term("every", stream.term, start, stop, step), stream.projected)
     term = call.streams.rows(stream.term, size, start, stop)
     if stop - start == 1 and call.streams.slice_of(term) is not None:
         call.streams.note_axis(term, label)
