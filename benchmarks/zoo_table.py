@@ -41,6 +41,7 @@ import models_page
 import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
+from support.chunked import allowed_by
 from torch.overrides import TorchFunctionMode
 from zoo.models import ZOO, out_tensors
 from zoo.more import ZOO_MORE
@@ -224,12 +225,20 @@ def _against_masked_dense(make: Make, common: dict[str, Any]) -> tuple[float, bo
         text = {"text_before": more + before, "text_after": after, "queries": (first, keys)}
         plan = drad.make_plan("dynamicrad", expected["grid"], BLOCK, **text, **params)
         sparse = _call(compiled, kwargs)
-        with MaskedDense(plan):
+        sites = drad.report(compiled).graphs[-1].sites
+        chunked = [allowed_by(one) for one in sites if one.chunks]
+        with MaskedDense(chunked[0] if chunked else _allowed(plan)):
             error = _relative(sparse, _call(model, kwargs))
         if errors and error > 1e-4 and _relative(sparse, _call(model, kwargs)) < 1e-6:
             error, dense_elsewhere = 0.0, True
         errors.append(error)
     return max(errors), dense_elsewhere
+
+
+def _allowed(plan: drad.BlockPlan) -> torch.Tensor:
+    """bool [queries, keys] of a plan."""
+    rows, cols = torch.arange(plan.q_len) // plan.block_q, torch.arange(plan.kv_len) // plan.block_kv
+    return plan.block_mask()[0, 0][rows][:, cols]
 
 
 def _wake(model: torch.nn.Module) -> None:
@@ -299,16 +308,15 @@ def _error(value: float | None) -> str:
 
 
 class MaskedDense(TorchFunctionMode):
-    """Inside, every self-attention over the plan's sequence is dense attention under the plan's block mask.
+    """Inside, every self-attention over that sequence is dense attention under a bool mask [queries, keys], too.
 
     FlexAttention without a mask of its own included; a mode sees nothing of it.
     """
 
-    def __init__(self, plan: drad.BlockPlan):
+    def __init__(self, allowed: torch.Tensor):
         super().__init__()
         self.flex = flex.flex_attention
-        rows, cols = torch.arange(plan.q_len) // plan.block_q, torch.arange(plan.kv_len) // plan.block_kv
-        self.allowed = plan.block_mask()[0, 0][rows][:, cols]
+        self.allowed = allowed
 
     def __enter__(self) -> Any:
         flex.flex_attention = self._flex  # type: ignore[assignment]
@@ -332,6 +340,7 @@ class MaskedDense(TorchFunctionMode):
             )
             if (query.shape[-2], key.shape[-2]) == shape:
                 mask = kwargs.pop("attn_mask", None)
+                mask = mask if mask is None or mask.dtype == torch.bool else mask == 0
                 return func(*args, **kwargs, attn_mask=self.allowed if mask is None else mask & self.allowed)
         if func in (torch.Tensor.softmax, torch.softmax, F.softmax) and tuple(args[0].shape[-2:]) == shape:
             return func(args[0].masked_fill(~self.allowed, float("-inf")), *args[1:], **kwargs)

@@ -180,6 +180,7 @@ def _site_report(site: Site) -> SiteReport:
     hidden = site.data_dependent  # sizes are stand-ins: not to be shown
     done, reason = site.replacement, site.reason
     text = TextTokens(*(None if n and hidden else n for n in site.asked_text))
+    chunks = tuple(_site_report(chunk) for chunk in site.chunks) if site.replaced else ()
     return SiteReport(
         role=site.role,
         replaced=site.replaced,
@@ -197,4 +198,7 @@ def _site_report(site: Site) -> SiteReport:
         code=reason.code if reason else "",
         advice=reason.advice if reason else "",
         queries=None if hidden else site.queries,
-    )
+        chunks=chunks,
+        asks=site.group.rows if site.group is not None else None,
+        reads=site.group.keys if site.group is not None else (),
+    ).measured()

@@ -30,6 +30,8 @@ from .axes.labels import Axis, Label, Part, label_size, mixed, resolve
 from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
 from .graph import value_of
+from .reading.known_values import KnownValues
+from .reading.mask_groups import obey_mask
 from .reading.sharding import exchanged
 from .reading.support import UNRECORDED, few_frames, unsupported
 from .reading.user_grid import check_fit, check_user_grid, grid_message
@@ -57,7 +59,7 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid fits no sequence of the graph that could be video, or none that is shows it.
     """
-    grids, misfits = Grids(gm, context.node_labels), list[GridError]()
+    grids, misfits, known = Grids(gm, context.node_labels), list[GridError](), KnownValues()
     for site in context.sites:
         try:
             _classify(site, context, grids)
@@ -68,13 +70,12 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
         if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
             site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
-            site.reason = unsupported(site)
+            site.reason = unsupported(site) or obey_mask(site, known)
         if site.role == VIDEO and not site.reason:
-            video = _video_site(site)
-            if video is None:
+            videos = [_video_site(one) for one in site.chunks or (site,) if not one.reason]
+            if None in videos:
                 site.reason = UNRECORDED
-            else:
-                context.videos.append(video)
+            context.videos += [video for video in videos if video is not None]
     if context.grid is not None:
         check_user_grid(context.grid, context.sites, misfits)
     return sum(site.role == VIDEO for site in context.sites)

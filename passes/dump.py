@@ -87,6 +87,9 @@ def _state(site: Site, context: PassContext) -> str:
     plans = [p.table.plan for p in context.planned if p.video.site is site]
     if site.reason is not None:
         pieces.append(f"dense, {site.reason.code}: {site.reason}")
+    elif site.replaced and site.chunks:
+        sparse = sum(chunk.replaced for chunk in site.chunks)
+        pieces.append(f"replaced in {len(site.chunks)} chunks of queries, {sparse} of them sparse")
     elif plans:
         done = "replaced" if site.replaced else "planned"
         pieces.append(f"{done}, {plans[0].sparsity:.1%} skipped in blocks of {plans[0].block_q} x {plans[0].block_kv}")

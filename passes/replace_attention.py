@@ -42,7 +42,8 @@ from dynamicrad_compile.reporting.reason import FIX_LENGTH, FIX_SIZES, Reason
 from .axes.positions import PositionTable, table_of
 from .reading.masks import keys_node, without_hidden_rows
 from .reading.support import few_frames
-from .site import Dense, PassContext, PlannedSite, Replacement
+from .site import Dense, PassContext, PlannedSite, Replacement, Site
+from .writing.chunks import split
 from .writing.control import Controls
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
@@ -66,14 +67,27 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     if not context.is_final:
         hold_decisions(gm, context)
     placed, homes = _placed(gm, context)
-    if not placed:
-        return 0
+    if placed:
+        _replace_all(gm, context, placed, homes)
+    for site in context.sites:
+        if site.chunks and not site.replaced:
+            site.reason = max(site.chunks, key=lambda chunk: chunk.kv_length or 0).reason
+    return sum(site.replaced for site in context.sites)
+
+
+def _replace_all(
+    gm: fx.GraphModule, context: PassContext, placed: Sequence[PlannedSite], homes: dict[fx.Node, RuntimeSizes]
+) -> None:
+    sites = [one for site in context.sites for one in (site, *site.chunks)]
+    ready = {id(planned.video.site) for planned in placed}
+    for site in context.sites:
+        if any(id(chunk) in ready for chunk in site.chunks):
+            split(gm.graph, site, sites)
     controls = Controls(gm, context, placed[0].video.device)
     writer = PlanWriter(gm, context, controls, homes)
     for planned in placed:
-        planned.video.site.replacement = _replace(gm, planned, context, writer, writer.write(planned))
+        planned.video.site.replacement = _replace(gm, planned, context, sites, writer, writer.write(planned))
         context.notes += _how_planned(planned, homes.get(planned.video.node))
-    return sum(site.replacement is not None for site in context.sites)
 
 
 def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedSite], dict[fx.Node, RuntimeSizes]]:
@@ -81,10 +95,12 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     planned = context.planned
     one_grid = any(isinstance(d, Dense) and d.this_grid for d in context.decisions.sites)
     sizes = symbolic_inputs(gm, context) if planned or one_grid else []
+    chunks = {id(p) for p in planned if p.video.site.group is not None}
+    sizes += [size for site in context.sites for size in site.mask_sizes if chunks]
     marked = marked_dynamic(gm, context)
     is_open = context.is_final or any(marked & size.node.expr.free_symbols for size in sizes)  # they can't be constants
     one_grid = one_grid and not is_open
-    followed = [p for p in planned if p.spec is not None]
+    followed = [p for p in planned if p.spec is not None and id(p) not in chunks]
     found = {p.video.node: runtime_sizes(p.video, context) for p in followed}
     homes = {node: where for node, where in found.items() if where is not None}
     symbolic = bool(sizes) and len(homes) == len(planned) and not one_grid
@@ -137,12 +153,19 @@ def _how_planned(planned: PlannedSite, where: RuntimeSizes | None) -> list[str]:
 
 def _why_fixed(planned: Sequence[PlannedSite]) -> str:
     """Why plans can't be made when the graph runs."""
+    if any(p.video.site.group is not None for p in planned):
+        return "its mask is known for these sizes alone"
     fixed = any(p.spec is None for p in planned)
     return "its plan is for one grid" if fixed else "an axis of its grid is in no shape of the graph"
 
 
 def _replace(
-    gm: fx.GraphModule, planned: PlannedSite, context: PassContext, writer: PlanWriter, written: WrittenPlan
+    gm: fx.GraphModule,
+    planned: PlannedSite,
+    context: PassContext,
+    sites: list[Site],
+    writer: PlanWriter,
+    written: WrittenPlan,
 ) -> Replacement:
     """Put the op in the place of a site."""
     video, table, graph = planned.video, planned.table, gm.graph
@@ -176,5 +199,5 @@ def _replace(
             out = without_hidden_rows(graph, call, out, given)
         out = original_output(graph, video.site, out)
     copy_origin(before, node)
-    take_over(graph, video.site, out, context.sites)
+    take_over(graph, video.site, out, sites)
     return Replacement(pair, plan, stats, planned.overhead, table.sparsity)

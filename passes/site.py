@@ -36,6 +36,13 @@ class TextTokens(NamedTuple):
     after: int
 
 
+class Group(NamedTuple):
+    """Queries that a mask lets read the same keys: a range of the queries, and the ranges of these keys."""
+
+    rows: Range
+    keys: tuple[Range, ...]
+
+
 @dataclass(frozen=True)
 class Projections:
     """Weights of an attention that projects its own inputs and output (nn.MultiheadAttention), as nodes or None."""
@@ -130,6 +137,9 @@ class Site:
     grid, text          of a video, whether it is replaced or not; of the keys
     grid_axes           the three axes of its grid; () where the user alone knows it
     queries             (start, stop) of the keys whose tokens the queries are; None: all
+    chunks              sites of its own, one for each group of queries to which its mask shows the same keys; in order
+    group, of           of such a site: the group, and the site whose chunk it is
+    mask_sizes          the symbolic sizes for which the chunks were found
     """
 
     node: fx.Node
@@ -145,6 +155,10 @@ class Site:
     grid_axes: Label = ()
     text: TextTokens = TextTokens(0, 0)
     queries: Range | None = None
+    chunks: tuple[Site, ...] = ()
+    group: Group | None = None
+    of: Site | None = field(default=None, repr=False, compare=False)
+    mask_sizes: tuple[torch.SymInt, ...] = ()
     replacement: Replacement | None = None
 
     @property
@@ -157,8 +171,8 @@ class Site:
 
     @property
     def replaced(self) -> bool:
-        """Whether block-sparse attention took its place."""
-        return self.replacement is not None
+        """Whether block-sparse attention took its place, or that of some of its chunks."""
+        return self.replacement is not None or any(chunk.replaced for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,12 @@ class VideoSite:
     def path(self) -> str:
         """Dotted path of the module."""
         return self.site.path
+
+    @property
+    def whole_grid(self) -> tuple[int, int, int]:
+        """Its grid, or of a chunk that of the whole video."""
+        whole = self.site.of.grid if self.site.of is not None else None
+        return whole or self.grid
 
     @property
     def keys(self) -> int:

@@ -22,7 +22,9 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
     regimes = regimes_of(conditions, wishes)
     first: Settings | None = None if wishes.profile is None else Settings.of(wishes.options, wishes.profile)
     decided: list[PlannedSite | Dense] = []
-    for number, site in enumerate(sites):
+    layers: dict[int, int] = {}  # chunks of one attention are one layer
+    for site in sites:
+        number = layers.setdefault(id(site.site.of or site.site), len(layers))
         profile, why = profile_for(site, wishes)
         if why:
             notes[f"profile 'auto' is {profile.name!r}: {why}"] = None
@@ -56,7 +58,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
 
 
 def _stays_dense(site: VideoSite, number: int, settings: Settings) -> Dense | None:
-    """Why a site gets no plan at all; number counts the video self-attentions of its graph."""
+    """Why a site gets no plan at all; number counts the video self-attentions of its graph, in order."""
     if settings.pattern == "dense":
         return Dense(Reason("pattern_dense", "pattern is 'dense'", AS_ASKED), asked=True)
     if settings.dense_layers and not is_one_layer(site):

@@ -90,7 +90,7 @@ def profile_for(site: VideoSite, wishes: Wishes) -> tuple[Profile, str]:
     """
     if wishes.profile is not None:
         return wishes.profile, ""
-    frames, height, width = site.grid
+    frames, height, width = site.whole_grid
     grid = (frames if frames >= MIN_FRAMES else 0, height, width)
     return pick_profile(grid, heads=site.shape[1], head_dim=site.shape[-1])
 

@@ -19,6 +19,11 @@ PROMPT_MASK = (
     "if it hides padding of the prompt, give it as a bool of one row a sample, [B, 1, 1, keys], or leave padding out; "
     "nothing to do if it is a mask of the model itself (causal, windows, a bias)"
 )
+QUERY_MASK = (
+    "if it hides padding of the prompt, give it as a bool of one row a sample, [B, 1, 1, keys], or leave padding out; "
+    "if it is one of chunks or windows of frames, compile the whole model and let it make the mask of sizes alone; "
+    "nothing to do if it is a bias"
+)
 REPORT_MODEL = "nothing to set: the model computes it in a way that is not supported; please report the model"
 REBUILD_MHA = "build the nn.MultiheadAttention without it, or with need_weights=False"
 CALL_SDPA = "write it as torch.nn.functional.scaled_dot_product_attention"

@@ -51,6 +51,10 @@ class SiteReport:
     overhead     share of dense attention that option covariance adds; taken off from sparsity
     code         short name of the kind of reason (docs/reasons.md); empty where it was replaced
     advice       what to do about it; empty where it was replaced
+    chunks       where its mask shows other keys to some queries than to others: the attentions of these groups of
+                 queries, one after the other, sparse or dense. Keys that the mask hides count as skipped
+    asks, reads  of such a chunk: (start, stop) of the queries of the whole, and of the keys that these may read, as
+                 one or more ranges
     """
 
     role: str
@@ -71,9 +75,16 @@ class SiteReport:
     code: str = ""
     advice: str = ""
     queries: tuple[int, int] | None = None
+    chunks: tuple[SiteReport, ...] = ()
+    asks: tuple[int, int] | None = None
+    reads: tuple[tuple[int, int], ...] = ()
 
     def measured(self) -> SiteReport:
         """The same with the sparsity of the calls so far; reading it waits for the device."""
+        if self.chunks:
+            chunks = tuple(chunk.measured() for chunk in self.chunks)
+            left = sum(chunk.flops for chunk in chunks) / max(self.dense_flops, 1)
+            return replace(self, chunks=chunks, sparsity=1.0 - left)
         if self.stats is None:
             return self
         computed, calls = self.stats.tolist()
@@ -98,6 +109,7 @@ class SiteReport:
         """Plain values for JSON; tensors are left out."""
         values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats", "slot")}
         values["text_tokens"] = self.text_tokens._asdict()
+        values["chunks"] = [chunk.to_dict() for chunk in self.chunks]
         return {**values, "dense_flops": self.dense_flops, "flops": self.flops}
 
 
@@ -137,6 +149,8 @@ class GraphReport:
         pools = [self.state.pool_of(owner) for owner in owners]
 
         def summed(site: SiteReport) -> SiteReport:
+            if site.chunks:
+                return replace(site, chunks=tuple(map(summed, site.chunks)))
             if not site.slot:
                 return site
             totals = [pool.total(self.state.place_of(site.slot)) for pool in pools]
@@ -289,6 +303,8 @@ def _keys(site: SiteReport) -> str:
     """Number of keys, and which of them ask."""
     if site.kv_length is None:
         return "?"
+    if site.chunks:
+        return f"{site.kv_length} in {len(site.chunks)} chunks"
     return f"{site.kv_length}" + ("" if site.queries is None else " ({}..{} ask)".format(*site.queries))
 
 

@@ -20,7 +20,7 @@ from dynamicrad_compile.reporting.reason import NOTHING, OTHER_BACKEND, Reason
 from ..graph import value_of
 from ..operators.names import op_name, operator_name, tensor_value
 from ..site import AttentionCall
-from .constants import integers
+from .known_values import integers
 from .numbers import number
 
 QUANTISED = Reason(
@@ -108,7 +108,7 @@ def _call(node: fx.Node, library: Library, found: dict[str, Any], refusal: Reaso
     rank = getattr(tensor_value(found["query"]), "ndim", 4)
     sequences, key_end = None, None
     if found["cu"]:
-        sequences = _equal_sequences(found) if rank == 3 else None
+        sequences = _equal_sequences(node, found) if rank == 3 else None
         one = rank == 3 and not isinstance(found.get("mask"), fx.Node) and all(map(_is_one_sequence, found["cu"]))
         if sequences is None and one:
             sequences, key_end = 1, found["cu"][-1]
@@ -173,15 +173,15 @@ def _uses_more(node: fx.Node, output: int | None) -> bool:
     return any(op_name(user) != "getitem" or (user.args[1] != output and user.users) for user in node.users)
 
 
-def _equal_sequences(found: dict[str, Any]) -> int | None:
+def _equal_sequences(node: fx.Node, found: dict[str, Any]) -> int | None:
     """Number of packed sequences where the graph shows that all have the same length; None where it doesn't."""
     query, key = tensor_value(found["query"]), tensor_value(found["key"])
     if query is None or key is None or not isinstance(query.shape[-3], int) or not isinstance(key.shape[-3], int):
         return None
     counts = set()
-    for i, node in enumerate(found["cu"]):
+    for i, cu in enumerate(found["cu"]):
         tokens = (query if i == 0 else key).shape[-3]
-        starts = integers(node)
+        starts = integers(cu, node)
         count = len(starts) - 1 if starts else 0
         if count < 1 or tokens % count or starts != [j * (tokens // count) for j in range(count + 1)]:
             return None

@@ -15,7 +15,7 @@ import operator
 import torch
 from torch import fx
 
-from dynamicrad_compile.reporting.reason import PROMPT_MASK, Reason
+from dynamicrad_compile.reporting.reason import PROMPT_MASK, QUERY_MASK, Reason
 
 from ..axes.labels import Label, Source, fresh, label_size, resolve
 from ..graph import hint, shape_hint
@@ -51,7 +51,7 @@ def not_key_padding(call: AttentionCall, tokens: int) -> Reason | None:
         if letter in "hq" and not repeats(label):
             which = {"h": "head", "q": "query"}[letter]
             text = f"mask {_name(value)} {list(shape)} is not a key padding mask [B, 1, 1, S]: it differs by {which}"
-            return Reason("mask_differs", text, PROMPT_MASK)
+            return Reason("mask_differs", text, QUERY_MASK)
     return None
 
 

@@ -10,7 +10,6 @@ from dynamicrad_compile.reporting.reason import NOTHING, REPORT_MODEL, Reason
 from ..graph import value_of
 from ..site import AttentionCall, Site
 from .layout import plain_shape
-from .masks import not_key_padding
 
 UNRECORDED = Reason("shapes_unknown", "the shapes of its operands are not recorded", REPORT_MODEL)
 SAME_DTYPE = "run the model in bfloat16, float16 or float32 throughout, or under autocast"
@@ -25,17 +24,14 @@ def few_frames(frames: int) -> Reason:
 
 
 def unsupported(site: Site) -> Reason | None:
-    """Why a video self-attention can't be replaced; None if it can."""
+    """Why a video self-attention can't be replaced, whatever its mask; None if it can."""
     call = site.call
     value_shape, key_shape = plain_shape(call, 2), plain_shape(call, 1)
     if call.refusal:
         return call.refusal
     if site.q_shape is None or value_shape is None or key_shape is None:
         return UNRECORDED
-    reason = _misfit(call, site.q_shape, key_shape, value_shape) or _unsupported_argument(call)
-    if reason is None and call.mask is not None:
-        return not_key_padding(call, key_shape[2])
-    return reason
+    return _misfit(call, site.q_shape, key_shape, value_shape) or _unsupported_argument(call)
 
 
 def _misfit(call: AttentionCall, query: Shape, key: Shape, value: Shape) -> Reason | None:

@@ -42,12 +42,13 @@ def is_rewritten(node: fx.Node, but_by: fx.Node | None = None) -> bool:
     for user in node.users:
         if user is but_by:
             continue
-        if (is_mutating(user) and _may_write_to(user, node)) or (operator_of(user).view and is_rewritten(user)):
+        if (is_mutating(user) and may_write_to(user, node)) or (operator_of(user).view and is_rewritten(user)):
             return True
     return False
 
 
-def _may_write_to(user: fx.Node, node: fx.Node) -> bool:
+def may_write_to(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node that writes in place may write over another one's tensor."""
     target: Any = user.target
     if isinstance(target, torch._ops.OpOverload):
         read_only = [a.name for a in target._schema.arguments if a.alias_info is None or not a.alias_info.is_write]

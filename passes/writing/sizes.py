@@ -12,7 +12,7 @@ from torch import fx
 from ..axes.concatenation import parts_of
 from ..axes.labels import Axis, resolve
 from ..axes.positions import PositionTable, table_of
-from ..graph import depends_on_data, specialise, value_of
+from ..graph import depends_on_data, hint, specialise, value_of
 from ..reading.layout import operands_of, token_dim
 from ..site import CROSS, AttentionCall, Dense, PassContext, VideoSite
 
@@ -97,6 +97,8 @@ def hold_decisions(gm: fx.GraphModule, context: PassContext) -> None:
         limit = decision.below if isinstance(decision, Dense) else decision.at_least
         if limit is None or not isinstance(tokens, torch.SymInt) or depends_on_data(tokens):
             continue
+        if video.site.group is not None:  # a share of the queries, which stays the same
+            limit = limit * hint(tokens) // video.tokens
         if bounded.isdisjoint(tokens.node.expr.free_symbols):
             bool(tokens < limit)
 

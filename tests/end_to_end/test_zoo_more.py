@@ -14,7 +14,6 @@ from dynamicrad_compile.capturing import CAPTURE
 
 # Masks or caches that a plan can't express yet, tiled token orders, grids lost at graph breaks or in packed buffers.
 DENSE = {
-    "skyreels_v2_df",
     "anyflow_far_train",
     "wan_animate2_extract",
     "wan_animate2_cached",

@@ -1,4 +1,4 @@
-"""Causal models as the original repositories write them, a chunk of frames against a cache of keys: CAUSAL."""
+"""Causal models as the original repositories write them, against a cache of keys or under a mask: CAUSAL."""
 
 from __future__ import annotations
 
@@ -68,6 +68,67 @@ class Causal(nn.Module):
         return unpatchify(self.head(x), f, h, w)
 
 
+class MaskedBlock(CausalBlock):
+    """Self-attention of all frames under a mask; cross-attention, MLP."""
+
+    def forward(self, x, freqs, context, mask):
+        y = self.norm1(x)
+        q, k, v = (linear(y).unflatten(-1, (HEADS, -1)) for linear in (self.q, self.k, self.v))
+        q, k, v = (t.transpose(1, 2) for t in (_rotated(q, freqs), _rotated(k, freqs), v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        x = x + self.cross(x, context)
+        return x + self.mlp(self.norm2(x))
+
+
+class CausalTraining(nn.Module):
+    """All chunks at once, each reading itself and `local` chunks before it, all of them where that is None."""
+
+    def __init__(self, chunk=3, local=None, loop=False):
+        super().__init__()
+        self.chunk, self.local, self.loop = chunk, local, loop
+        self.patch_embedding = nn.Conv3d(4, DIM, (1, 2, 2), (1, 2, 2))
+        self.text = nn.Linear(16, DIM)
+        self.blocks = nn.ModuleList(MaskedBlock() for _ in range(L))
+        self.head = nn.Linear(DIM, 16)
+        d = DIM // HEADS
+        self.freqs = [rope_angles(64, d - 4 * (d // 6)), rope_angles(64, 2 * (d // 6)), rope_angles(64, 2 * (d // 6))]
+
+    def mask(self, f, frame, like):
+        if self.loop:
+            mask = torch.full((f * frame, f * frame), float("-inf"), dtype=like.dtype, device=like.device)
+            for start in range(0, f * frame, self.chunk * frame):
+                stop = start + self.chunk * frame
+                first = 0 if self.local is None else max(0, start - self.local * self.chunk * frame)
+                mask[start:stop, first:stop] = 0
+            return mask
+        chunk = torch.arange(f * frame, device=like.device) // frame // self.chunk
+        before = chunk[:, None] - chunk[None, :]
+        return (before >= 0) if self.local is None else (before >= 0) & (before <= self.local)
+
+    def forward(self, x, context):
+        x = self.patch_embedding(x)
+        f, h, w = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        shapes = ((f, 1, 1, -1), (1, h, 1, -1), (1, 1, w, -1))
+        sizes = zip(self.freqs, (f, h, w), shapes, strict=True)
+        freqs = torch.cat([table[:n].view(*s).expand(f, h, w, -1) for table, n, s in sizes], -1)
+        freqs, context, mask = freqs.reshape(1, f * h * w, 1, -1), self.text(context), self.mask(f, h * w, x)
+        for block in self.blocks:
+            x = block(x, freqs, context, mask)
+        return unpatchify(self.head(x), f, h, w)
+
+
+def causal_mask(f=7, h=6, w=8, batch=1, **how):
+    """A block-causal mask over chunks of three frames, the last of one."""
+    kwargs = dict(x=latents(batch, f, h, w), context=_r(batch, 7, 16))
+    return seeded(CausalTraining, **how), kwargs, _exp((f, h, w), L, n_attn=2 * L)
+
+
+def causal_local_mask(f=9, h=6, w=8, batch=1):
+    """The same as a float mask that a loop fills, and no further back than one chunk."""
+    return causal_mask(f, h, w, batch, local=1, loop=True)
+
+
 def _case(f, h, w, batch, size, start, sink=0):
     """size, start, sink: of the buffer, of the chunk and of the frames that are never dropped, in frames."""
     frame = h * w
@@ -94,4 +155,4 @@ def causal_rolling_cache(f=3, h=6, w=8, batch=1):
     return _case(f, h, w, batch, size=3 * f, start=3 * f, sink=1)
 
 
-CAUSAL = {case.__name__: case for case in (causal_cache, causal_rolling_cache)}
+CAUSAL = {case.__name__: case for case in (causal_cache, causal_rolling_cache, causal_mask, causal_local_mask)}

@@ -1,0 +1,1 @@
+"""Tensors that a graph makes of numbers alone, computed at compile time."""
