@@ -22,7 +22,7 @@ from dynamicrad_compile.errors import GridError
 from dynamicrad_compile.plans.layout import MIN_FRAMES, Range
 from dynamicrad_compile.reporting.reason import IF_VIDEO, KEEP_ORDER, NOTHING, REPORT_MODEL, Reason
 
-from .axes.among import asked_keys, cut, overlaps, with_earlier
+from .axes.among import asked_keys, cut, frames_apart, overlaps, with_earlier
 from .axes.concatenation import apart, parts_of, same, segments_of, within
 from .axes.grids import Grids
 from .axes.kinship import inputs
@@ -110,7 +110,7 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         )
         return
     query, key = trace.query[-2], trace.key[-2]
-    parts, alike = segments_of(query), same(query, key)
+    parts, alike = _pieces(query, site), same(query, key)
     why = mixed(query) or mixed(key)
     if why and label_size(query) == label_size(key):
         if user_grid and context.override_grid and math.prod(user_grid) == label_size(query):
@@ -161,6 +161,13 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
         _classify_gridless(site, trace, parts, grids)
 
 
+def _pieces(sequence: Label, site: Site) -> tuple[Part, ...]:
+    """The pieces of a sequence; where its sizes are fixed, some frames of a video are a video of their own."""
+    sizes = [size for n in (site.call.query, site.call.key) for size in value_of(n).shape]
+    parts = segments_of(sequence)
+    return frames_apart(parts) if all(isinstance(size, int) for size in sizes) else parts
+
+
 def _given(why: str, asked: int, read: int) -> Reason:
     """Why queries and keys that come from outside are left alone, where neither a grid nor a table vouches for them.
 
@@ -194,6 +201,8 @@ def _set_video(site: Site, parts: tuple[Part, ...], at: int, context: PassContex
         site.reason = grids.unproven(axes)
     elif axes[0].size < MIN_FRAMES and not _may_grow(axes, context):
         site.reason = few_frames(axes[0].size)
+        if len(axes[0].parts or ()) == 1:  # of a longer video
+            site.role = OTHER_SELF
 
 
 def _around(parts: Sequence[Part], at: int) -> TextTokens:
@@ -211,7 +220,7 @@ def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext
     if windowed:
         site.role, site.reason = OTHER_SELF, windowed
         return
-    user_grid, parts = context.grid, segments_of(trace.key[-2])
+    user_grid, parts = context.grid, _pieces(trace.key[-2], site)
     videos = [i for i in _video_parts(parts, None, grids) if overlaps(parts, i, asked)]
     joined = parts_of(trace.key[-2])
     with_cache = [
@@ -235,7 +244,7 @@ def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext
     if chosen is None and videos:
         _several_videos(site, parts, videos, grids)
     elif chosen is None:
-        _classify_gridless(site, trace, segments_of(trace.query[-2]), grids)
+        _classify_gridless(site, trace, _pieces(trace.query[-2], site), grids)
     else:
         _set_video(site, parts, chosen, context, grids)
         if site.reason and site.reason.code == "few_frames" and sum(site.text):

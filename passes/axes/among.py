@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dynamicrad_compile.plans.layout import Range
 
 from .concatenation import glue, parts_of, rows_of, same_part, sources
-from .labels import Label, Part, label_size
+from .labels import Axis, Label, Part, label_size, resolve
 
 Triple = tuple[int, int, int]
 
@@ -32,6 +32,22 @@ def cut(key: Label, asked: Range) -> tuple[Part, ...]:
     """The pieces of the keys, cut where the queries begin and end."""
     cuts = (0, *asked, label_size(key))
     return tuple(part for low, high in itertools.pairwise(cuts) for part in glue(rows_of(key, low, high)))
+
+
+def frames_apart(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The pieces; those that are some whole frames of a product of three axes as products of their own."""
+    return tuple(map(_some_frames, parts))
+
+
+def _some_frames(part: Part) -> Part:
+    axes = resolve(part.label)
+    area = label_size(axes[1:])
+    if part.whole or len(axes) != 3 or part.start % area or part.stop % area or any(axis.table for axis in axes):
+        return part
+    frames = Axis(part.size // area, axes[0].source)
+    frames.parts = (Part(axes[:1], part.start // area, part.stop // area),)
+    frames.conflict = axes[0].conflict
+    return Part((frames, *axes[1:]), 0, part.size)
 
 
 def overlaps(parts: Sequence[Part], at: int, asked: Range) -> bool:

@@ -58,6 +58,9 @@ class Streams:
                     found.append((inner, high - low))
                 offset += n
             return self.joined(found)
+        outer = self._slices.get(term)
+        if outer is not None and outer[3] - outer[2] == size:
+            return self.rows(outer[0], outer[1], outer[2] + start, outer[2] + stop)
         number = self.term("rows", term, size, start, stop)
         self._slices[number] = (term, size, start, stop)
         return number
@@ -72,8 +75,9 @@ class Streams:
         for piece, n in pieces:
             if piece in (term, first):
                 found.append(place)
-            if own is not None and own[:2] == (piece, n):
-                found.append(place + own[2])
+            base, size_of_base, origin = self._slices.get(piece, (piece, n, 0, n))[:3]
+            if own is not None and own[:2] == (base, size_of_base) and own[2] >= origin:
+                found.append(place + own[2] - origin)
             place += n
         fitting = [start for start in dict.fromkeys(found) if start + size <= length]
         return tuple(start for start in fitting if self.rows(whole, length, start, start + size) == term)

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 def few_frames(frames: int) -> Reason:
     """Why so few frames are no video."""
-    text = f"only {frames} frames: images to be edited rather than a video"
+    text = f"only {frames} frame{'s' * (frames != 1)}: an image, images to be edited or part of a video"
     return Reason("few_frames", text, f"{NOTHING}: so few frames have no motion for a plan to follow")
 
 

@@ -36,7 +36,9 @@ def test_where_rows_of_a_term_begin():
     assert streams.starts(both, 17, streams.joined([(cache, 20), (both, 17)]), 37) == (20,)
     part = streams.joined([(text, 7), (streams.rows(x, 10, 4, 9), 5)])
     assert streams.starts(streams.rows(x, 10, 4, 9), 5, part, 12) == (7,)
-    assert streams.starts(streams.rows(x, 10, 4, 8), 4, part, 12) == ()  # not told
+    assert streams.starts(streams.rows(x, 10, 4, 8), 4, part, 12) == (7,)
+    assert streams.starts(streams.rows(x, 10, 6, 8), 2, streams.rows(x, 10, 5, 9), 4) == (1,)
+    assert streams.starts(streams.rows(x, 10, 2, 4), 2, streams.rows(x, 10, 5, 9), 4) == ()
 
 
 def test_a_write_of_other_tokens_takes_the_place_of_rows():
