@@ -13,6 +13,7 @@ from torch import fx
 from . import policy
 from .buckets import earlier_buckets, real_inputs
 from .captured import remember
+from .capturing import keep_sizes_constant
 from .errors import OptionsError, StrictError
 from .history import forget_with, seen_before
 from .inner import Compiled, inner_compiler
@@ -47,6 +48,7 @@ def dynamicrad(
     """
     asked_variant()
     parsed = Options.from_mapping(options)
+    keep_sizes_constant(gm)
     report = analyse(gm, example_inputs, parsed)
     inputs = [*example_inputs, *_added_inputs(gm, len(example_inputs))]
     start = time.perf_counter()

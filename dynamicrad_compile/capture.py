@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from .backend import analyse
-from .capturing import CAPTURE
+from .capturing import capturing, keep_sizes_constant
 from .options import Options
 from .outside import graph_made
 from .passed_on import passes_on
@@ -30,7 +30,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     """
     parsed = Options.from_mapping(options)
     target = getattr(model, "_orig_mod", model)
-    with torch._dynamo.config.patch(CAPTURE), torch.no_grad():
+    with capturing(), torch.no_grad():
         try:
             return _capture(target, args, kwargs, parsed, run=False)
         except torch._dynamo.exc.BackendCompilerFailed:
@@ -44,6 +44,7 @@ def _capture(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     @passes_on
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        keep_sizes_constant(gm)
         stand_in = gm.forward if run else _returns_zeros(gm)
         # Of a copy: Dynamo looks at the inputs of its graph again, and knows nothing of those that the passes add.
         graphs.append(analyse(fx.GraphModule(gm, copy.deepcopy(gm.graph)), example_inputs, options))

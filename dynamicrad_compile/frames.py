@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
@@ -20,3 +20,10 @@ def frame_of(function: str, file: str) -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def code_of_compilation() -> CodeType | None:
+    """The code that Dynamo is compiling; None where it compiles none."""
+    frame = frame_of("_compile", "convert_frame.py")
+    code = None if frame is None else frame.f_locals.get("code")
+    return code if isinstance(code, CodeType) else None

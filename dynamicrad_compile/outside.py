@@ -13,13 +13,13 @@ import re
 import sys
 import threading
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
 
 from .errors import StrictError
-from .frames import TORCH, frame_of
+from .frames import TORCH, code_of_compilation, frame_of
 from .reporting.reason import OTHER_BACKEND
 from .runtime.state import GraphState
 
@@ -147,9 +147,8 @@ def _wrapper() -> FrameType | None:
 
 def _compiled_code() -> str:
     """Name of the code that Dynamo is compiling."""
-    frame = frame_of("_compile", "convert_frame.py")
-    code = None if frame is None else frame.f_locals.get("code")
-    return code.co_name if isinstance(code, CodeType) else ""
+    code = code_of_compilation()
+    return "" if code is None else code.co_name
 
 
 def _is_users(frame: FrameType) -> bool:

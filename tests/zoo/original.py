@@ -8,9 +8,10 @@ not: RoPE with complex numbers in a loop over grid sizes, padding to a fixed len
 from __future__ import annotations
 
 from zoo.original_blocks import BLOCKS
+from zoo.original_breaks import BREAKS
 from zoo.original_causal import CAUSAL
 from zoo.original_cross import CROSS
 from zoo.original_joint import JOINT
 from zoo.original_references import REFERENCES
 
-ZOO_ORIGINAL = {**BLOCKS, **CROSS, **JOINT, **REFERENCES, **CAUSAL}
+ZOO_ORIGINAL = {**BLOCKS, **BREAKS, **CROSS, **JOINT, **REFERENCES, **CAUSAL}

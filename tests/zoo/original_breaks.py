@@ -1,6 +1,7 @@
-"""Models whose RoPE runs outside the graphs, as the original repositories write them: BREAKS.
+"""Models whose RoPE reads the grid out of a tensor, in a Python loop, as the original repositories write them: BREAKS.
 
-Queries and keys come out of a Python loop, so they are two inputs of the next graph.
+Where the compiler knows what the tensor holds, or sees the loop at all, they are one graph. Else queries and keys come
+out of the loop as two inputs of the next graph.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ from zoo.original_parts import DIM, HEADS, Attention, Mlp, apply_rope_complex, m
 
 
 def rope_apply(x, grid_sizes, freqs):
-    """The grid of each sample is read from a tensor: Dynamo breaks the graph at `tolist`."""
+    """The grid of each sample is read from a tensor: Dynamo breaks the graph at `tolist` where it does not know it."""
     return apply_rope_complex(x, grid_sizes.tolist(), freqs, batched=False)
+
+
+def rope_apply_items(x, grid_sizes, freqs):
+    """The same, number by number."""
+    sizes = [tuple(int(n) for n in sample) for sample in grid_sizes]
+    assert max(int(sample.prod()) for sample in grid_sizes) <= x.shape[1]
+    return apply_rope_complex(x, sizes, freqs, batched=False)
 
 
 @torch.compiler.disable
@@ -84,6 +92,7 @@ class Wan(nn.Module):
         grid_sizes = torch.stack([torch.tensor(u.shape[2:], dtype=torch.long) for u in x])
         x = [u.flatten(2).transpose(1, 2) for u in x]
         seq_lens = torch.tensor([u.size(1) for u in x], dtype=torch.long)
+        assert seq_lens.max() <= seq_len
         x = torch.cat([torch.cat([u, u.new_zeros(1, seq_len - u.size(1), u.size(2))], dim=1) for u in x])
         e = self.time(t[:, None]).unflatten(1, (6, DIM))
         context = self.text(context)
@@ -115,6 +124,10 @@ def wan_tolist_padded(f=5, h=6, w=8, batch=1):
     return _wan(batch, f, h, w, pad=16)
 
 
+def wan_items(f=5, h=6, w=8, batch=1):
+    return _wan(batch, f, h, w, rope=rope_apply_items)
+
+
 def wan_disabled(f=5, h=6, w=8, batch=1):
     return _wan(batch, f, h, w, rope=rope_apply_outside)
 
@@ -123,4 +136,4 @@ def wan_wrapper(f=5, h=6, w=8, batch=1):
     return _wan(batch, f, h, w, rope=rope_apply_outside, block=BlockBetween)
 
 
-BREAKS = {f.__name__: f for f in (wan_tolist, wan_tolist_padded, wan_disabled, wan_wrapper)}
+BREAKS = {f.__name__: f for f in (wan_tolist, wan_tolist_padded, wan_items, wan_disabled, wan_wrapper)}
