@@ -283,6 +283,10 @@ def _classify_unequal(site: Site, trace: Trace, context: PassContext, grids: Gri
     elif trace.starts or (trace.same_tokens and not any(apart(a, b) for a in q_parts for b in k_parts)):
         text = f"its {asked} queries are tokens of its {read} keys; that they are arranged alike is unknown"
         site.reason = Reason("arranged_otherwise", text, REPORT_MODEL)
+    elif read > 1 and all(any(within(k, q) for q in q_parts) for k in k_parts):
+        site.role = OTHER_SELF
+        text = f"its {read} keys are arranged as some of its {asked} queries"
+        site.reason = Reason("some_keys", text, f"{NOTHING}: it reads few keys")
     elif trace.given and read > asked:
         site.reason = _given(context.continues, asked, read)
     else:

@@ -219,3 +219,12 @@ def test_every_second_row_is_not_the_first_half():
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
 
     assert only(how, LATENTS).role != "video_self_attention"
+
+
+def test_tokens_that_read_some_of_them_are_no_cross_attention():
+    def how(m, x):
+        x = m.tokens(x)
+        return F.scaled_dot_product_attention(m.q(x)[:, None], m.k(x)[:, None, :15], m.v(x)[:, None, :15])
+
+    site = only(how, LATENTS)
+    assert (site.role, site.reason.code) == ("self_attention", "some_keys")
