@@ -30,8 +30,7 @@ from .axes.labels import Axis, Label, Part, label_size, mixed, resolve
 from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
 from .graph import value_of
-from .reading.known_values import KnownValues
-from .reading.mask_groups import obey_mask
+from .reading.mask_groups import Masks
 from .reading.sharding import exchanged
 from .reading.support import UNRECORDED, few_frames, unsupported
 from .reading.user_grid import check_fit, check_user_grid, grid_message
@@ -59,7 +58,7 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
 
     Raises GridError if the user's grid fits no sequence of the graph that could be video, or none that is shows it.
     """
-    grids, misfits, known = Grids(gm, context.node_labels), list[GridError](), KnownValues()
+    grids, misfits, masks = Grids(gm, context.node_labels), list[GridError](), Masks()
     for site in context.sites:
         try:
             _classify(site, context, grids)
@@ -70,7 +69,7 @@ def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:
         if site.call.refusal and site.role in (VIDEO, OTHER_SELF, UNKNOWN):
             site.reason = site.call.refusal
         if site.role == VIDEO and not site.reason:
-            site.reason = unsupported(site) or obey_mask(site, known)
+            site.reason = unsupported(site) or masks.obey(site)
         if site.role == VIDEO and not site.reason:
             videos = [_video_site(one) for one in site.chunks or (site,) if not one.reason]
             if None in videos:

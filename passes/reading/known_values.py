@@ -7,6 +7,7 @@ values/runs.py). What depends on an input's values is not known; an input's shap
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _NOTHING_READ = {f"{name}_like" for name in ("zeros", "ones", "full", "empty")} 
 _FIRST_READ = {"cast", "expand", "view", "reshape"}
 """Operators that take the shape or dtype of a tensor, and not what it holds."""
 
+
+log = logging.getLogger("dynamicrad_compile")
 
 MAX_INTEGERS = 4096
 
@@ -57,8 +60,8 @@ class KnownValues:
         try:
             with _disable_current_modes():
                 found = Known(run.run(sorted(n for n in needed if n < by), node), tuple(run.sizes.values()))
-        except (UnknownValueError, TypeError, RuntimeError, ValueError, IndexError, AttributeError):
-            pass  # any operation of any library may refuse tensors of runs
+        except Exception:  # any operation may refuse tensors of runs
+            log.debug("%s is not known", node.name, exc_info=True)
         return found if any(map(is_mutating, needed)) else self._found.setdefault(node, found)
 
 
@@ -78,8 +81,9 @@ def _needed(node: fx.Node) -> set[fx.Node]:
     todo, seen = [node], {node}
     while todo:
         n = todo.pop()
-        if n.op not in ("call_function", "call_method"):
-            raise UnknownValueError(f"it depends on {n.name}")
+        name = op_name(n)
+        if n.op not in ("call_function", "call_method") or not name or "::" in name:
+            raise UnknownValueError(f"it depends on {n.name}")  # an input, or no operation of torch's own
         for other in (*_read(n), *filter(functools.partial(_writes, n), n.users)):
             if other not in seen and not _is_number(other):
                 seen.add(other)

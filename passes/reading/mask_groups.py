@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +22,7 @@ from ..graph import shape_hint
 from ..operators.rules import masks
 from ..operators.table import operator_of
 from ..site import VIDEO, Group, Site, TextTokens
-from ..values.runs import Runs
+from ..values.runs import Runs, coarse
 from .hiding import HIDDEN
 from .known_values import KnownValues
 from .layout import plain_shape
@@ -34,50 +35,67 @@ MAX_GROUPS = 64
 
 @dataclass(frozen=True)
 class MaskGroups:
-    """The groups of a mask; the symbolic sizes that it was computed for."""
+    """The groups of a mask.
+
+    groups  none where there are more than MAX_GROUPS
+    number  of groups
+    value   the mask
+    sizes   the symbolic sizes that it was computed for
+    """
 
     groups: tuple[Group, ...]
+    number: int
+    value: Runs
     sizes: tuple[torch.SymInt, ...]
 
 
-def obey_mask(site: Site, known: KnownValues) -> Reason | None:
-    """Why the mask of a video self-attention keeps it dense; None if it only hides keys, or gives the site chunks."""
-    call = site.call
-    if call.mask is None or site.kv_length is None:
-        return None
-    padding = not_key_padding(call, site.kv_length)
-    found = _mask_groups(site, known) if padding else None
-    if found is None:
-        return padding
-    described = f"mask {list(shape_hint(call.mask) or ())} hides other keys from some queries than from others"
-    most = min(MAX_GROUPS, (site.grid[0] if site.grid else 0) + 2)
-    if len(found.groups) > most:
-        text = f"{described}, {len(found.groups)} times; for these frames at most {most} are computed one by one"
-        return Reason("mask_groups", text, f"{NOTHING}: it is a mask of the model itself")
-    if not all(group.keys for group in found.groups):
-        return Reason("mask_hides_all", f"{described}, and all keys from some", REPORT_MODEL)
-    if table_of(site.grid_axes) is not None:
-        text = f"{described}, and its grid, read from values of an input, may change from call to call"
-        return Reason("mask_and_table", text, REPORT_MODEL)
-    site.chunks = tuple(_chunk(site, group) for group in found.groups)
-    site.mask_sizes = found.sizes
-    return None
+class Masks:
+    """Reads the masks of one graph; a mask that many layers have is read once."""
 
+    def __init__(self) -> None:
+        self._known = KnownValues()
+        self._found: dict[tuple[Any, ...], MaskGroups | None] = {}
 
-def _mask_groups(site: Site, known: KnownValues) -> MaskGroups | None:
-    """Groups of a site's queries by the keys that its mask lets them read; None where that is not known."""
-    call, queries, keys = site.call, plain_shape(site.call, 0), plain_shape(site.call, 1)
-    assert call.mask is not None
-    value, sizes = known.of(_unrepeated(call.mask), site.node)
-    if value is None or queries is None or keys is None or not 2 <= value.dim() <= len(call.mask_layout):
+    def obey(self, site: Site) -> Reason | None:
+        """Why the mask of a video self-attention keeps it dense; None if it only hides keys, or gives it chunks."""
+        call = site.call
+        if call.mask is None or site.kv_length is None:
+            return None
+        padding = not_key_padding(call, site.kv_length)
+        found = self._groups_of(site) if padding else None
+        if found is None:
+            return padding
+        described = f"mask {list(shape_hint(call.mask) or ())} hides other keys from some queries than from others"
+        most = min(MAX_GROUPS, (site.grid[0] if site.grid else 0) + 2)
+        if found.number > most:
+            text = f"{described}, {found.number} times; for these frames at most {most} are computed one by one"
+            return Reason("mask_groups", text, f"{NOTHING}: it is a mask of the model itself")
+        if not all(group.keys for group in found.groups):
+            return Reason("mask_hides_all", f"{described}, and all keys from some", REPORT_MODEL)
+        if table_of(site.grid_axes) is not None:
+            text = f"{described}, and its grid, read from values of an input, may change from call to call"
+            return Reason("mask_and_table", text, REPORT_MODEL)
+        site.chunks = tuple(_chunk(site, group) for group in found.groups)
+        site.mask_sizes = found.sizes
         return None
-    letters = call.mask_layout[-value.dim() :]
-    shown = dict(zip(letters, value.shape, strict=True))
-    if (shown.get("q"), shown.get("k")) != (queries[2], keys[2]):
-        return None
-    with _disable_current_modes():
-        groups = _groups(value, letters, call.mask_is)
-    return None if groups is None else MaskGroups(tuple(groups), sizes)
+
+    def _groups_of(self, site: Site) -> MaskGroups | None:
+        """Groups of a site's queries by the keys that its mask lets them read; None where that is not known."""
+        call, queries, keys = site.call, plain_shape(site.call, 0), plain_shape(site.call, 1)
+        assert call.mask is not None
+        mask = _unrepeated(call.mask)
+        value, sizes = self._known.of(mask, site.node)
+        if value is None or queries is None or keys is None or not 2 <= value.dim() <= len(call.mask_layout):
+            return None
+        letters = call.mask_layout[-value.dim() :]
+        shown = dict(zip(letters, value.shape, strict=True))
+        if (shown.get("q"), shown.get("k")) != (queries[2], keys[2]):
+            return None
+        key = (id(value), letters, call.mask_is)
+        if key not in self._found:
+            with _disable_current_modes():
+                self._found[key] = _groups(value, letters, call.mask_is, sizes)
+        return self._found[key]
 
 
 def _unrepeated(mask: fx.Node) -> fx.Node:
@@ -93,27 +111,27 @@ def _unrepeated(mask: fx.Node) -> fx.Node:
     return mask
 
 
-def _groups(value: Runs, letters: str, mask_is: str) -> list[Group] | None:
+def _groups(value: Runs, letters: str, mask_is: str, sizes: tuple[torch.SymInt, ...]) -> MaskGroups | None:
     """The groups of a mask with these dimensions; None where it differs by sample or head, or does more than hide."""
     if any(len(end) != 1 for letter, end in zip(letters, value.ends, strict=True) if letter in "bh"):
         return None
-    q, k = letters.index("q"), letters.index("k")
-    kept = value.values.movedim((q, k), (0, 1)).reshape(len(value.ends[q]), len(value.ends[k]))
+    ends = [value.ends[letters.index(letter)] for letter in "qk"]
+    kept = value.values.movedim([letters.index(letter) for letter in "qk"], (0, 1)).reshape(*map(len, ends))
     if mask_is == "drop":
         kept = ~kept
     elif kept.dtype != torch.bool:
         if mask_is != "bias" or not ((kept == 0) | (kept <= HIDDEN)).all():
             return None
         kept = kept == 0
-    rows, columns = _ranges(value.ends[q]), _ranges(value.ends[k])
-    out: list[Group] = []
-    for span, row in zip(rows, kept.tolist(), strict=True):
-        keys = _glued([column for column, keep in zip(columns, row, strict=True) if keep])
-        if out and out[-1].keys == keys:
-            out[-1] = Group((out[-1].rows[0], span[1]), keys)
-        else:
-            out.append(Group(span, keys))
-    return out
+    keep = coarse(kept, ends)
+    rows, columns = (_ranges(end) for end in keep.ends)
+    if len(rows) > MAX_GROUPS:
+        return MaskGroups((), len(rows), value, sizes)
+    groups = [
+        Group(span, _glued([column for column, is_kept in zip(columns, row, strict=True) if is_kept]))
+        for span, row in zip(rows, keep.values.tolist(), strict=True)
+    ]
+    return MaskGroups(tuple(groups), len(groups), value, sizes)
 
 
 def _ranges(ends: torch.Tensor) -> list[tuple[int, int]]:

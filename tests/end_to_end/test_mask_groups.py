@@ -257,6 +257,44 @@ def test_dense_with_a_reason(make, words):
     assert words in site.reason.text
 
 
+@torch.library.custom_op("dynamicrad_test::block_causal", mutates_args=())
+def block_causal(frames: int, step: int) -> torch.Tensor:
+    chunk = torch.arange(frames) // step
+    return chunk[None] <= chunk[:, None]
+
+
+@block_causal.register_fake
+def _(frames: int, step: int) -> torch.Tensor:
+    return torch.empty(frames, frames, dtype=torch.bool)
+
+
+def by_an_operator(grid, tokens):
+    return block_causal(tokens, 2 * grid[1] * grid[2])
+
+
+def by_vmap(grid, tokens):
+    chunk, index = chunk_of(grid, 2, tokens), torch.arange(tokens)
+    return torch.vmap(lambda i: chunk <= chunk[i])(index)
+
+
+@pytest.mark.parametrize("make", [by_an_operator, by_vmap])
+def test_operations_of_others_are_not_run_beforehand(make):
+    model, inputs = Masked(make), latents((6, 3, 4))
+    fast = compile_sparse(model, sparsity=0.0)
+    assert relative_error(call(fast, inputs), call(model, inputs)) < 1e-5
+    (site,) = drad.report(fast).sites
+    assert site.code == "mask_differs"
+
+
+def test_a_long_mask_that_is_causal_by_token_costs_little():
+    def make(grid, tokens):
+        return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+    ((context, _),) = capture(Masked(make), **latents((8, 16, 16)))
+    assert context.sites[0].reason.code == "mask_groups"
+    assert context.seconds["classify_sites"] < 3.0
+
+
 def test_a_mask_that_is_an_input_is_not_known():
     class Given(Masked):
         def forward(self, latents, mask):
