@@ -57,6 +57,8 @@ class Evaluation(TorchDispatchMode):
         if not self.few or func._schema.is_mutable:
             raise UnknownValueError(f"no rule for {func}")
         args, kwargs = tree_map(lambda x: elements(x) if isinstance(x, Runs) else x, (args, kwargs))
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         return tree_map(_as_runs, func(*args, **kwargs))
 
 

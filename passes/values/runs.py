@@ -55,13 +55,23 @@ class Runs(torch.Tensor):
 
 def runs_of(tensor: torch.Tensor) -> Runs:
     """A tensor as runs."""
-    return coarse(tensor, [torch.arange(1, n + 1) for n in tensor.shape])
+    return coarse(tensor, [each(n) for n in tensor.shape])
+
+
+def each(size: int) -> torch.Tensor:
+    """Ends of runs of one row."""
+    return torch.arange(1, size + 1, device="cpu")
+
+
+def ends_at(*rows: int) -> torch.Tensor:
+    """Ends as int64."""
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def filled(shape: Sequence[int], value: Any, dtype: torch.dtype | None) -> Runs:
     """A tensor of one value."""
-    ends = [torch.tensor([n] if n else [], dtype=torch.int64) for n in shape]
-    return Runs(torch.full([min(n, 1) for n in shape], value, dtype=dtype), ends)
+    values = torch.full([min(n, 1) for n in shape], value, dtype=dtype, device="cpu")
+    return Runs(values, [ends_at(n) if n else ends_at() for n in shape])
 
 
 def elements(x: Runs) -> torch.Tensor:
@@ -92,7 +102,7 @@ def coarse(values: torch.Tensor, ends: Sequence[torch.Tensor]) -> Runs:
         if n > 1:
             other = [d for d in range(values.dim()) if d != dim]
             change = values.narrow(dim, 1, n - 1) != values.narrow(dim, 0, n - 1)
-            last = torch.cat([change.amax(other) if other else change, torch.ones(1, dtype=torch.bool)])
+            last = torch.cat([change.amax(other) if other else change, torch.ones(1, dtype=torch.bool, device="cpu")])
             if not last.all():
                 values, out[dim] = values.index_select(dim, last.nonzero()[:, 0]), end[last]
     return Runs(values, out)
@@ -106,14 +116,14 @@ def fine(x: Runs, dim: int, ends: torch.Tensor) -> torch.Tensor:
 
 def cut(x: Runs, dim: int, *rows: int) -> Runs:
     """The same, cut in front of some rows of a dimension, too."""
-    cuts = torch.tensor([row for row in rows if 0 < row < x.shape[dim]], dtype=torch.int64)
+    cuts = ends_at(*(row for row in rows if 0 < row < x.shape[dim]))
     ends = torch.cat([x.ends[dim], cuts]).unique()
     return with_dim(x, dim, fine(x, dim, ends), ends)
 
 
 def in_rows(x: Runs, dim: int) -> Runs:
     """The same with each row of a dimension a run."""
-    ends = torch.arange(1, x.shape[dim] + 1)
+    ends = each(x.shape[dim])
     return with_dim(x, dim, fine(x, dim, ends), ends)
 
 
@@ -123,7 +133,7 @@ def aligned(operands: Sequence[Runs]) -> tuple[list[torch.Tensor], list[torch.Te
     ends: list[torch.Tensor] = []
     for dim in range(-rank, 0):
         found = [x.ends[dim] for x in operands if x.dim() >= -dim and x.shape[dim] != 1]
-        ends.append(torch.cat(found).unique() if found else torch.ones(1, dtype=torch.int64))
+        ends.append(torch.cat(found).unique() if found else ends_at(1))
     few([len(end) for end in ends])
     out = []
     for x in operands:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .runs import Runs, coarse, cut, few, filled, fine, in_rows, with_dim
+from .runs import Runs, coarse, cut, each, ends_at, few, filled, fine, in_rows, with_dim
 
 
 def same(x: Runs, *args: Any, **kwargs: Any) -> Runs:
@@ -46,7 +46,7 @@ def _merged(x: Runs, dim: int) -> Runs:
         ends = x.ends[dim] * inner
     else:
         x = in_rows(x, dim)
-        ends = (torch.arange(x.shape[dim])[:, None] * inner + x.ends[dim + 1]).flatten()
+        ends = ((x.ends[dim] - 1)[:, None] * inner + x.ends[dim + 1]).flatten()
     return coarse(x.values.flatten(dim, dim + 1), [*x.ends[:dim], ends, *x.ends[dim + 2 :]])
 
 
@@ -55,9 +55,9 @@ def _divided(x: Runs, dim: int, inner: int) -> Runs:
     if (x.ends[dim] % inner).any():
         x = in_rows(x, dim)
         values = x.values.unflatten(dim, (-1, inner))
-        ends = [torch.arange(1, n + 1) for n in values.shape[dim : dim + 2]]
+        ends = [each(n) for n in values.shape[dim : dim + 2]]
     else:
-        values, ends = x.values.unsqueeze(dim + 1), [x.ends[dim] // inner, torch.tensor([inner])]
+        values, ends = x.values.unsqueeze(dim + 1), [x.ends[dim] // inner, ends_at(inner)]
     return coarse(values, [*x.ends[:dim], *ends, *x.ends[dim + 1 :]])
 
 
@@ -66,7 +66,7 @@ def expand(x: Runs, shape: Sequence[int], **kwargs: Any) -> Runs:
     for _ in range(len(shape) - x.dim()):
         x = unsqueeze(x, 0)
     pairs = zip(shape, x.shape, x.ends, strict=True)
-    return Runs(x.values, [end if n in (-1, old) else torch.tensor([n]) for n, old, end in pairs])
+    return Runs(x.values, [end if n in (-1, old) else ends_at(n) for n, old, end in pairs])
 
 
 def repeat(x: Runs, times: Sequence[int]) -> Runs:
@@ -101,7 +101,7 @@ def t(x: Runs) -> Runs:
 def unsqueeze(x: Runs, dim: int) -> Runs:
     """A dimension of size 1 more."""
     dim %= x.dim() + 1
-    return Runs(x.values.unsqueeze(dim), [*x.ends[:dim], torch.tensor([1]), *x.ends[dim:]])
+    return Runs(x.values.unsqueeze(dim), [*x.ends[:dim], ends_at(1), *x.ends[dim:]])
 
 
 def squeeze(x: Runs, dims: int | Sequence[int] | None = None) -> Runs:
@@ -118,9 +118,8 @@ def slice_(x: Runs, dim: int = 0, start: int | None = None, stop: int | None = N
     low, high = bounds(x.shape[dim], start, stop)
     if step != 1:
         x = in_rows(x, dim)
-        rows = torch.arange(low, high, step)
-        values = x.values.index_select(dim, rows)
-        return coarse(values, [*x.ends[:dim], torch.arange(1, len(rows) + 1), *x.ends[dim + 1 :]])
+        values = x.values.index_select(dim, ends_at(*range(low, high, step)))
+        return coarse(values, [*x.ends[:dim], each(values.shape[dim]), *x.ends[dim + 1 :]])
     x = cut(x, dim, low, high)
     end = x.ends[dim]
     kept = ((end > low) & (end <= high)).nonzero()[:, 0]

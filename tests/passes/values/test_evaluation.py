@@ -119,6 +119,15 @@ def test_the_same_as_on_all_elements(make):
         assert torch.equal(elements(runs), tensor)
 
 
+@pytest.mark.parametrize("make", [repeated, written, table_looked_up, padded_rows, shapes])
+def test_the_default_device_decides_nothing(make):
+    with torch.device("meta"), Evaluation():
+        found = make()
+    wanted = make()
+    pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
+    assert all(torch.equal(elements(runs), tensor) for runs, tensor in pairs)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_reshapes(seed):
     generator = torch.Generator().manual_seed(seed)
