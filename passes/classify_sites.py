@@ -123,7 +123,8 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
             return
     unknown = trace.given and not (alike and trace.same_tokens)
     if unknown and label_size(query) == label_size(key):
-        vouched = user_grid or (alike and context.continues)
+        padded_alike = [part.size for part in parts_of(query)] == [part.size for part in parts_of(key)]
+        vouched = (user_grid and padded_alike) or (alike and context.continues)
         if not (vouched and _video_parts(parts, user_grid, grids)):
             site.reason = _given(context.continues, _length(parts), _length(parts))
             return

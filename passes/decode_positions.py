@@ -17,6 +17,8 @@ In a packed sequence, of text, audio, pictures and video one behind the other, t
 what is in front of it and behind it are others (plans/packed). A table over text and video does the same where the
 graph puts the two together: then the video is in one of the pieces.
 
+Where the user gives the grid, padding behind it is told by the values of the inputs, too (see reading/padding).
+
 A single frame may be followed by a video, or be an image of a model that makes no others. Where graphs of the same
 code have shown a video, it is taken for one. Else the first such graphs are for their number of tokens alone, so that a
 video compiles again; after these the model is one of images.
@@ -48,6 +50,7 @@ from .axes.kinship import roots
 from .axes.labels import Axis, Label, Part, fresh, label_size, resolve, take
 from .axes.positions import PositionTable, table_of
 from .graph import hint, specialise, value_of
+from .reading.padding import split_padding
 from .site import PassContext
 
 MAX_FRAMES = 2
@@ -84,7 +87,7 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 found += _decode_cut(node, value, dim, axes, context)
             elif axes in traced:
                 _compare(node, value, dim, axes)
-    return found
+    return found + split_padding(gm, context)
 
 
 def _compare(node: fx.Node, value: torch.Tensor, dim: int, axes: Label) -> None:

@@ -55,10 +55,16 @@ def _shown(part: Part, grid: tuple[int, int, int], grids: Grids) -> str:
 
 def grid_message(grid: tuple[int, int, int], length: int, site: Site) -> str:
     """What is wrong with a grid for so many video tokens, and how to mend it."""
+    padding = ""
+    if math.prod(grid) < length < 2 * math.prod(grid):
+        padding = (
+            f" If the other {length - math.prod(grid)} are padding behind it: that counts as such only where rows of "
+            "the inputs are alike; leave it out if you can."
+        )
     return (
         f"grid {_by(grid)} = {math.prod(grid)} tokens does not fit the {length} video tokens of the attention at "
         f"{_place(site)}. Give the latent grid after patchifying (frames, height, width), "
-        "or leave `grid` out to have it traced."
+        f"or leave `grid` out to have it traced.{padding}"
     )
 
 

@@ -142,6 +142,19 @@ def test_whose_tokens_they_are_is_unknown_and_the_grid_is_believed(name, how):
         assert relative_error(sparse, call(eager, kwargs)) < 1e-5
 
 
+@pytest.mark.parametrize("how", [by_name, slow(in_blocks), slow(with_drad)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_padding_behind_the_given_grid_is_read_by_all(how, batch):
+    model, kwargs, expected = BREAKS["wan_disabled_padded"](batch=batch)
+    (eager, _, _) = BREAKS["wan_disabled_padded"]()
+    compiled = how(model, grid=expected["grid"], strict=True)
+    sparse = call(compiled, kwargs)
+    (site,) = drad.report(compiled).replaced
+    assert (site.grid, tuple(site.text_tokens)) == (expected["grid"], (0, 16))
+    with masked_dense(plan_of(expected["grid"], 16)):
+        assert relative_error(sparse, call(eager, kwargs)) < 1e-5
+
+
 def test_strict_raises():
     model, kwargs, _ = BREAKS["wan_disabled"]()
     with pytest.raises(StrictError, match="come from other graphs"):

@@ -17,6 +17,7 @@ DENSE = {
     "wan_animate2_extract",
     "wan_animate2_cached",
     "wan_disabled",
+    "wan_disabled_padded",
     "wan_wrapper",
     "kandinsky5_nabla",
     "kandinsky6_sr",

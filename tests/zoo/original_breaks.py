@@ -132,8 +132,14 @@ def wan_disabled(f=5, h=6, w=8, batch=1):
     return _wan(batch, f, h, w, rope=rope_apply_outside)
 
 
+def wan_disabled_padded(f=5, h=6, w=8, batch=1):
+    return _wan(batch, f, h, w, pad=16, rope=rope_apply_outside)
+
+
 def wan_wrapper(f=5, h=6, w=8, batch=1):
     return _wan(batch, f, h, w, rope=rope_apply_outside, block=BlockBetween)
 
 
-BREAKS = {f.__name__: f for f in (wan_tolist, wan_tolist_padded, wan_items, wan_disabled, wan_wrapper)}
+BREAKS = {
+    f.__name__: f for f in (wan_tolist, wan_tolist_padded, wan_items, wan_disabled, wan_disabled_padded, wan_wrapper)
+}
