@@ -18,8 +18,8 @@ from torch import fx
 
 from dynamicrad_compile.files import write_file
 
-from .classify_sites import describe
 from .graph import module_path, source_line, value_of
+from .reading.not_video import describe
 from .site import UNKNOWN, PassContext, Site
 
 
