@@ -41,8 +41,8 @@ import models_page
 import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
-from support.chunked import allowed_by
 from torch.overrides import TorchFunctionMode
+from zoo.chunks import allowed_by
 from zoo.models import ZOO, out_tensors
 from zoo.more import ZOO_MORE
 from zoo.original import ZOO_ORIGINAL

@@ -35,8 +35,12 @@ def cut(key: Label, asked: Range) -> tuple[Part, ...]:
 
 
 def frames_apart(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The pieces; those that are some whole frames of a product of three axes as products of their own."""
-    return tuple(map(_some_frames, parts))
+    """The pieces, of which one may be some whole frames of a product of three axes: that is a product of its own.
+
+    Of several, as of pictures in another order, nothing is said.
+    """
+    found = tuple(map(_some_frames, parts))
+    return found if sum(a is not b for a, b in zip(found, parts, strict=True)) == 1 else tuple(parts)
 
 
 def _some_frames(part: Part) -> Part:

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from support.chunked import allowed_by, check_chunks, masked_also
+from support.chunked import check_chunks, masked_also
 from support.graphs import call, capture, compile_sparse, drad, relative_error, sites_of
 from torch import nn
+from zoo.chunks import allowed_by
 from zoo.more import ZOO_MORE
 
 DIM, HEADS = 32, 2

@@ -1,4 +1,4 @@
-"""Attention under a mask that was divided into chunks: what each query may read, from the report."""
+"""Attention under a mask that was divided into chunks, beside dense attention under it and the plans."""
 
 from __future__ import annotations
 
@@ -7,26 +7,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from zoo.chunks import allowed_by
 
 from support.graphs import call, compile_sparse, drad, relative_error
-
-
-def allowed_by(site):
-    """bool [queries, keys] of a SiteReport with chunks: the keys that each query reads."""
-    allowed = torch.zeros(site.shape[-2], site.kv_length, dtype=torch.bool)
-    for chunk in site.chunks:
-        keys = torch.cat([torch.arange(*span) for span in chunk.reads])
-        block = torch.ones(chunk.shape[-2], len(keys), dtype=torch.bool)
-        if chunk.plan is not None:
-            plan = chunk.plan
-            rows, columns = _places(plan.query_order, plan.q_len), _places(plan.order, plan.kv_len)
-            block = plan.block_mask()[0, 0][rows // plan.block_q][:, columns // plan.block_kv]
-        allowed[slice(*chunk.asks), keys] = block
-    return allowed
-
-
-def _places(order, length):
-    return torch.arange(length) if order is None else order[0].argsort()
 
 
 @contextmanager
@@ -68,6 +51,3 @@ def check_chunks(model, kwargs, replaced=1, sparsities=(0.0, 0.6), tolerance=1e-
         elif any(chunk.plan is not None and chunk.plan.sparsity > 0.2 for chunk in report.replaced[0].chunks):
             assert relative_error(out, dense) > 1e-3
     return report
-
-
-__all__ = ["allowed_by", "check_chunks", "masked_also"]
