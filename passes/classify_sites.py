@@ -32,6 +32,7 @@ from .graph import value_of
 from .reading.mask_groups import Masks
 from .reading.not_video import (
     NO_VIDEO_KEYS,
+    arranged_otherwise,
     behind_break,
     classify_gridless,
     classify_unequal,
@@ -138,6 +139,9 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
             classify_unequal(site, trace, context, grids)
         else:
             _classify_among(site, trace, site.queries, context, grids)
+        return
+    elif trace.overlap and not trace.same_tokens:
+        site.reason = arranged_otherwise(trace, length(parts), length(parts))
         return
     elif not trace.same_tokens:
         site.role = CROSS

@@ -98,6 +98,7 @@ class Trace:
     same_tokens   both were computed from the same tokens by the same steps; see axes/streams.py
     given         both were projected outside the graph: of whose tokens they are the graph knows nothing
     starts        of fewer queries than keys: where among the keys the same tokens begin
+    overlap       some of the tokens of both may be the same
     """
 
     query: list[Label]
@@ -105,6 +106,7 @@ class Trace:
     same_tokens: bool
     given: bool = False
     starts: tuple[int, ...] = ()
+    overlap: bool = False
 
 
 @dataclass(frozen=True)

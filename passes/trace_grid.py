@@ -135,7 +135,13 @@ class _Tracer(fx.Interpreter):
         given = all(stream is not None and not stream.projected for stream in streams[:2])
         if not self.context.continues:  # rows of one input are known to be other rows
             given = given and not any(stream and self.axis_mode.streams.slice_of(stream.term) for stream in streams[:2])
-        site.trace = Trace(plain_query, plain_key, same_tokens, given, self._starts(plain_query, plain_key, streams))
+        starts = self._starts(plain_query, plain_key, streams)
+        overlap = same_tokens or (
+            streams[0] is not None
+            and streams[1] is not None
+            and self.axis_mode.streams.overlap(streams[0].term, streams[1].term)
+        )
+        site.trace = Trace(plain_query, plain_key, same_tokens, given, starts, overlap)
         stream = attended(self.axis_mode.streams, streams[0], None if same_tokens else streams[1])
         operands = (call.query, call.key) if site.trace.starts else (call.query,)
         sizes = [size for n in operands for size in getattr(value_of(n), "shape", ())]

@@ -8,8 +8,22 @@ from dataclasses import replace
 
 from dynamicrad_compile.reporting.reason import KEEP_ORDER, Reason
 
-from .concatenation import concat, parts_of, rows_of, settled
-from .labels import Axis, Label, Part, Source, are_mirrored, is_free, label_size, mend, mixed, resolve, split, take
+from .concatenation import concat, parts_of, rows_of, same_part, settled
+from .labels import (
+    Axis,
+    Label,
+    Part,
+    Source,
+    Within,
+    are_mirrored,
+    is_free,
+    label_size,
+    mend,
+    mixed,
+    resolve,
+    split,
+    take,
+)
 
 
 def unify(first: Label, second: Label, why: str) -> Label:
@@ -21,7 +35,9 @@ def unify(first: Label, second: Label, why: str) -> Label:
         return first if mixed(first) else second
     if is_free(first) or is_free(second):
         return second if is_free(first) else first
-    _align_bases(first, second, why)
+    if _align_bases(first, second, why):
+        return first
+    first, second = tuple(first), tuple(second)  # of which rows they are is not the same
     _carve(first, second)
     left, right = list(settled(first)), list(settled(second))
     while left and right:
@@ -47,24 +63,29 @@ def unify(first: Label, second: Label, why: str) -> Label:
     return first
 
 
-def _align_bases(first: Label, second: Label, why: str) -> None:
-    """Where the same rows of two inputs of one size are aligned, the inputs are: RoPE that is applied chunk by chunk.
+def _align_bases(first: Label, second: Label, why: str) -> bool:
+    """Whether two labels are the same rows of the same, one of them what one row of an axis holds.
+
+    Where the same rows of two inputs of one size are aligned, the inputs are: RoPE that is applied chunk by chunk.
 
     What a graph has put together itself, text and video, is divided into these pieces instead (`_carve`).
     """
     one, other = _rows(first), _rows(second)
     if one is None or other is None or (one.start, one.stop) != (other.start, other.stop):
-        return
+        return False
     x, y = resolve(one.label), resolve(other.label)
     given = all(axis.source.kind == "input" for axis in (*x, *y))
     if given and label_size(x) == label_size(y) and not set(x) & set(y):
         unify(x, y, why)
+    return same_part(one, other) and any(isinstance(label, Within) for label in (first, second))
 
 
 def _rows(label: Label) -> Part | None:
     """Of which rows of what a label is, where that is not put together from pieces itself; None if it is not."""
     leaves = resolve(label)
     parts = leaves[0].parts if len(leaves) == 1 else None
+    if isinstance(label, Within):
+        parts = (label.part,)
     if not parts or len(parts) != 1 or parts[0].whole:
         return None
     return None if any(leaf.parts or leaf.blank for leaf in resolve(parts[0].label)) else parts[0]

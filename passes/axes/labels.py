@@ -98,6 +98,22 @@ class Row(tuple["Axis", ...]):
         return row
 
 
+class Within(tuple["Axis", ...]):
+    """Label of what one row of an axis holds, as the places of one frame: it remembers which rows of both they are."""
+
+    part: Part
+
+    @staticmethod
+    def of(row: Part, label: Label) -> Label:
+        """The label of a dimension behind the one of which a row was taken."""
+        size = label_size(label)
+        if row.whole or size == 1 or not label or row.size != 1:
+            return label
+        within = Within(label)
+        within.part = Part((*row.label, *label), row.start * size, row.stop * size)
+        return within
+
+
 def mirrored(label: Label, source: Source) -> Label:
     """The label with its rows in reverse order; reversed again, it is the label itself."""
     out: list[Axis] = []

@@ -38,6 +38,7 @@ class Streams:
         self._rows: dict[int, tuple[Row, ...]] = {}
         self._slices: dict[int, tuple[int, int, int, int]] = {}
         self._axes: dict[int, Label] = {}
+        self._writes: dict[int, tuple[int, int]] = {}
 
     def term(self, *key: Any) -> int:
         """The number of a term."""
@@ -81,6 +82,34 @@ class Streams:
             place += n
         fitting = [start for start in dict.fromkeys(found) if start + size <= length]
         return tuple(start for start in fitting if self.rows(whole, length, start, start + size) == term)
+
+    def overwritten(self, before: int, new: int) -> int:
+        """A tensor into which another was written; where is not known."""
+        number = self.term("write", before, new)
+        self._writes[number] = (before, new)
+        return number
+
+    def overlap(self, one: int, other: int) -> bool:
+        """Whether two terms may have rows of one tensor in common."""
+        return any(
+            a[0] == b[0] and (not a[1] or a[1] != b[1] or max(a[2], b[2]) < min(a[3], b[3]))
+            for a in self._spans(one)
+            for b in self._spans(other)
+        )
+
+    def _spans(self, term: int) -> list[tuple[int, int, int, int]]:
+        """(tensor, its rows, start, stop) of what the rows of a term may be; 0 rows: any of it."""
+        todo, seen, spans = [term], set[int](), []
+        while todo:
+            one = todo.pop()
+            inner = [piece for piece, _ in self._rows.get(one, ()) if piece >= 0] or self._writes.get(one, (-1, -1))
+            if one in seen or one < 0:
+                continue
+            seen.add(one)
+            if max(inner) < 0:
+                spans.append(self._slices.get(one, (one, 0, 0, 0)))
+            todo += inner
+        return spans
 
     def slice_of(self, term: int) -> tuple[int, int, int, int] | None:
         """(term, size, start, stop) of which a term is rows; None if it is none."""
@@ -181,4 +210,4 @@ def written(
         front, behind = ([(streams.rows(before.term, rows.size, *r), r[1] - r[0])] if r[0] < r[1] else [] for r in kept)
         pieces = [*front, (new.term, rows.stop - rows.start), *behind]
         return Stream(streams.joined(pieces), before.projected or new.projected)
-    return Stream(streams.term("write", before.term, new.term), before.projected or new.projected)
+    return Stream(streams.overwritten(before.term, new.term), before.projected or new.projected)

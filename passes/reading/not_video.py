@@ -51,18 +51,26 @@ def classify_unequal(site: Site, trace: Trace, context: PassContext, grids: Grid
         text = f"its {asked} queries are arranged as some of its {read} keys; that they are the same tokens is unknown"
         site.reason = Reason("more_keys", text, REPORT_MODEL)
     elif trace.starts or (trace.same_tokens and not any(apart(a, b) for a in q_parts for b in k_parts)):
-        text = f"its {asked} queries are tokens of its {read} keys; that they are arranged alike is unknown"
-        site.reason = Reason("arranged_otherwise", text, REPORT_MODEL)
+        site.reason = arranged_otherwise(trace, asked, read)
     elif read > 1 and all(any(within(k, q) for q in q_parts) for k in k_parts):
         site.role = OTHER_SELF
         text = f"its {read} keys are arranged as some of its {asked} queries"
         site.reason = Reason("some_keys", text, f"{NOTHING}: it reads few keys")
+    elif trace.overlap and not any(apart(a, b) for a in q_parts for b in k_parts):
+        site.reason = arranged_otherwise(trace, asked, read)
     elif trace.given and read > asked:
         site.reason = behind_break(context.continues, asked, read)
     else:
         site.role = CROSS
         text = f"queries ({asked}) and keys ({read}) are different tokens"
         site.reason = Reason("other_tokens", text, NO_VIDEO_KEYS)
+
+
+def arranged_otherwise(trace: Trace, asked: int, read: int) -> Reason:
+    """Why queries that are tokens of the keys, or in part may be, are left alone."""
+    are = "are" if trace.starts or trace.same_tokens else "may in part be"
+    text = f"its {asked} queries {are} tokens of its {read} keys; that they are arranged alike is unknown"
+    return Reason("arranged_otherwise", text, REPORT_MODEL)
 
 
 def classify_gridless(site: Site, trace: Trace, parts: tuple[Part, ...], grids: Grids) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tokens import DIM, GRID, check_video, only
+from support.tokens import DIM, GRID, LATENTS, check_video, only
 
 AREA = GRID[1] * GRID[2]
 LINES = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in GRID), indexing="ij")).flatten(1)
@@ -38,6 +38,118 @@ def in_place(x, t):
 
 def half_of_the_features(x, t):
     return torch.cat([x[..., : DIM // 2] * t[:, : DIM // 2], x[..., DIM // 2 :]], -1)
+
+
+def frames_of(x):
+    return x.view(*x.shape[:-2], GRID[0], AREA, DIM)
+
+
+def table_of_frames(x, t):
+    return torch.cat([x[:, i * AREA : (i + 1) * AREA] * frame for i, frame in enumerate(frames_of(t).unbind())], 1)
+
+
+def table_of_frames_first(x, t):
+    return torch.cat([frames_of(t)[i] * x[:, i * AREA : (i + 1) * AREA] for i in range(GRID[0])], 1)
+
+
+def both_in_frames(x, t):
+    x, t = frames_of(x), frames_of(t)
+    return torch.cat([x[:, i] * t[i] for i in range(GRID[0])], 1)
+
+
+def stacked_again(x, t):
+    x, t = frames_of(x), frames_of(t)
+    return torch.stack([x[:, i] * t[i] for i in range(GRID[0])], 1).flatten(1, 2)
+
+
+def tokens_in_frames(x, t):
+    return torch.cat([y * t[i * AREA : (i + 1) * AREA] for i, y in enumerate(frames_of(x).unbind(1))], 1)
+
+
+def frames_squeezed(x, t):
+    frames = frames_of(t).split(1)
+    return torch.cat([y * frame.squeeze(0) for y, frame in zip(x.split(AREA, 1), frames, strict=True)], 1)
+
+
+def frames_flattened(x, t):
+    t = frames_of(t)
+    return torch.cat([x[:, i * AREA : (i + 1) * AREA] * t[i : i + 1].flatten(0, 1) for i in range(GRID[0])], 1)
+
+
+def into_a_buffer(x, t):
+    out, t = torch.empty_like(x), frames_of(t)
+    for i in range(GRID[0]):
+        out[:, i * AREA : (i + 1) * AREA] = x[:, i * AREA : (i + 1) * AREA] * t[i]
+    return out
+
+
+IN_FRAMES = [
+    table_of_frames, table_of_frames_first, both_in_frames, stacked_again, tokens_in_frames, frames_squeezed,
+    frames_flattened, into_a_buffer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", IN_FRAMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("by_block", [True, False], ids=["block", "whole"])
+def test_tables_that_are_taken_frame_by_frame(rope, by_block):
+    def how(m, x, table):
+        x = x if by_block else m.tokens(x)
+        q, k = rope(m.q(x), table), rope(m.k(x), table)
+        return x + F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    check_video(only(how, torch.randn(2, 60, DIM) if by_block else LATENTS, TABLE))
+
+
+def reversed_table(x, t):
+    t = frames_of(t).flip(0)
+    return torch.cat([x[:, i * AREA : (i + 1) * AREA] * t[i] for i in range(GRID[0])], 1)
+
+
+def other_frames(x, t):
+    t = frames_of(t)
+    return torch.cat([x[:, i * AREA : (i + 1) * AREA] * t[-1 - i] for i in range(GRID[0])], 1)
+
+
+def other_places(x, t):
+    out, t = torch.zeros_like(x), frames_of(t)
+    for i in range(GRID[0]):
+        out[:, i * AREA : (i + 1) * AREA] = frames_of(x)[:, -1 - i] * t[-1 - i]
+    return out
+
+
+def one_frame_twice(x, t):
+    x, t = frames_of(x), frames_of(t)
+    return torch.cat([x[:, max(i, 1)] * t[max(i, 1)] for i in range(GRID[0])], 1)
+
+
+def never_written(x, t):
+    out, t = torch.zeros_like(x), frames_of(t)
+    for i in range(GRID[0] - 1):
+        out[:, i * AREA : (i + 1) * AREA] = frames_of(x)[:, i] * t[i]
+    return out
+
+
+def by_column(x, t):
+    x, t = x.view(-1, AREA, GRID[0], DIM), t.view(AREA, GRID[0], DIM)
+    return torch.cat([x[:, :, i] * t[:, i] for i in range(GRID[0])], 1)
+
+
+OTHERWISE = [reversed_table, other_frames, other_places, one_frame_twice, never_written, by_column]
+
+
+@pytest.mark.parametrize("rope", OTHERWISE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("by_block", [True, False], ids=["block", "whole"])
+@pytest.mark.parametrize("both", [True, False], ids=["both", "query"])
+def test_frames_in_another_order_are_no_grid_and_no_prompt(rope, by_block, both):
+    def how(m, x, table):
+        x = x if by_block else m.tokens(x)
+        q, k = rope(m.q(x), table), rope(m.k(x), table) if both else frame_by_frame(m.k(x), table)
+        return x + F.scaled_dot_product_attention(q[:, None], k[:, None], m.v(x)[:, None])[:, 0]
+
+    site = only(how, torch.randn(2, 60, DIM) if by_block else LATENTS, TABLE)
+    assert site.role != "cross_attention"
+    only_the_table = rope in (reversed_table, other_frames) and not by_block  # the tokens are in their places
+    assert site.reason or (only_the_table and site.grid == GRID)
 
 
 @pytest.mark.parametrize(

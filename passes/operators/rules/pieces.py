@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...axes.alignment import unify
-from ...axes.concatenation import concat, same, slice_label
-from ...axes.labels import Label, Part, Row, are_mirrored, fresh, resolve
+from ...axes.concatenation import concat, glue, same, slice_label
+from ...axes.labels import Label, Part, Row, Within, are_mirrored, fresh, resolve
 from ...axes.streams import all_one, get_stream
 from ...axes.tensor_labels import Labels, get_labels
 from ..calls import AxisTrace
@@ -34,15 +34,19 @@ def slice_(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dic
 
 def select(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """One dimension is dropped."""
-    labels = list(get_labels(args[0]))
-    del labels[args[1] % args[0].dim()]
+    dim, labels = args[1] % args[0].dim(), list(get_labels(args[0]))
+    size = args[0].shape[dim]
+    if len(args) > 2 and dim + 1 < len(labels):
+        row = args[2] % size
+        labels[dim + 1] = Within.of(Part(labels[dim], row, row + 1), labels[dim + 1])
+    del labels[dim]
     return labels
 
 
 def unbind(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Labels]:
     """One dimension is dropped, in each output."""
     dim = args[1] if len(args) > 1 else 0
-    return [select(trace, piece, (args[0], dim), {}) for piece in out]
+    return [select(trace, piece, (args[0], dim, i), {}) for i, piece in enumerate(out)]
 
 
 def split(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Labels]:
@@ -66,6 +70,10 @@ def cat(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[s
     frames = _frames(trace, tensors)
     if frames and all(same(get_labels(x)[dim], labels[dim]) for x in tensors):
         labels[dim] = (*frames, *labels[dim])
+        return labels
+    rows = glue([label.part for x in tensors if isinstance(label := get_labels(x)[dim], Within)])
+    if len(rows) == 1 and rows[0].size == out.shape[dim]:
+        labels[dim] = concat(rows, trace.source(dim))
         return labels
     pieces = [Part(get_labels(x)[dim], 0, x.shape[dim]) for x in tensors]
     labels[dim] = concat([p for piece in pieces for p in _flat(piece)], trace.source(dim))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...axes.labels import fresh, label_size, mirrored
+from ...axes.labels import Label, Row, Within, fresh, label_size, mirrored
 from ...axes.reshape import reshape
 from ...axes.tensor_labels import Labels, get_labels
 from ..calls import AxisTrace
@@ -16,7 +16,11 @@ from .pointwise import keep_sizes
 
 def view(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
     """Row-major regrouping."""
-    return reshape(get_labels(args[0]), list(out.shape), trace.source())
+    labels, shape = get_labels(args[0]), list(args[0].shape)
+    for d, label in enumerate(labels):
+        if isinstance(label, Row) and [*shape[:d], *shape[d + 1 :]] == list(out.shape):
+            return _dropped(labels, {d})
+    return reshape(labels, list(out.shape), trace.source())
 
 
 def view_dtype(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
@@ -57,7 +61,17 @@ def squeeze(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: di
     tensor, rest = args[0], args[1:]
     dims = range(tensor.dim()) if not rest else [rest[0]] if isinstance(rest[0], int) else rest[0]
     gone = {d % max(tensor.dim(), 1) for d in dims if tensor.dim() and tensor.shape[d] == 1}
-    return [label for d, label in enumerate(get_labels(tensor)) if d not in gone]
+    return _dropped(get_labels(tensor), gone)
+
+
+def _dropped(labels: Sequence[Label], gone: set[int]) -> Labels:
+    """Labels without some of size 1; the one behind a single row remembers of which it is."""
+    kept = list(labels)
+    for d in gone:
+        row = kept[d]
+        if isinstance(row, Row) and d + 1 < len(kept):
+            kept[d + 1] = Within.of(row.part, kept[d + 1])
+    return [label for d, label in enumerate(kept) if d not in gone]
 
 
 def expand(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:

@@ -41,6 +41,22 @@ def test_where_rows_of_a_term_begin():
     assert streams.starts(streams.rows(x, 10, 2, 4), 2, streams.rows(x, 10, 5, 9), 4) == ()
 
 
+def test_terms_that_may_have_rows_in_common():
+    streams = Streams()
+    x, y, text = (streams.term(name) for name in ("x", "y", "text"))
+    first, last = streams.rows(x, 12, 0, 4), streams.rows(x, 12, 4, 12)
+    assert streams.overlap(x, x)
+    assert not streams.overlap(x, y)
+    assert streams.overlap(first, x)
+    assert not streams.overlap(first, last)
+    assert streams.overlap(streams.rows(x, 12, 3, 5), last)
+    assert streams.overlap(streams.rows(x, 3, 2, 3), first)  # rows of another dimension
+    assert streams.overlap(streams.joined([(text, 7), (x, 12)]), streams.joined([(x, 12), (y, 2)]))
+    assert not streams.overlap(streams.joined([(text, 7), (first, 4)]), streams.joined([(last, 8), (y, 2)]))
+    assert streams.overlap(streams.overwritten(y, first), first)
+    assert not streams.overlap(streams.overwritten(y, first), last)
+
+
 def test_a_write_of_other_tokens_takes_the_place_of_rows():
     streams = Streams()
     cache, new = Stream(streams.term("cache"), False), Stream(streams.term("x"), True)
