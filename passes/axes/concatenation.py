@@ -29,6 +29,10 @@ def slice_label(label: Label, start: int, stop: int, source: Source) -> Label:
     kept, leaves = rows_of(label, start, stop), resolve(label)
     if len(leaves) == 1 and leaves[0].carved and not all(part.whole for part in kept):
         return fresh(stop - start, source)  # rows of a table are those of one axis here, and of another one there
+    if len(leaves) == 1 and leaves[0].carved and len(kept) == 1 and len(resolve(kept[0].label)) == 1:
+        axis = Axis(stop - start, source)  # the same, and yet another where it meets one: a table's first rows
+        axis.parts, axis.feature = kept, leaves[0].feature
+        return (axis,)
     kept = tuple(piece for part in kept for piece in sources(part))
     return concat(kept, source) if kept else fresh(0, source)
 

@@ -63,7 +63,7 @@ def test_exact_or_dense_with_a_reason(name):
     check_conditions(name, captured)
 
 
-@pytest.mark.parametrize("sizes", [(5, 8, 6), (9, 6, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 8, 6), (9, 6, 8), (6, 6, 8), (6, 8, 6), (6, 6, 6)], ids=str)
 def test_rows_of_one_table_are_those_of_frames_rows_and_columns(sizes):
     model, kwargs, _ = CASES["wan_loop"](*sizes)
     sites = [site for site in sites_of(capture(model, **kwargs)) if site.role != "cross_attention"]
