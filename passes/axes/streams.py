@@ -38,7 +38,7 @@ class Streams:
         self._rows: dict[int, tuple[Row, ...]] = {}
         self._slices: dict[int, tuple[int, int, int, int]] = {}
         self._axes: dict[int, Label] = {}
-        self._writes: dict[int, tuple[int, int]] = {}
+        self._holds: dict[int, tuple[int, ...]] = {}
 
     def term(self, *key: Any) -> int:
         """The number of a term."""
@@ -83,10 +83,10 @@ class Streams:
         fitting = [start for start in dict.fromkeys(found) if start + size <= length]
         return tuple(start for start in fitting if self.rows(whole, length, start, start + size) == term)
 
-    def overwritten(self, before: int, new: int) -> int:
-        """A tensor into which another was written; where is not known."""
-        number = self.term("write", before, new)
-        self._writes[number] = (before, new)
+    def some_of(self, terms: Sequence[int], *key: Any) -> int:
+        """A term of rows of these terms; which ones is not known."""
+        number = self.term(*key, *terms)
+        self._holds[number] = tuple(terms)
         return number
 
     def overlap(self, one: int, other: int) -> bool:
@@ -102,12 +102,14 @@ class Streams:
         todo, seen, spans = [term], set[int](), []
         while todo:
             one = todo.pop()
-            inner = [piece for piece, _ in self._rows.get(one, ()) if piece >= 0] or self._writes.get(one, (-1, -1))
+            inner = [piece for piece, _ in self._rows.get(one, ()) if piece >= 0] or self._holds.get(one, (-1,))
             if one in seen or one < 0:
                 continue
             seen.add(one)
             if max(inner) < 0:
                 spans.append(self._slices.get(one, (one, 0, 0, 0)))
+                base = spans[-1][0]
+                todo += [base] if base in self._rows or base in self._holds else []
             todo += inner
         return spans
 
@@ -210,4 +212,4 @@ def written(
         front, behind = ([(streams.rows(before.term, rows.size, *r), r[1] - r[0])] if r[0] < r[1] else [] for r in kept)
         pieces = [*front, (new.term, rows.stop - rows.start), *behind]
         return Stream(streams.joined(pieces), before.projected or new.projected)
-    return Stream(streams.overwritten(before.term, new.term), before.projected or new.projected)
+    return Stream(streams.some_of((before.term, new.term), "write"), before.projected or new.projected)

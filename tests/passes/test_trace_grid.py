@@ -218,7 +218,7 @@ def test_every_second_row_is_not_the_first_half():
         q, k, v = rotate(m.q(x)[:, ::2]), rotate(m.k(x)[:, :60]), m.v(x)[:, :60]
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
 
-    assert only(how, LATENTS).role != "video_self_attention"
+    assert only(how, LATENTS).reason.code == "arranged_otherwise"
 
 
 def test_tokens_that_read_some_of_them_are_no_cross_attention():
@@ -228,3 +228,14 @@ def test_tokens_that_read_some_of_them_are_no_cross_attention():
 
     site = only(how, LATENTS)
     assert (site.role, site.reason.code) == ("self_attention", "some_keys")
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda z, index: z[:, ::2], lambda z, index: z[:, index]], ids=["every second", "picked"]
+)
+def test_tokens_that_read_a_choice_of_them_are_no_cross_attention(rows):
+    def how(m, x, index):
+        x = m.tokens(x)
+        return F.scaled_dot_product_attention(m.q(x)[:, None], *(rows(z, index)[:, None] for z in (m.k(x), m.v(x))))
+
+    assert only(how, LATENTS, torch.randperm(60)[:20]).reason.code == "arranged_otherwise"

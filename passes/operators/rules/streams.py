@@ -109,7 +109,7 @@ def _sliced(call: StreamCall, tensor: torch.Tensor, label: Label, start: int, st
         return stream
     size = label_size(label)
     if step != 1:
-        return Stream(call.streams.term("every", stream.term, start, stop, step), stream.projected)
+        return Stream(call.streams.some_of((stream.term,), "every", start, stop, step), stream.projected)
     term = call.streams.rows(stream.term, size, start, stop)
     if stop - start == 1 and call.streams.slice_of(term) is not None:
         call.streams.note_axis(term, label)
@@ -159,7 +159,7 @@ def picked(call: StreamCall) -> Found:
     stream, by = get_stream(call.tensors[0]), get_stream(call.tensors[-1])
     if stream is None:
         return [by]
-    return [Stream(call.streams.term("picked", stream.term, by.term if by else None), stream.projected)]
+    return [Stream(call.streams.some_of((stream.term,), "picked", by.term if by else None), stream.projected)]
 
 
 def row_write(call: StreamCall) -> Found:

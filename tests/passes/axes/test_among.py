@@ -53,8 +53,8 @@ def test_terms_that_may_have_rows_in_common():
     assert streams.overlap(streams.rows(x, 3, 2, 3), first)  # rows of another dimension
     assert streams.overlap(streams.joined([(text, 7), (x, 12)]), streams.joined([(x, 12), (y, 2)]))
     assert not streams.overlap(streams.joined([(text, 7), (first, 4)]), streams.joined([(last, 8), (y, 2)]))
-    assert streams.overlap(streams.overwritten(y, first), first)
-    assert not streams.overlap(streams.overwritten(y, first), last)
+    assert streams.overlap(streams.some_of((y, first), "write"), first)
+    assert not streams.overlap(streams.some_of((y, first), "write"), last)
 
 
 def test_a_write_of_other_tokens_takes_the_place_of_rows():
