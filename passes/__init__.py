@@ -20,26 +20,13 @@ from torch import fx
 
 from .build_plans import build_plans
 from .classify_sites import classify_sites
+from .context import Conditions, Control, Decisions, Dense, Earlier, Pass, PassContext, Seen
 from .decode_positions import decode_positions
 from .find_attention import find_attention
 from .find_conditions import find_conditions
 from .reading.support import few_frames
 from .replace_attention import replace_attention
-from .site import (
-    AttentionCall,
-    Conditions,
-    Control,
-    Decisions,
-    Dense,
-    Earlier,
-    Pass,
-    PassContext,
-    PlannedSite,
-    Seen,
-    Site,
-    TextTokens,
-    VideoSite,
-)
+from .site import AttentionCall, PlannedSite, Site, TextTokens, VideoSite
 from .trace_grid import trace_grid
 from .writing.checkpoints import close_regions, open_regions
 

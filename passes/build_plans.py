@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from .site import Dense, PassContext
+from .context import Dense, PassContext
 
 
 def build_plans(gm: fx.GraphModule, context: PassContext) -> int:

@@ -28,6 +28,7 @@ from .axes.grids import Grids
 from .axes.labels import Label, Part, label_size, mixed, resolve
 from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
+from .context import PassContext
 from .graph import value_of
 from .reading.mask_groups import Masks
 from .reading.not_video import (
@@ -43,17 +44,7 @@ from .reading.not_video import (
 from .reading.sharding import exchanged
 from .reading.support import UNRECORDED, few_frames, unsupported
 from .reading.user_grid import check_fit, check_user_grid, grid_message
-from .site import (
-    CROSS,
-    OTHER_SELF,
-    UNKNOWN,
-    VIDEO,
-    PassContext,
-    Site,
-    TextTokens,
-    Trace,
-    VideoSite,
-)
+from .site import CROSS, OTHER_SELF, UNKNOWN, VIDEO, Site, TextTokens, Trace, VideoSite
 
 
 def classify_sites(gm: fx.GraphModule, context: PassContext) -> int:

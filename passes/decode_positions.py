@@ -49,9 +49,9 @@ from .axes.concatenation import parts_of
 from .axes.kinship import roots
 from .axes.labels import Axis, Label, Part, fresh, label_size, resolve, take
 from .axes.positions import PositionTable, table_of
+from .context import PassContext
 from .graph import hint, specialise, value_of
 from .reading.padding import split_padding
-from .site import PassContext
 
 MAX_FRAMES = 2
 """So many graphs of one code that show a single frame are for it alone."""

@@ -18,9 +18,10 @@ from torch import fx
 
 from dynamicrad_compile.files import write_file
 
+from .context import PassContext
 from .graph import module_path, source_line, value_of
 from .reading.not_video import describe
-from .site import UNKNOWN, PassContext, Site
+from .site import UNKNOWN, Site
 
 
 class Dump:

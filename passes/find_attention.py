@@ -21,6 +21,7 @@ from torch import fx
 
 from dynamicrad_compile.reporting.reason import Reason
 
+from .context import PassContext
 from .graph import module_path
 from .operators.names import tensor_value
 from .reading.layout import layout_of_rank, plain_shape
@@ -29,7 +30,7 @@ from .reading.multihead_attention import read_multihead_attention
 from .reading.softmax_attention import read_softmax_attention
 from .reading.transforms import inside_transforms, transformed
 from .reading.writes import Positions
-from .site import AttentionCall, PassContext, Site
+from .site import AttentionCall, Site
 from .writing.checkpoints import higher_order_name, nested_graphs
 
 SDPA = (

@@ -22,10 +22,11 @@ from torch import fx
 
 from .axes.concatenation import parts_of
 from .axes.labels import Label, resolve
+from .context import Conditions, PassContext
 from .graph import shape_hint, value_of
 from .operators.names import op_name
 from .operators.table import operator_of
-from .site import CROSS, VIDEO, Conditions, PassContext
+from .site import CROSS, VIDEO
 
 _NO_PROMPT = re.compile(r"image|img|vision|clip|audio|byt5|pooled|face|pose|camera|speech|motion", re.I)
 _PROMPT = re.compile(r"encoder_hidden_states|prompt|text|txt|context|caption|cond", re.I)

@@ -40,9 +40,10 @@ from dynamicrad_compile.plans.order import reordered_keys
 from dynamicrad_compile.reporting.reason import FIX_LENGTH, FIX_SIZES, Reason
 
 from .axes.positions import PositionTable, table_of
+from .context import Dense, PassContext
 from .reading.masks import keys_node, without_hidden_rows
 from .reading.support import few_frames
-from .site import Dense, PassContext, PlannedSite, Replacement, Site
+from .site import PlannedSite, Replacement, Site
 from .writing.chunks import split
 from .writing.control import Controls
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over

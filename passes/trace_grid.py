@@ -26,11 +26,12 @@ from .axes.concatenation import same
 from .axes.labels import Label, Source, fresh, label_size, mixed
 from .axes.streams import Stream, attended, get_stream, packed, set_stream
 from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_range
+from .context import Earlier, PassContext
 from .graph import depends_on_data, hint, value_of
 from .operators.mode import AxisMode
 from .reading.layout import output_labels, plain_labels
 from .reading.transforms import inside_transforms
-from .site import Earlier, PassContext, Site, Trace
+from .site import Site, Trace
 
 
 class _Unknown:

@@ -11,7 +11,8 @@ from ..axes.concatenation import apart, parts_of, within
 from ..axes.grids import Grids
 from ..axes.kinship import inputs
 from ..axes.labels import Axis, Label, Part, resolve
-from ..site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, VIDEO, PassContext, Site, Trace
+from ..context import PassContext
+from ..site import CROSS, OTHER_SELF, SPATIAL, TEMPORAL, VIDEO, Site, Trace
 
 NO_VIDEO_KEYS = f"{NOTHING}: its keys are a prompt or another short sequence, not video"
 ONE_FRAME = f"{NOTHING}: attention within one frame has no frames to skip"

@@ -18,7 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..axes.labels import Axis, Part, fresh, resolve
-from ..site import PassContext
+from ..context import PassContext
 
 TOLERANCE = 1e-2
 """Rows are alike if they differ by so much less than they do from the last token of the video."""

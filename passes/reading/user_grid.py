@@ -8,7 +8,8 @@ from dynamicrad_compile.errors import GridError
 
 from ..axes.grids import Grids
 from ..axes.labels import Part
-from ..site import OTHER_SELF, SPATIAL, TEMPORAL, VIDEO, PassContext, Site
+from ..context import PassContext
+from ..site import OTHER_SELF, SPATIAL, TEMPORAL, VIDEO, Site
 
 SELF = (OTHER_SELF, SPATIAL, TEMPORAL)
 

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dynamicrad_compile.runtime.pool import Slot
 
+from ..context import PassContext
 from ..graph import value_of
-from ..site import PassContext
 
 
 def buffer_node(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:

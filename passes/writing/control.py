@@ -27,8 +27,9 @@ from dynamicrad_compile.runtime import clock, regimes
 from dynamicrad_compile.runtime.pool import Slot
 from dynamicrad_compile.runtime.router import route
 
+from ..context import PassContext
 from ..graph import shape_hint
-from ..site import PassContext, PlannedSite
+from ..site import PlannedSite
 from .buffers import buffer_node, state_node
 
 

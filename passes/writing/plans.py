@@ -17,9 +17,10 @@ from dynamicrad_compile.runtime.account import new_stats, record
 from dynamicrad_compile.runtime.pool import Slot
 
 from ..axes.positions import PositionTable, table_of
+from ..context import PassContext
 from ..graph import value_of
 from ..reading.layout import operands_of, token_dim
-from ..site import PassContext, PlannedSite, VideoSite
+from ..site import PlannedSite, VideoSite
 from .buffers import buffer_node, state_node
 from .control import Controls, PlanNodes
 from .sizes import Formula, Home, RuntimeSizes

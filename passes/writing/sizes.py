@@ -12,9 +12,10 @@ from torch import fx
 from ..axes.concatenation import parts_of
 from ..axes.labels import Axis, resolve
 from ..axes.positions import PositionTable, table_of
+from ..context import Dense, PassContext
 from ..graph import depends_on_data, hint, specialise, value_of
 from ..reading.layout import operands_of, token_dim
-from ..site import CROSS, AttentionCall, Dense, PassContext, VideoSite
+from ..site import CROSS, AttentionCall, VideoSite
 
 if TYPE_CHECKING:
     import sympy
