@@ -15,14 +15,14 @@ KEEP_ORDER = (
 )
 IF_VIDEO = "set `grid` if they are a video and nothing else"
 OTHER_BACKEND = "choose another attention backend of the model (in diffusers model.set_attention_backend('native'))"
-PROMPT_MASK = (
-    "if it hides padding of the prompt, give it as a bool of one row a sample, [B, 1, 1, keys], or leave padding out; "
-    "nothing to do if it is a mask of the model itself (causal, windows, a bias)"
+IF_PADDING = (
+    "if it hides padding of the prompt, give it as a bool of one row a sample, [B, 1, 1, keys], or leave padding out"
 )
+PROMPT_MASK = f"{IF_PADDING}; {NOTHING} if it is a mask of the model itself (causal, windows, a bias)"
 QUERY_MASK = (
-    "if it hides padding of the prompt, give it as a bool of one row a sample, [B, 1, 1, keys], or leave padding out; "
+    f"{IF_PADDING}; "
     "if it is one of chunks or windows of frames, compile the whole model and let it make the mask of sizes alone; "
-    "nothing to do if it is a bias"
+    f"{NOTHING} if it is a bias"
 )
 REPORT_MODEL = "nothing to set: the model computes it in a way that is not supported; please report the model"
 REBUILD_MHA = "build the nn.MultiheadAttention without it, or with need_weights=False"
