@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 BlockSize = Literal[16, 32, 64, 128, 256]
 Criterion = Literal["threshold", "mass", "ratio"]  # kernels/select_criteria.py is the op's own list
 Rank = Literal["mass", "error"]
-PatternName = Literal["dynamicrad", "radial", "dense"]
+PatternName = Literal["dynamicrad", "radial", "lvsa", "dense"]
 Mode = Literal["static_ratio", "dynamic_threshold"]
 RegimeName = Literal["low", "mid", "high"]
 
@@ -52,6 +52,25 @@ class Radial(Table):
     decay_factor: DecayFactor = 1.0
     sink_frames: Count = 1
     thinning_tokens: Annotated[int, Field(ge=1)] = 128
+
+
+class LVSA(Table):
+    """Parameters of pattern "lvsa", see `plans.patterns.lvsa`. Frames are latent ones.
+
+    reference_frames  frames that the model was trained for: Wan 21, Wan2.2 5B 31, HunyuanVideo 1.5 33, CogVideoX 13
+    window            frames on either side of a query's frame that are read
+    n_first           leading frames that are read by all, at every step
+    sparsity_scale    reads so many times `reference_frames` frames
+    step              number of the denoising step, from 0; the frames that are read by all rotate with it
+    rule              "published" as its code has it; "exact": every frame reads as many frames as it should
+    """
+
+    reference_frames: Annotated[int, Field(ge=1)] = 21
+    window: Count = 3
+    n_first: Count = 1
+    sparsity_scale: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
+    step: Count = 0
+    rule: Literal["published", "exact"] = "published"
 
 
 class Prior(Table):

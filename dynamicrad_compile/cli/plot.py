@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
+from .values import key_value
 
 
 def add_plot(commands: Any) -> None:
@@ -27,7 +28,7 @@ def add_plot(commands: Any) -> None:
         metavar=("F", "H", "W"),
         help="frames, height, width in latent tokens",
     )
-    parser.add_argument("--pattern", default="dynamicrad", help="dynamicrad (default), radial or dense")
+    parser.add_argument("--pattern", default="dynamicrad", help="dynamicrad (default), radial, lvsa or dense")
     parser.add_argument("--block-size", type=int, default=128, help="tokens of a block (128)")
     parser.add_argument("--text-before", type=int, default=0, help="text tokens before the video (0)")
     parser.add_argument("--text-after", type=int, default=0, help="text tokens after the video (0)")
@@ -36,6 +37,13 @@ def add_plot(commands: Any) -> None:
     parser.add_argument("--sink-frames", type=int, help="leading frames that every block may read")
     parser.add_argument("--regime", help="low, mid or high motion")
     parser.add_argument("--profile", help="name or path of a profile")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another parameter of the pattern, such as step=3; may be repeated",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     output = _output(args.output)
     names = ("sparsity", "decay_factor", "sink_frames", "regime", "profile")
     params = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    params |= dict(key_value(pair) for pair in args.set)
     plan = make_plan(args.pattern, args.grid, args.block_size, args.text_before, args.text_after, **params)
     title = f"{args.pattern} {'x'.join(map(str, args.grid))}"
     if output == Path("-"):

@@ -27,7 +27,7 @@ def make_plan(
 ) -> BlockPlan:
     """Build the plan of a video self-attention; one regime (P = 1), shared by all heads (H' = 1).
 
-    pattern      "radial", "dynamicrad" or "dense"
+    pattern      "radial", "dynamicrad", "lvsa" or "dense"
     grid         (frames, height, width) of the video in latent tokens; required
     block_size   16, 32, 64, 128 or 256 tokens, for queries and keys alike
     text_before  text tokens in front of the video; they read and are read by everything
@@ -36,8 +36,9 @@ def make_plan(
                  behind a cache of earlier ones, a shard. All tokens are keys; None: all ask
 
     Parameters are those of `profiles.parameters`, which has their ranges and defaults: of "radial" decay_factor,
-    sink_frames and thinning_tokens; of "dynamicrad" sparsity, decay_factor, adjacent_width, far_width, temporal_decay,
-    thinning, sink_frames, compensate, covariance and box. "dynamicrad" also takes
+    sink_frames and thinning_tokens; of "lvsa" reference_frames, window, n_first, sparsity_scale, step and rule; of
+    "dynamicrad" sparsity, decay_factor, adjacent_width, far_width, temporal_decay, thinning, sink_frames, compensate,
+    covariance and box. "dynamicrad" also takes
 
         regime   "low", "mid" or "high" motion; default "mid"
         profile  name or path of a profile, or a Profile; default "default"

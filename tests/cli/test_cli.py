@@ -143,6 +143,16 @@ def test_plot_as_text(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_plot_takes_the_parameters_of_a_pattern(capsys):
+    argv = ["plot", "--grid", "9", "4", "4", "--block-size", "16", "--pattern", "lvsa", "--set", "reference_frames=4"]
+    code, out, _ = run(capsys, *argv, "--set", "window=1", "--set", "step=1", "--set", "rule=exact", "-o", "-")
+    assert code == 0
+    assert out.splitlines()[0] == "lvsa 9x4x4: 55.6% of 9 x 9 blocks skipped"
+    code, _, err = run(capsys, *argv, "--set", "stop=1", "-o", "-")
+    assert code == 2
+    assert "Did you mean 'step'?" in err
+
+
 def test_plot_says_if_less_is_skipped_than_was_asked_for(capsys):
     code, out, _ = run(capsys, "plot", "--grid", "5", "6", "8", "--block-size", "128", "--sparsity", "0.9", "-o", "-")
     assert code == 0

@@ -34,7 +34,7 @@ def test_plan_and_candidates_of_every_pattern(pattern):
     assert plan.q_len == plan.kv_len == LAYOUT.seq_len
     assert candidates.plan.block_mask().equal(plan.block_mask())
     forced = torch.equal(candidates.kv_forced, plan.kv_counts)
-    assert forced == (pattern.needs == "nothing")
+    assert forced == (pattern.needs != "selection")
     assert plan.block_mask().equal(drad.make_plan(pattern.name, (4, 6, 8), 16, 5, 3, **values).block_mask())
     with pytest.raises(ValidationError, match="frozen"):
         parameters.anything = 1

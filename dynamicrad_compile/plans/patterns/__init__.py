@@ -6,9 +6,10 @@ from typing import Any
 
 from .dense import DENSE
 from .dynamicrad import DYNAMICRAD
+from .lvsa import LVSA_PATTERN
 from .pattern import Pattern
 from .radial import RADIAL
 
-PATTERNS: dict[str, Pattern[Any]] = {pattern.name: pattern for pattern in (RADIAL, DYNAMICRAD, DENSE)}
+PATTERNS: dict[str, Pattern[Any]] = {pattern.name: pattern for pattern in (RADIAL, DYNAMICRAD, LVSA_PATTERN, DENSE)}
 
 __all__ = ["PATTERNS", "Pattern"]

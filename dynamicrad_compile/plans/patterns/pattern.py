@@ -95,6 +95,8 @@ def _problem(parameters: type[Table], problem: Any) -> str:
     if kind == "value_error":
         return f"{name} = {problem['input']!r}: {problem['ctx']['error']}."
     low, high = limits(parameters, name)
+    if low is None and high is None:
+        return f"{name} = {problem['input']!r}: {problem['msg']}."
     if high is None:
         return f"{name} must be an integer of at least {low}, got {problem['input']!r}."
     inside = kind in ("greater_than_equal", "less_than_equal")
