@@ -28,7 +28,10 @@ from .profiles.parameters import (
     PatternName,
     Rank,
     RegimeName,
+    Schedule,
+    ScheduleBy,
     Share,
+    checked_schedule,
 )
 from .runtime.router import Router
 
@@ -76,9 +79,19 @@ class Options(BaseModel):
     router: Any = None
     """Motion router: a `Router` of `fit_router`, or the path under which one was saved; None = no routing."""
 
-    sparsity: Share | None = None
+    schedule_by: ScheduleBy = "step"
+    """What the starts of a schedule of sparsity are: "step", shares of the steps of a generation, or "timestep", in the
+    model's own units and in the order in which it sees them."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Denoising steps of a generation, for a schedule by shares: a graph sees no more than the timestep at hand.
+    None = those that the profile was tuned for, 50 where it does not say."""
+
+    sparsity: Share | Schedule | None = None
     """Share of dense attention to skip, compensation counted; None = the profile's for the regime. In mode
-    "dynamic_threshold" that share of the candidates is kept which meets it. Pattern "dynamicrad" only."""
+    "dynamic_threshold" that share of the candidates is kept which meets it. Of patterns "dynamicrad" and "adaspa".
+    A schedule, [(start, sparsity), ...], changes it in the course of a run (pattern "dynamicrad"):
+    [(0.0, 0.0), (0.2, 0.6), (0.5, 0.9)] is dense in the first fifth of the steps, see `schedule_by` and `steps`."""
 
     compensate: Share | None = None
     """Weight of the mean key and value that stand for each dropped block; 0 = none, None = the profile's, with the
@@ -186,8 +199,14 @@ class Options(BaseModel):
     call_state: bool = Field(default=False, repr=False, exclude=True)
     """Clock and regimes are kept beside the graphs. Set by drad.compile, which does that, and by nobody else."""
 
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _schedule(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, (list, tuple)):
+            return checked_schedule(value, info.data.get("schedule_by", "step"))
+        return cls._number(value)
+
     @field_validator(
-        "sparsity",
         "compensate",
         "decay_factor",
         "sink_frames",
@@ -196,6 +215,7 @@ class Options(BaseModel):
         "dense_steps",
         "dense_timestep",
         "refresh_steps",
+        "steps",
         "min_tokens",
         mode="before",
     )

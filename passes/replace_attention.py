@@ -101,7 +101,7 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     marked = marked_dynamic(gm, context)
     is_open = context.is_final or any(marked & size.node.expr.free_symbols for size in sizes)  # they can't be constants
     one_grid = one_grid and not is_open
-    followed = [p for p in planned if p.spec is not None and id(p) not in chunks]
+    followed = [p for p in planned if p.spec is not None and p.spec.follows_grid and id(p) not in chunks]
     found = {p.video.node: runtime_sizes(p.video, context) for p in followed}
     homes = {node: where for node, where in found.items() if where is not None}
     symbolic = bool(sizes) and len(homes) == len(planned) and not one_grid
@@ -156,7 +156,7 @@ def _why_fixed(planned: Sequence[PlannedSite]) -> str:
     """Why plans can't be made when the graph runs."""
     if any(p.video.site.group is not None for p in planned):
         return "its mask is known for these sizes alone"
-    fixed = any(p.spec is None for p in planned)
+    fixed = any(p.spec is None or not p.spec.follows_grid for p in planned)
     return "its plan is for one grid" if fixed else "an axis of its grid is in no shape of the graph"
 
 

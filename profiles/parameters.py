@@ -6,6 +6,9 @@ converted; the types raise pydantic's ValidationError, which their readers put i
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -27,8 +30,33 @@ Box = tuple[int, int, int] | Literal["raster"]
 """What a block is: frames, height and width of a box in latent tokens, or a run of tokens in raster order."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Schedule = tuple[tuple[float, float], ...]
+"""(start, sparsity) of each stage of a run, in order; starts are shares of its steps, or timesteps."""
+ScheduleBy = Literal["step", "timestep"]
 DecayFactor = Annotated[float, Field(ge=1e-3, le=1e3)]
 Count = Annotated[int, Field(ge=0)]
+
+
+def checked_schedule(value: Sequence[Any], by: str = "step") -> Schedule:
+    """A schedule of sparsity from pairs. Raises ValueError, which says what is expected."""
+    starts = "shares of the steps, from 0.0 up" if by == "step" else "timesteps, in the order of a run"
+    expected = f"expected a number, or pairs (start, sparsity), sparsities in 0..1; starts are {starts}"
+    pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else () for pair in value]
+    if not pairs or any(
+        len(pair) != 2 or not all(_is_number(x) for x in pair) or not 0 <= pair[1] <= 1 for pair in pairs
+    ):
+        raise ValueError(expected)
+    found = tuple((float(start), float(sparsity)) for start, sparsity in pairs)
+    ways = {(later > earlier) - (later < earlier) for (earlier, _), (later, _) in itertools.pairwise(found)}
+    if len(ways) > 1 or 0 in ways:
+        raise ValueError(f"{expected}, each later than the one before")
+    if by == "step" and (found[0][0] != 0 or not all(0 <= start < 1 for start, _ in found)):
+        raise ValueError(f"{expected}, below 1.0")
+    return found
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 class Table(BaseModel):

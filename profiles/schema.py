@@ -8,6 +8,7 @@
     [regimes.low]        one table each for low, mid and high motion
     static_ratio = { sparsity = 0.85, decay_factor = 1.0, sink_frames = 1 }
     dynamic_threshold = { sparsity = 0.6, criterion = "threshold", near = 0.0, far = 0.5 }
+    schedule = [[0.0, 0.0], [0.2, 0.85]]      optional: the sparsity of each stage of a run instead of the tables' own
 
 Unknown keys are errors, types are not converted, and the models are frozen.
 """
@@ -22,14 +23,37 @@ from pydantic import Field, field_validator, model_validator
 
 from dynamicrad_compile.errors import ProfileError, nearest
 
-from .parameters import REGIMES, BlockSize, Count, DynamicThreshold, Mode, PatternName, Share, StaticRatio, Table
+from .parameters import (
+    REGIMES,
+    BlockSize,
+    Count,
+    DynamicThreshold,
+    Mode,
+    PatternName,
+    Schedule,
+    Share,
+    StaticRatio,
+    Table,
+    checked_schedule,
+)
 
 
 class Regime(Table):
-    """Parameters of one regime of motion, one table a mode."""
+    """Parameters of one regime of motion, one table a mode.
+
+    schedule  [[start, sparsity], ...] of the stages of a run, starts in shares of its steps; None: the tables' sparsity
+    """
 
     static_ratio: StaticRatio
     dynamic_threshold: DynamicThreshold | None = None
+    schedule: Schedule | None = None
+
+    @field_validator("schedule", mode="plain")
+    @classmethod
+    def _stages(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            raise ValueError("expected pairs [start, sparsity]")
+        return checked_schedule(value)
 
     @property
     def tables(self) -> tuple[StaticRatio, ...]:

@@ -20,7 +20,7 @@ from ..errors import ExportError, StrictError, nearest
 from ..files import whole_folder
 from ..options import Options
 from ..passes.site import VIDEO
-from ..profiles import load_profile
+from ..profiles import REGIMES, load_profile
 from ..reporting.report import Report
 from .batch import with_dynamic_batch
 from .card import model_card
@@ -142,12 +142,21 @@ def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[s
                 f"{name} = {getattr(parsed, name)} needs a memory from step to step, which format {format!r} does not "
                 "have. Leave it out, and run the dense model at dense steps; or use format 'torch' or 'aoti'."
             )
+    profile = load_profile(parsed.profile) if parsed.profile != "auto" else None
+    scheduled = (
+        parsed.sparsity is None and profile is not None and any(profile.regime(name).schedule for name in REGIMES)
+    )
+    if isinstance(parsed.sparsity, tuple) or scheduled:
+        raise ExportError(
+            f"a schedule of sparsity needs a memory from step to step, which format {format!r} does not have. Give "
+            "`sparsity` as a number, or use format 'torch' or 'aoti'."
+        )
     if parsed.qk_dtype:
         raise ExportError(
             f"qk_dtype = {parsed.qk_dtype!r} has no node in format {format!r}. "
             "Leave it out, or use format 'torch' or 'aoti'."
         )
-    steps = load_profile(parsed.profile).dense_steps if parsed.profile != "auto" else 0
+    steps = profile.dense_steps if profile is not None else 0
     if steps and parsed.dense_steps is None:
         raise ExportError(
             f"profile {str(parsed.profile)!r} wants {steps} dense steps, for which format {format!r} has no memory. "

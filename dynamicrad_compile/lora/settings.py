@@ -25,8 +25,9 @@ from ..options import Options
 from ..problems import problems
 
 SELF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+NO_STEPS = "which timesteps the steps have is known only to the scheduler of a run; give timesteps"
 NOT_IN_TRAINING = {
-    "dense_steps": "which timesteps the first steps have is known only to a schedule; give dense_timestep",
+    "dense_steps": "which timesteps the first steps have is known only to the scheduler of a run; give dense_timestep",
     "refresh_steps": "in training every call chooses its blocks; leave it out, and set it at inference",
     "call_state": "the training sets it",
 }
@@ -158,9 +159,13 @@ class Settings(_Table):
             if name in value:
                 raise ValueError(f"{name} can't be used in training: {why}")
         try:
-            Options.from_mapping(value)
+            options = Options.from_mapping(value)
         except OptionsError as error:
             raise ValueError(str(error)) from None
+        if isinstance(options.sparsity, tuple) and options.schedule_by == "step":
+            raise ValueError(
+                f"sparsity can't be a schedule by steps in training: {NO_STEPS}, and schedule_by='timestep'"
+            )
         return value
 
     @property

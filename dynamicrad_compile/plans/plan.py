@@ -148,6 +148,14 @@ class BlockPlan:
         """The plan of other rows, whose values are known to be right: a second look would wait for the device."""
         return replace(self, kv_counts=kv_counts, kv_indices=kv_indices, check_values=False)
 
+    def one(self, number: int) -> BlockPlan:
+        """The plan of one regime alone."""
+        own = slice(number, number + 1)
+        weights = self.compensate if len(self.compensate) == 1 else self.compensate[own]
+        orders = {name: x if x is None or len(x) == 1 else x[own] for name in ORDERS for x in [getattr(self, name)]}
+        counts, indices = self.kv_counts[own], self.kv_indices[own]
+        return replace(self, kv_counts=counts, kv_indices=indices, compensate=weights, **orders, check_values=False)
+
     @staticmethod
     def stack(plans: Sequence[BlockPlan]) -> BlockPlan:
         """One plan with the regimes of several, in order; with covariances if one of them has them.

@@ -20,6 +20,7 @@ from .order import Box, inverse
 from .patterns import PATTERNS
 from .plan import ORDERS, BlockPlan, Candidates
 from .ratios import ratios_for, uneven
+from .stages import ONE_STAGE, Stages
 
 KEEP_ALL = {"threshold": -float("inf"), "mass": 1.0, "ratio": 1.0}
 """Threshold that keeps every candidate, by criterion of select_blocks."""
@@ -36,6 +37,7 @@ class RegimeSpec:
     rank        what it goes by: "mass" or "error"
     balance     how these shares are divided between near and far blocks, see `ratios_for`
     sparsity    share of dense attention that is skipped after a selection by "ratio"; None: whatever near and far give
+    weight      how many of a run's steps the plan holds for, relative to the others
     """
 
     name: str
@@ -46,6 +48,7 @@ class RegimeSpec:
     sparsity: float | None = None
     balance: float = 0.0
     rank: str = "mass"
+    weight: float = 1.0
 
     @property
     def box(self) -> Box | None:
@@ -56,11 +59,16 @@ class RegimeSpec:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """How plan tables are made. Raises PlanError for parameters of another pattern, or a choice that it can't have."""
+    """How plan tables are made. Raises PlanError for parameters of another pattern, or a choice that it can't have.
+
+    regimes  one for each plan: of the first regime those of all stages, then of the second
+    stages   which of a regime's plans a step reads
+    """
 
     pattern: str
     block_size: int
     regimes: tuple[RegimeSpec, ...]
+    stages: Stages = ONE_STAGE
 
     def __post_init__(self) -> None:
         pattern = PATTERNS[self.pattern]
@@ -77,6 +85,16 @@ class PlanSpec:
     def criteria(self) -> tuple[tuple[str, str], ...]:
         """Criterion and rank of all regimes, each pair once; none where nothing is to be selected."""
         return tuple(dict.fromkeys((regime.criterion, regime.rank) for regime in self.regimes if regime.criterion))
+
+    @property
+    def number_of_regimes(self) -> int:
+        """Regimes that the router chooses among."""
+        return len(self.regimes) // self.stages.number
+
+    @property
+    def follows_grid(self) -> bool:
+        """Whether the table of another grid has as many plans: how long a cycle is depends on the grid."""
+        return not self.stages.is_cycle
 
     @property
     def orders(self) -> int:
@@ -96,7 +114,7 @@ class PlanSpec:
     def to_json(self) -> str:
         """The specification as text, for a graph's constant argument."""
         regimes = [{**vars(regime), "parameters": regime.parameters.model_dump()} for regime in self.regimes]
-        return json.dumps({**vars(self), "regimes": regimes})
+        return json.dumps({**vars(self), "regimes": regimes, "stages": vars(self.stages)})
 
     @staticmethod
     def from_json(text: str) -> PlanSpec:
@@ -104,21 +122,24 @@ class PlanSpec:
         values = json.loads(text)
         parameters = PATTERNS[values["pattern"]].parameters
         regimes = [RegimeSpec(**{**r, "parameters": parameters(**r["parameters"])}) for r in values["regimes"]]
-        return PlanSpec(**{**values, "regimes": tuple(regimes)})
+        stages = Stages(**{**values["stages"], "starts": tuple(values["stages"]["starts"])})
+        return PlanSpec(**{**values, "regimes": tuple(regimes), "stages": stages})
 
 
 @dataclass(frozen=True, eq=False)
 class PlanTable:
     """Candidates of all regimes, and the thresholds that thin them.
 
-    candidates  P regimes, in the order of the specification
+    candidates  P plans, in the order of the specification's regimes
     thresholds  fp32 [P, 3 K]: near, far, and 1 where the regime goes by this criterion, for each of K criteria
     criteria    criterion and rank of select_blocks; empty where nothing is to be selected
+    weights     of the plans in a run (`RegimeSpec.weight`); none: all count the same
     """
 
     candidates: Candidates
     thresholds: torch.Tensor
     criteria: tuple[tuple[str, str], ...]
+    weights: tuple[float, ...] = ()
 
     @staticmethod
     def of(plan: BlockPlan) -> PlanTable:
@@ -134,7 +155,7 @@ class PlanTable:
 
     @property
     def sparsity(self) -> float:
-        """Share of dense attention that is skipped, over all regimes, compensation counted.
+        """Share of dense attention that is skipped, the mean over all plans by their weight, compensation counted.
 
         By criterion "ratio" as the op will choose; other criteria may choose all candidates.
         """
@@ -146,7 +167,9 @@ class PlanTable:
                 shares = self.thresholds[:, 3 * place : 3 * place + 3, None, None].unbind(1)
                 kept = forced + torch.ceil(shares[0] * (near - forced)) + torch.ceil(shares[1] * (counts - near))
                 counts = torch.where(thinned & (shares[2] != 0), kept.to(torch.int32), counts)
-        return replace(plan, kv_counts=counts, check_values=False).sparsity
+        plan = replace(plan, kv_counts=counts, check_values=False)
+        weights = self.weights or (1.0,) * len(counts)
+        return sum(plan.one(i).sparsity * weight for i, weight in enumerate(weights)) / sum(weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a graph reads, by name: counts and indices; forced, near and thresholds where something is to be
@@ -198,4 +221,5 @@ def _build(
             if (x := getattr(whole.plan, name)) is not None
         }
         whole = replace(whole, plan=replace(whole.plan, **orders, check_values=False), check_values=False)
-    return PlanTable(whole, torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria)
+    weights = tuple(regime.weight for regime in spec.regimes)
+    return PlanTable(whole, torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria, weights)

@@ -32,7 +32,7 @@ def control_of(
         text = "can't be honoured: no timestep among the inputs of this graph; every step is sparse"
         problems.append(f"{wanted} {text}. drad.compile(model, {wanted}) notes it beside the graphs")
         steps, refresh, timestep = 0, 0, None
-    routed = any(len(spec.regimes) > 1 for spec in specs)
+    routed = any(spec.number_of_regimes > 1 for spec in specs)
     tensors, masked = None, False
     if routed and wishes.router is not None:
         tensors, masked = wishes.router.tensors(), wishes.router.masked

@@ -10,6 +10,7 @@ from .control import control_of
 from .gain import few_tokens, if_it_pays, mode_for
 from .method import idle_covariance, method_of
 from .planning import AS_ASKED, planned, takes_regimes, without_meaning
+from .schedule import schedule_of
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
 from .targets import unreached
 
@@ -40,8 +41,12 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             ignored = without_meaning(wishes.options, settings.pattern)
             if ignored:
                 notes[ignored] = None
-            if takes_regimes(settings.pattern) and regimes.why:
-                (unmet if regimes.unmet else notes)[regimes.why] = None
+            if takes_regimes(settings.pattern):
+                scheduled = schedule_of(wishes.options, settings.profile, regimes.names, regimes.clocked)
+                if regimes.why:
+                    (unmet if regimes.unmet else notes)[regimes.why] = None
+                if scheduled.note:
+                    (notes if regimes.clocked else unmet)[scheduled.note] = None
             lacking = unreached(decision)
             decision, problem = if_it_pays(decision, settings)
             if problem:

@@ -16,7 +16,6 @@ from ..profiles import Profile
 from ..reporting.reason import Reason
 from .planning import planned, takes_regimes
 from .settings import Regimes, Settings, Wishes
-from .targets import regime_plan
 
 
 def few_tokens(site: VideoSite, limit: int) -> Dense:
@@ -91,18 +90,19 @@ _first_length = functools.lru_cache(maxsize=16)(crossover.first_length)
 
 
 def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable) -> float:
-    """Share of dense attention that calls will skip: the mean over the regimes that the graph may be in.
+    """Share of dense attention that calls will skip: the mean over the regimes and stages that the graph may be in.
 
     Where blocks are chosen by fixed thresholds it is not known before; the profile's static plan stands for it, since
     both modes of a profile are tuned to one sparsity.
     """
-    plan, shares = table.plan, []
+    plan, shares, weights = table.plan, [], []
     if spec is None:
         return plan.sparsity
     for number, regime in enumerate(spec.regimes):
+        weights.append(regime.weight)
         if regime.criterion:
             static = profile.regime(regime.name).static_ratio.sparsity
             shares.append(static if regime.sparsity is None else regime.sparsity)
             continue
-        shares.append(regime_plan(plan, number).sparsity)
-    return sum(shares) / len(shares)
+        shares.append(plan.one(number).sparsity)
+    return sum(a * b for a, b in zip(shares, weights, strict=True)) / sum(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..options import Options
 from ..passes import PlannedSite
@@ -14,7 +14,11 @@ def method_of(planned: PlannedSite) -> str:
     """The line; '' for a plan whose blocks are runs of tokens, chosen by place alone."""
     if planned.spec is None:
         return ""
-    regimes, plan = planned.spec.regimes, planned.table.plan
+    plan = planned.table.plan
+    sparse = [
+        regime for regime in planned.spec.regimes if getattr(regime.parameters, "sparsity", 1.0) or regime.criterion
+    ]
+    regimes = sparse or planned.spec.regimes
     boxes = _each(regimes, lambda regime: "raster" if regime.box is None else "x".join(map(str, regime.box)))
     chosen = _each(regimes, lambda regime: f"by {regime.rank}" if regime.criterion else "by place")
     if not any(plan.compensate):
@@ -36,9 +40,10 @@ def idle_covariance(planned: PlannedSite, options: Options) -> str:
     return "option covariance does nothing here: no plan compensates (compensate is 0)"
 
 
-def _each(regimes: tuple[RegimeSpec, ...], what: Callable[[RegimeSpec], str]) -> str:
+def _each(regimes: Sequence[RegimeSpec], what: Callable[[RegimeSpec], str]) -> str:
     """What all regimes have, or each with its name."""
     found = [what(regime) for regime in regimes]
     if len(set(found)) == 1:
         return found[0]
-    return ", ".join(f"{text} ({regime.name})" for text, regime in zip(found, regimes, strict=True))
+    texts = (f"{text} ({regime.name})" for text, regime in zip(found, regimes, strict=True))
+    return ", ".join(dict.fromkeys(texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..errors import PlanError
@@ -15,13 +16,14 @@ from ..plans.table import PlanSpec, RegimeSpec
 from ..profiles import Profile
 from ..profiles.parameters import DynamicThreshold, StaticRatio
 from ..reporting.reason import NOTHING, Reason
+from .schedule import schedule_of
 from .settings import SAFE_REGIME, Regimes, Settings, Wishes
 
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
-PLAN_OPTIONS = ("sparsity", "compensate", "covariance", "box", "decay_factor", "sink_frames")
-"""Options that are parameters of patterns."""
+PLAN_OPTIONS = ("compensate", "covariance", "box", "decay_factor", "sink_frames")
+"""Options that are parameters of patterns, beside sparsity, which may change over a run."""
 
 AS_ASKED = f"{NOTHING}: the options ask for it"
 
@@ -30,7 +32,7 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
-    spec = _specification(PATTERNS[settings.pattern], settings, wishes.options, regimes.names)
+    spec = _specification(PATTERNS[settings.pattern], settings, wishes.options, regimes)
     problem = too_long(site.keys, spec.block_size)
     if problem:
         return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
@@ -65,33 +67,38 @@ def takes_regimes(pattern: str) -> bool:
     return pattern in PATTERNS and PATTERNS[pattern].by_regime
 
 
-def _specification(pattern: Pattern[Any], settings: Settings, options: Options, names: tuple[str, ...]) -> PlanSpec:
+def _specification(pattern: Pattern[Any], settings: Settings, options: Options, regimes: Regimes) -> PlanSpec:
     if pattern.by_regime:
         make = _static if settings.mode == "static_ratio" else _dynamic
-        regimes = tuple(make(settings.profile, name, options) for name in names)
-    else:
-        sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
-        values = {"sink_frames": sinks, **_given(options, *PLAN_OPTIONS)}
-        known = {name: values[name] for name in values if name in pattern.parameters.model_fields}
-        regimes = (RegimeSpec("", pattern.parameters(**known)),)
-    return PlanSpec(pattern.name, settings.block_size, regimes)
+        found = schedule_of(options, settings.profile, regimes.names, regimes.clocked)
+        rows = tuple(
+            replace(make(settings.profile, name, options, value), weight=weight)
+            for name, values in zip(regimes.names, found.values, strict=True)
+            for value, weight in zip(values, found.weights, strict=True)
+        )
+        return PlanSpec(pattern.name, settings.block_size, rows, found.stages)
+    sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
+    values = {"sink_frames": sinks, **_given(options, *PLAN_OPTIONS)}
+    known = {name: values[name] for name in values if name in pattern.parameters.model_fields}
+    return PlanSpec(pattern.name, settings.block_size, (RegimeSpec("", pattern.parameters(**known)),))
 
 
-def _static(profile: Profile, name: str, options: Options) -> RegimeSpec:
-    return RegimeSpec(name, _override(profile.regime(name).static_ratio, options))
+def _static(profile: Profile, name: str, options: Options, sparsity: float | None) -> RegimeSpec:
+    """A regime whose blocks are known before; sparsity None: the profile's."""
+    return RegimeSpec(name, _override(profile.regime(name).static_ratio, options, sparsity))
 
 
-def _dynamic(profile: Profile, name: str, options: Options) -> RegimeSpec:
+def _dynamic(profile: Profile, name: str, options: Options, sparsity: float | None) -> RegimeSpec:
     """A regime whose blocks are chosen when the graph runs, among the candidates of the profile."""
     regime = profile.regime(name)
     table = regime.dynamic_threshold
-    parameters = _override(table or regime.static_ratio, options)
+    parameters = _override(table or regime.static_ratio, options, sparsity)
     rank = options.rank or _rank(table, parameters)
-    target = options.sparsity
+    target = sparsity
     if target is None and (table is None or (rank, parameters.box) != (table.rank, table.box)):
         target = regime.static_ratio.sparsity  # the thresholds are for another choice
     if target == 0.0:  # nothing to choose
-        return _static(profile, name, options)
+        return _static(profile, name, options, sparsity)
     if table is not None and target is None:
         return RegimeSpec(name, parameters, table.criterion, table.near, table.far, rank=table.rank)
     assert target is not None
@@ -111,8 +118,9 @@ def _rank(table: DynamicThreshold | None, parameters: StaticRatio) -> str:
     return "error" if table is None else table.rank
 
 
-def _override(table: StaticRatio, options: Options) -> StaticRatio:
-    return table.changed(**_given(options, *PLAN_OPTIONS))
+def _override(table: StaticRatio, options: Options, sparsity: float | None) -> StaticRatio:
+    given = {} if sparsity is None else {"sparsity": sparsity}
+    return table.changed(**given, **_given(options, *PLAN_OPTIONS))
 
 
 def _given(options: Options, *names: str) -> dict[str, Any]:
@@ -127,7 +135,8 @@ def without_meaning(options: Options, pattern: str) -> str:
         return ""
     own = pattern == "own"
     taken = ("compensate", "covariance") if own else tuple(PATTERNS[pattern].parameters.model_fields)
-    names = ["router", "rank", *(name for name in PLAN_OPTIONS if name not in taken), *(["pattern"] if own else [])]
+    parameters = ("sparsity", *PLAN_OPTIONS)
+    names = ["router", "rank", *(name for name in parameters if name not in taken), *(["pattern"] if own else [])]
     given = [name for name in names if getattr(options, name) is not None]
     given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []
     given += ["regime"] if options.regime != "auto" else []

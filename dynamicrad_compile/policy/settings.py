@@ -76,11 +76,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Regimes:
-    """The regimes that a graph may be in, and why; unmet: the router that was given can't be used."""
+    """The regimes that a graph may be in, and why.
+
+    unmet    the router that was given can't be used
+    clocked  the graph knows at which step it is
+    """
 
     names: tuple[str, ...]
     why: str = ""
     unmet: bool = False
+    clocked: bool = False
 
 
 def profile_for(site: VideoSite, wishes: Wishes) -> tuple[Profile, str]:
@@ -98,8 +103,9 @@ def profile_for(site: VideoSite, wishes: Wishes) -> tuple[Profile, str]:
 def regimes_of(conditions: Conditions, wishes: Wishes) -> Regimes:
     """The regimes that a graph with these inputs may be in."""
     options, given = wishes.options, wishes.router
+    clocked = conditions.timestep is not None or wishes.call.clock is not None
     if options.regime != "auto":
-        return Regimes((options.regime,))
+        return Regimes((options.regime,), clocked=clocked)
     why = ""
     if wishes.call.regimes is None:
         if given is None:
@@ -112,9 +118,10 @@ def regimes_of(conditions: Conditions, wishes: Wishes) -> Regimes:
             found = conditions.embedding_dim
             why = f"the router is for embeddings of {given.embedding_dim} features, the prompt has {found}"
     if why:
-        return Regimes((SAFE_REGIME,), f"regime 'auto' is {SAFE_REGIME!r}, the safe one: {why}", given is not None)
+        text = f"regime 'auto' is {SAFE_REGIME!r}, the safe one: {why}"
+        return Regimes((SAFE_REGIME,), text, given is not None, clocked)
     chosen = "is pinned by the caller" if given is None else "is chosen by the router from the prompt"
-    return Regimes(REGIMES, f"the regime (low, mid or high motion) {chosen}, each row its own")
+    return Regimes(REGIMES, f"the regime (low, mid or high motion) {chosen}, each row its own", clocked=clocked)
 
 
 def is_one_layer(site: VideoSite) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-LAST, WAY, STEP, KNOWN_WAY, FRESH, FIRST, JUMPS, CALLS = range(8)
+LAST, WAY, STEP, KNOWN_WAY, FRESH, FIRST, JUMPS, CALLS, BEFORE = range(9)
 MIXED = 2
 """From so many jumps on, the calls of a clock are taken for those of several generations."""
 CALLS_OF_A_STEP = 4
@@ -24,7 +24,7 @@ CALLS_OF_A_STEP = 4
 
 
 def new_clock(device: torch.device | str = "cpu") -> Tensor:
-    """Buffer of the step clock, fp32 [8].
+    """Buffer of the step clock, fp32 [9].
 
     LAST       timestep of the last call, NaN before the first
     WAY        direction in this generation: -1 falling, 0 not known yet, 1 rising
@@ -34,15 +34,16 @@ def new_clock(device: torch.device | str = "cpu") -> Tensor:
     FIRST      first timestep of this generation
     JUMPS      generations on end that had less than three steps and were followed by one that began elsewhere
     CALLS      calls of this step
+    BEFORE     timestep of the step before this one; at the first step its own
     """
-    clock = torch.zeros(CALLS + 1, dtype=torch.float32, device=device)
+    clock = torch.zeros(BEFORE + 1, dtype=torch.float32, device=device)
     clock[LAST].fill_(float("nan"))  # on the device: a copy of host numbers would wait for it
     return clock
 
 
 @has_side_effect
 def advance(timestep: Tensor, clock: Tensor) -> Tensor:
-    """Note a call's timestep in the clock; returns the clock's new values, fp32 [8].
+    """Note a call's timestep in the clock; returns the clock's new values, fp32 [9].
 
     timestep has any shape; where frames or tokens have their own, the largest counts (clean tokens have 0).
     """
@@ -64,6 +65,7 @@ def advance(timestep: Tensor, clock: Tensor) -> Tensor:
             torch.where(first | turned, now, clock[FIRST]),
             torch.where(jumped, clock[JUMPS] + 1, torch.where(long, 0.0, clock[JUMPS])),
             torch.where(first | moved, 1.0, clock[CALLS] + 1),
+            torch.where(first | turned, now, torch.where(moved, clock[LAST], clock[BEFORE])),
         ]
     )
     clock.copy_(new)

@@ -6,11 +6,12 @@
 
 %state and %latched are inputs that were added to the graph (see `buffers`).
 
+    %stage = stage_of(%clock, stages of the run)                   once for plans that differ by step
     %counts = index_select(%table_of_counts, 0, %regime)           once a plan: each row of the batch in its regime
     %counts = gated(%counts, %dense, number of kv blocks)          a full count is dense attention
 
-Nothing is added to a graph whose plan has one regime and no dense steps. An exported program keeps no regime from call
-to call: it routes the prompt that it is given.
+Nothing is added to a graph whose plan has one regime, one stage and no dense steps. An exported program keeps no regime
+from call to call: it routes the prompt that it is given.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynamicrad_compile.runtime import clock, regimes
+from dynamicrad_compile.plans.stages import Stages
+from dynamicrad_compile.runtime import clock, regimes, stage
 from dynamicrad_compile.runtime.pool import Slot
 from dynamicrad_compile.runtime.router import route
 
@@ -100,21 +102,26 @@ class Controls:
         if weights is not None:
             nodes = replace(nodes, compensate=buffer_node(self.gm, "compensate", weights.to(self.device)))
         if len(planned.table.plan.kv_counts) > 1:
-            regime = self._regime_for(planned.video.shape[0])
+            rows = self._rows_for(planned)
             names = ("order", "inverse", "q_order", "q_inverse") if one_order(planned) else ()
             shared = {name: getattr(nodes, name) for name in names}
             of_regimes = replace(nodes, **dict.fromkeys(shared))
-            nodes = replace(of_regimes.each(lambda node: call(torch.index_select, (node, 0, regime))), **shared)
+            nodes = replace(of_regimes.each(lambda node: call(torch.index_select, (node, 0, rows))), **shared)
         if self.control.gates:
             nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
         return nodes
 
-    def refresh(self) -> fx.Node:
-        """Node of bool [1]: whether blocks are to be chosen anew."""
+    def refresh(self, stages: Stages) -> fx.Node:
+        """Node of bool [1]: whether blocks are to be chosen anew: at every so many steps, and where a stage begins."""
         control = self.control
-        return self._once(
+        due = self._once(
             "refresh", clock.is_refresh, lambda: (self._clock(), control.dense_steps, control.refresh_steps)
         )
+        if not stages.starts:
+            return due
+        starts = (stages.starts, stages.by, stages.falling)
+        begins = self._once(f"begins {stages}", stage.begins, lambda: (self._clock(), *starts))
+        return self._once(f"refresh {stages}", torch.logical_or, lambda: (due, begins))
 
     def _dense(self) -> fx.Node:
         control = self.control
@@ -128,6 +135,21 @@ class Controls:
         return self._once(
             "time", clock.advance, lambda: (self.conditions.timestep, self._kept("clock", clock.new_clock))
         )
+
+    def _rows_for(self, planned: PlannedSite) -> fx.Node:
+        """int64 [batch] or [1]: which of a table's plans a call reads."""
+        spec = planned.spec
+        if spec is None or spec.stages.number == 1:
+            return self._regime_for(planned.video.shape[0])
+        at = self._stage(spec.stages)
+        if spec.number_of_regimes == 1:
+            return at
+        regime = self._regime_for(planned.video.shape[0])
+        return self._once(f"{regime} {at}", stage.row_of, lambda: (regime, at, spec.stages.number))
+
+    def _stage(self, stages: Stages) -> fx.Node:
+        arguments = (stages.number, stages.starts, stages.by, stages.falling)
+        return self._once(f"stage {stages}", stage.stage_of, lambda: (self._clock(), *arguments))
 
     def _regime_for(self, batch: int) -> fx.Node:
         """int64 [batch] or [1]; one for all where the prompts are another batch than the queries."""

@@ -21,6 +21,7 @@ from torch.fx.node import has_side_effect
 
 from dynamicrad_compile.kernels import select_op as _registers_the_op  # noqa: F401
 from dynamicrad_compile.kernels.select_arguments import Selection, with_state
+from dynamicrad_compile.plans.stages import ONE_STAGE
 from dynamicrad_compile.runtime.pool import Slot
 
 from ..site import PlannedSite
@@ -74,6 +75,7 @@ def select(
         return (query, key, *candidates, scale, plan.block_q, plan.block_kv, criterion, keys, rank)
 
     pair = None
+    stages = ONE_STAGE if planned.spec is None else planned.spec.stages
     if controls.control.refresh_steps and num_kv is not None:
         batch, heads = video.shape[:2]
         counts, indices = (t[:1].to(controls.device) for t in (plan.kv_counts, plan.kv_indices))
@@ -81,7 +83,7 @@ def select(
             state_node(gm, controls.context, Slot("kept_counts", lambda: counts.repeat(batch, heads, 1))),
             state_node(gm, controls.context, Slot("kept_indices", lambda: indices.repeat(batch, heads, 1, 1))),
         )
-        pair = call(select_or_keep, (arguments(0), *kept, controls.refresh(), num_kv))
+        pair = call(select_or_keep, (arguments(0), *kept, controls.refresh(stages), num_kv))
     else:
         for place in range(len(criteria)):  # of several, each row of the batch takes that of its regime
             chosen = call(torch.ops.dynamicrad.select_blocks.default, arguments(place))

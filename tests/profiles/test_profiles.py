@@ -111,7 +111,8 @@ def test_mistakes_are_named(tmp_path, old, new, message):
 def test_value_in_place_of_a_table(tmp_path):
     path = write(tmp_path, DEFAULT.split("[regimes.low")[0] + "[regimes]\nlow = 3\nmid = 4\nhigh = 5\n")
     with pytest.raises(
-        ProfileError, match=r"regimes\.low = 3: this is not a table\..*\['static_ratio', 'dynamic_threshold'\]"
+        ProfileError,
+        match=r"regimes\.low = 3: this is not a table\..*\['static_ratio', 'dynamic_threshold', 'schedule'\]",
     ):
         load_profile(path)
 
