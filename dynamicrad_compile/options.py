@@ -118,6 +118,22 @@ class Options(BaseModel):
     sink_frames: Count | None = None
     """Leading frames that every query may read; None = the profile's."""
 
+    reference_frames: Annotated[int, Field(ge=1)] | None = None
+    """Pattern "lvsa": latent frames that the model was trained for; None = the profile's."""
+
+    window: Count | None = None
+    """Pattern "lvsa": frames on either side of a query's frame that are read; None = the profile's."""
+
+    n_first: Count | None = None
+    """Pattern "lvsa": leading frames that are read by all at every step; None = the profile's."""
+
+    sparsity_scale: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
+    """Pattern "lvsa": reads so many times `reference_frames` frames; None = the profile's."""
+
+    rule: Literal["published", "exact"] | None = None
+    """Pattern "lvsa": frames as its published code counts them, or "exact": every frame reads as many as it should;
+    None = the profile's."""
+
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the video in latent tokens after patchifying; None = traced from the graph. One that
     the graph contradicts is an error."""
@@ -213,6 +229,10 @@ class Options(BaseModel):
         "block_size",
         "dense_layers",
         "dense_steps",
+        "reference_frames",
+        "window",
+        "n_first",
+        "sparsity_scale",
         "dense_timestep",
         "refresh_steps",
         "steps",

@@ -4,6 +4,7 @@
 
     [profile]            name, description, pattern, mode, block_size, dense_layers, dense_steps, min_tokens
     [match]              what the profile was tuned for; profile = "auto" picks by it
+    [lvsa]               optional: parameters of pattern "lvsa", such as the frames that the model was trained for
     [provenance]         where the numbers are from; every key is optional
     [regimes.low]        one table each for low, mid and high motion
     static_ratio = { sparsity = 0.85, decay_factor = 1.0, sink_frames = 1 }
@@ -24,6 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from dynamicrad_compile.errors import ProfileError, nearest
 
 from .parameters import (
+    LVSA,
     REGIMES,
     BlockSize,
     Count,
@@ -135,8 +137,16 @@ class Profile(Table):
     schema_version: Literal[1] = Field(alias="schema")
     header: Header = Field(alias="profile")
     match: Match | None = None
+    lvsa: LVSA = LVSA()
     provenance: Provenance = Provenance()
     regimes: Regimes
+
+    @field_validator("lvsa")
+    @classmethod
+    def _of_all_steps(cls, value: LVSA) -> LVSA:
+        if "step" in value.model_fields_set:
+            raise ValueError("step is that of the run; leave it out")
+        return value
 
     @model_validator(mode="after")
     def _boxes_are_blocks(self) -> Profile:

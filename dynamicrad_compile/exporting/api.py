@@ -20,6 +20,7 @@ from ..errors import ExportError, StrictError, nearest
 from ..files import whole_folder
 from ..options import Options
 from ..passes.site import VIDEO
+from ..plans.patterns import PATTERNS
 from ..profiles import REGIMES, load_profile
 from ..reporting.report import Report
 from .batch import with_dynamic_batch
@@ -150,6 +151,12 @@ def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[s
         raise ExportError(
             f"a schedule of sparsity needs a memory from step to step, which format {format!r} does not have. Give "
             "`sparsity` as a number, or use format 'torch' or 'aoti'."
+        )
+    pattern = parsed.pattern or (profile.pattern if profile is not None else "dynamicrad")
+    if PATTERNS[pattern].by_step:
+        raise ExportError(
+            f"pattern {pattern!r} needs a memory from step to step, which format {format!r} does not have. Take "
+            "another pattern, or use format 'torch' or 'aoti'."
         )
     if parsed.qk_dtype:
         raise ExportError(

@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..errors import LoraError, OptionsError
 from ..files import tomllib
 from ..options import Options
+from ..plans.patterns import PATTERNS
 from ..problems import problems
+from ..profiles import load_profile
 
 SELF_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NO_STEPS = "which timesteps the steps have is known only to the scheduler of a run; give timesteps"
@@ -166,6 +168,9 @@ class Settings(_Table):
             raise ValueError(
                 f"sparsity can't be a schedule by steps in training: {NO_STEPS}, and schedule_by='timestep'"
             )
+        pattern = options.pattern or (load_profile(options.profile).pattern if options.profile != "auto" else "")
+        if pattern and PATTERNS[pattern].by_step:
+            raise ValueError(f"pattern {pattern!r} can't be used in training: its blocks are those of a step of a run")
         return value
 
     @property

@@ -9,7 +9,7 @@ from ..reporting.reason import Reason
 from .control import control_of
 from .gain import few_tokens, if_it_pays, mode_for
 from .method import idle_covariance, method_of
-from .planning import AS_ASKED, planned, takes_regimes, without_meaning
+from .planning import AS_ASKED, pattern_notes, planned, takes_regimes, without_meaning
 from .schedule import schedule_of
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
 from .targets import unreached
@@ -47,6 +47,8 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
                     (unmet if regimes.unmet else notes)[regimes.why] = None
                 if scheduled.note:
                     (notes if regimes.clocked else unmet)[scheduled.note] = None
+            for text, is_unmet in pattern_notes(decision, settings, regimes):
+                (unmet if is_unmet else notes)[text] = None
             lacking = unreached(decision)
             decision, problem = if_it_pays(decision, settings)
             if problem:

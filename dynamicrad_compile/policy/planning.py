@@ -12,17 +12,21 @@ from ..plans.layout import MIN_FRAMES, too_long
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.ratios import balance_of
+from ..plans.stages import Stages
 from ..plans.table import PlanSpec, RegimeSpec
 from ..profiles import Profile
-from ..profiles.parameters import DynamicThreshold, StaticRatio
+from ..profiles.parameters import DynamicThreshold, StaticRatio, Table
 from ..reporting.reason import NOTHING, Reason
-from .schedule import schedule_of
+from .schedule import NO_CLOCK, schedule_of
 from .settings import SAFE_REGIME, Regimes, Settings, Wishes
 
 CANDIDATE_FACTOR = 2.5
 """Candidates per kept block where a profile does not say how many candidates a selection is made from."""
 
-PLAN_OPTIONS = ("compensate", "covariance", "box", "decay_factor", "sink_frames")
+PLAN_OPTIONS = (
+    *("compensate", "covariance", "box", "decay_factor", "sink_frames"),
+    *("reference_frames", "window", "n_first", "sparsity_scale", "rule"),
+)
 """Options that are parameters of patterns, beside sparsity, which may change over a run."""
 
 AS_ASKED = f"{NOTHING}: the options ask for it"
@@ -32,7 +36,7 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
-    spec = _specification(PATTERNS[settings.pattern], settings, wishes.options, regimes)
+    spec = _specification(PATTERNS[settings.pattern], site, settings, wishes.options, regimes)
     problem = too_long(site.keys, spec.block_size)
     if problem:
         return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
@@ -67,7 +71,9 @@ def takes_regimes(pattern: str) -> bool:
     return pattern in PATTERNS and PATTERNS[pattern].by_regime
 
 
-def _specification(pattern: Pattern[Any], settings: Settings, options: Options, regimes: Regimes) -> PlanSpec:
+def _specification(
+    pattern: Pattern[Any], site: VideoSite, settings: Settings, options: Options, regimes: Regimes
+) -> PlanSpec:
     if pattern.by_regime:
         make = _static if settings.mode == "static_ratio" else _dynamic
         found = schedule_of(options, settings.profile, regimes.names, regimes.clocked)
@@ -77,10 +83,37 @@ def _specification(pattern: Pattern[Any], settings: Settings, options: Options, 
             for value, weight in zip(values, found.weights, strict=True)
         )
         return PlanSpec(pattern.name, settings.block_size, rows, found.stages)
-    sinks = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
-    values = {"sink_frames": sinks, **_given(options, *PLAN_OPTIONS)}
-    known = {name: values[name] for name in values if name in pattern.parameters.model_fields}
-    return PlanSpec(pattern.name, settings.block_size, (RegimeSpec("", pattern.parameters(**known)),))
+    parameters = _parameters(pattern, settings.profile, options)
+    size = settings.block_size
+    if pattern.block_size is not None and options.block_size is None:
+        size = pattern.block_size(site.grid, *site.text, size, parameters, site.queries)
+    number = pattern.cycle(site.grid[0], parameters) if pattern.cycle is not None and regimes.clocked else 1
+    steps = [parameters.model_copy(update={"step": step}) for step in range(number)] if number > 1 else [parameters]
+    return PlanSpec(pattern.name, size, tuple(RegimeSpec("", step) for step in steps), Stages(number))
+
+
+def _parameters(pattern: Pattern[Any], profile: Profile, options: Options) -> Table:
+    """Of a pattern that knows no regimes: the profile's, changed by the options."""
+    own: Any = getattr(profile, pattern.name, None)
+    values = {} if own is None else own.model_dump()
+    if "sink_frames" in pattern.parameters.model_fields:
+        values["sink_frames"] = profile.regime(SAFE_REGIME).static_ratio.sink_frames
+    found: Table = pattern.parameters(**{**values, **_given(options, pattern.parameters)})
+    return found
+
+
+def pattern_notes(site: PlannedSite, settings: Settings, regimes: Regimes) -> list[tuple[str, bool]]:
+    """What is to be said of a pattern that knows no regimes, and whether a wish is unmet by that."""
+    pattern, spec, found = PATTERNS.get(settings.pattern), site.spec, []
+    if pattern is None or spec is None or pattern.by_regime:
+        return []
+    if pattern.needs == "step" and not regimes.clocked:
+        found.append((f"pattern {pattern.name!r} reads the blocks of its first step at every step: {NO_CLOCK}", True))
+    if spec.block_size != settings.block_size:
+        grid = "x".join(map(str, site.video.grid))
+        text = f"pattern {pattern.name!r} has blocks of {spec.block_size} tokens over {grid}"
+        found.append((f"{text}: larger ones would straddle too many frames", False))
+    return found
 
 
 def _static(profile: Profile, name: str, options: Options, sparsity: float | None) -> RegimeSpec:
@@ -120,25 +153,24 @@ def _rank(table: DynamicThreshold | None, parameters: StaticRatio) -> str:
 
 def _override(table: StaticRatio, options: Options, sparsity: float | None) -> StaticRatio:
     given = {} if sparsity is None else {"sparsity": sparsity}
-    return table.changed(**given, **_given(options, *PLAN_OPTIONS))
+    return table.changed(**given, **_given(options, StaticRatio))
 
 
-def _given(options: Options, *names: str) -> dict[str, Any]:
-    """Those of the options that are not None."""
-    values = {name: getattr(options, name) for name in names}
+def _given(options: Options, parameters: type[Table]) -> dict[str, Any]:
+    """Those of PLAN_OPTIONS that are given and among the parameters."""
+    values = {name: getattr(options, name) for name in PLAN_OPTIONS if name in parameters.model_fields}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def without_meaning(options: Options, pattern: str) -> str:
     """Which options were given and mean nothing to the pattern; '' if none."""
-    if takes_regimes(pattern):
-        return ""
-    own = pattern == "own"
+    own, routed = pattern == "own", takes_regimes(pattern)
     taken = ("compensate", "covariance") if own else tuple(PATTERNS[pattern].parameters.model_fields)
-    parameters = ("sparsity", *PLAN_OPTIONS)
-    names = ["router", "rank", *(name for name in parameters if name not in taken), *(["pattern"] if own else [])]
+    names = [name for name in ("sparsity", *PLAN_OPTIONS) if name not in taken]
+    names = [*([] if routed else ["router", "rank"]), *names, *(["pattern"] if own else [])]
     given = [name for name in names if getattr(options, name) is not None]
-    given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []
-    given += ["regime"] if options.regime != "auto" else []
+    if not routed:
+        given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []
+        given += ["regime"] if options.regime != "auto" else []
     by = "the option plan" if own else f"pattern {pattern!r}"
     return f"{by} has no meaning for {', '.join(given)}: not used" if given else ""

@@ -170,4 +170,4 @@ def lvsa_plan(layout: Layout, parameters: LVSA) -> BlockPlan:
     return plan_of_mask(lvsa_mask(layout, parameters), layout)
 
 
-LVSA_PATTERN = Pattern("lvsa", LVSA, lvsa_plan, needs="step")
+LVSA_PATTERN = Pattern("lvsa", LVSA, lvsa_plan, needs="step", cycle=key_frame_interval, block_size=block_size_for)

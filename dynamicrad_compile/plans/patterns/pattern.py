@@ -29,6 +29,10 @@ class Pattern(Generic[Parameters]):
     classes     (layout, parameters) -> the same blocks in classes, for a choice at run time; None: all are forced
     needs       the most that a graph has to give it when it runs: "nothing", "selection" (`select_blocks`, by the
                 queries and keys at hand) or "step" (the number of the denoising step)
+    cycle       of a pattern that needs the step, (frames, parameters) -> after how many steps its plans are the same
+                again; its parameters have a field `step`
+    block_size  (grid, text before, text after, block size, parameters, queries) -> the block size that suits the
+                pattern, of at most as many tokens; None: any does
     """
 
     name: str
@@ -36,11 +40,18 @@ class Pattern(Generic[Parameters]):
     plan: Callable[[Layout, Parameters], BlockPlan]
     classes: Callable[[Layout, Parameters], Candidates] | None = None
     needs: Need = "nothing"
+    cycle: Callable[[int, Parameters], int] | None = None
+    block_size: Callable[..., int] | None = None
 
     @property
     def by_regime(self) -> bool:
         """Whether its parameters are those that a profile has for each regime."""
         return issubclass(self.parameters, StaticRatio)
+
+    @property
+    def by_step(self) -> bool:
+        """Whether its blocks depend on the step of a run."""
+        return self.needs == "step"
 
     def candidates(self, layout: Layout, parameters: Parameters) -> Candidates:
         """The blocks that may be read; those of a pattern without classes are all forced."""
