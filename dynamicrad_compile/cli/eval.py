@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,32 @@ def add_eval(commands: Any) -> None:
     parser.add_argument("--dense-steps", type=int, default=0, help="first steps that stay dense, ours (0)")
     parser.add_argument("--batch", type=int, default=2, help="clips made together (2)")
     parser.add_argument("--real", type=int, default=64, help="held-out real clips to compare with (64)")
-    parser.add_argument("--clips", type=Path, nargs="+", metavar="FILE", help="only the loop score of these animations")
+    parser.add_argument(
+        "--clips", type=Path, nargs="+", metavar="FILE", help="only the loop scores of these animations"
+    )
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIP model that VQeval's score and consistency compare frames by (coarse pixels)",
+    )
+    parser.add_argument(
+        "--fps", type=float, help="of the clips, by which VQeval samples those of over 5 s (all frames)"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/eval"), help="folder (outputs/eval)")
     parser.set_defaults(run=_eval)
 
 
 def _eval(args: argparse.Namespace) -> int:
     if args.clips:
-        return _loops(args.clips)
+        return _loops(args)
+    from ..quality.frame_features import clip_features, coarse_features
     from ..quality.harness import evaluate
     from ..quality.methods import method
     from ..quality.pictures import save_gif, save_pareto
 
     _check(args)
+    features = clip_features(args.features) if args.features else coarse_features
     subject = chosen_subject(args)
     prompts = args.prompt or list(subject.prompts)[: args.prompts]
     methods = [
@@ -55,7 +69,17 @@ def _eval(args: argparse.Namespace) -> int:
         for sparsity in args.sparsity
     ]
     try:
-        results = evaluate(subject, methods, prompts, args.output, seeds=args.seeds, batch=args.batch, real=args.real)
+        results = evaluate(
+            subject,
+            methods,
+            prompts,
+            args.output,
+            seeds=args.seeds,
+            batch=args.batch,
+            real=args.real,
+            features=features,
+            fps=args.fps,
+        )
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on with what is in {args.output}.")
         return 130
@@ -75,6 +99,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("prompts", 1), ("seeds", 1), ("batch", 1), ("real", 0)):
         if getattr(args, name) < least:
             raise DynamicRadError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    _check_fps(args)
     for name in args.methods:
         check_method(name)
     for sparsity in args.sparsity:
@@ -84,18 +109,30 @@ def _check(args: argparse.Namespace) -> None:
         output_file(args.output / name)
 
 
-def _loops(files: list[Path]) -> int:
+def _check_fps(args: argparse.Namespace) -> None:
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise DynamicRadError(f"--fps must be a positive number, got {args.fps:g}.")
+
+
+def _loops(args: argparse.Namespace) -> int:
+    from ..quality.frame_features import clip_features, coarse_features, consistency
     from ..quality.loops import loop_score
     from ..quality.pictures import read_clip
+    from ..quality.vqeval import enough_frames, vqeval_loop
 
-    clips = [read_clip(file) for file in files]
-    print(f"{'score':>6s} {'repetition':>11s} {'lag':>4s} {'duplicates':>11s} {'periodicity':>12s} {'stillness':>10s}")
-    for file, clip in zip(files, clips, strict=True):
-        found = loop_score(clip)
-        parts = (found.repetition, found.lag, found.duplicates, found.periodicity, found.stillness)
-        repetition, lag, duplicates, periodicity, still = (float(part) for part in parts)
-        print(
-            f"{float(found.score):6.1f} {repetition:11.2f} {lag:4.0f} {duplicates:11.2f} {periodicity:12.2f} "
-            f"{still:10.2f}  {file}"
-        )
+    _check_fps(args)
+    features = clip_features(args.features) if args.features else coarse_features
+    clips = [read_clip(file) for file in args.clips]
+    ours = ("repetition", "duplicates", "periodicity", "stillness")
+    theirs = ("cycle", "duplicates", "flow", "autocorrelation")
+    print("  ".join(["score", *ours, "lag", "| VQeval", *theirs, "lag", "| consistency"]))
+    for file, clip in zip(args.clips, clips, strict=True):
+        loop = loop_score(clip)
+        vqeval = vqeval_loop(clip, features, args.fps) if enough_frames(clip.shape[1], args.fps) else None
+        parts = [("score", loop.score, ".1f"), *((name, getattr(loop, name), ".2f") for name in ours)]
+        parts += [("lag", loop.lag, ".0f"), ("| VQeval", getattr(vqeval, "score", math.nan), ".1f")]
+        parts += [(name, getattr(vqeval, name, math.nan), ".2f") for name in theirs]
+        parts += [("lag", getattr(vqeval, "lag", math.nan), ".0f")]
+        parts += [("| consistency", consistency(clip, features), ".3f")]
+        print("  ".join(f"{float(value):>{len(name)}{form}}" for name, value, form in parts), f"  {file}")
     return 0

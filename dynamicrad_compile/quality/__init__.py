@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from ..models.hook import Place, attention_hook
 from .features import feature_distance, frechet_distance
+from .frame_features import clip_features, coarse_features, consistency
 from .harness import Results, Row, evaluate, make_clips
 from .loops import LoopScore, loop_score
 from .methods import METHODS, Compiled, Dense, Hooked, method
 from .metrics import flicker, motion, motion_ratio, psnr, rmse, ssim
 from .pictures import save_gif, save_pareto
 from .subject import Subject, from_pipeline
+from .vqeval import VQevalLoop, vqeval_loop
 
 __all__ = [
     "METHODS",
@@ -28,7 +30,11 @@ __all__ = [
     "Results",
     "Row",
     "Subject",
+    "VQevalLoop",
     "attention_hook",
+    "clip_features",
+    "coarse_features",
+    "consistency",
     "evaluate",
     "feature_distance",
     "flicker",
@@ -44,4 +50,5 @@ __all__ = [
     "save_gif",
     "save_pareto",
     "ssim",
+    "vqeval_loop",
 ]

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from ..errors import DynamicRadError
 from ..files import whole_file, write_file
 from ..optional import optional
 from .features import WINDOW, feature_distance, frechet_distance
+from .frame_features import FrameFeatures, coarse_features, consistency
 from .loops import MIN_FRAMES, loop_score
 from .methods import Dense, Method
 from .metrics import SSIM_PIXELS, check_clips, flicker, motion, motion_ratio, psnr, rmse, ssim
 from .subject import Subject
+from .vqeval import enough_frames, vqeval_loop
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Row:
     wanted, sparsity  share of dense attention: asked for, and skipped over the whole run
     rmse, psnr, ssim, feature   against the dense clip of the same prompt and seed
     motion, flicker   of the clips; motion_ratio: energy of frame differences over the dense clip's (median)
-    loop              loop and freeze score, 100 is good
+    loop, vqeval      our loop and freeze score and VQeval's loop score, 100 is good
+    consistency       likeness of frames as VBench has it, 1 is frozen
     frechet_dense, frechet_real  distances of the whole set to the dense clips and to held-out real ones
     clips, seconds    number of clips, and the time to make one on this machine, compilation included
     """
@@ -48,13 +52,18 @@ class Row:
     motion_ratio: float
     flicker: float
     loop: float
+    vqeval: float
+    consistency: float
     frechet_dense: float
     frechet_real: float
     clips: int
     seconds: float
 
 
-COLUMNS = ("sparsity", "psnr", "ssim", "feature", "flicker", "motion_ratio", "loop", "frechet_dense", "frechet_real")
+COLUMNS = (
+    *("sparsity", "psnr", "ssim", "feature", "flicker", "motion_ratio"),
+    *("loop", "vqeval", "consistency", "frechet_dense", "frechet_real"),
+)
 
 
 LACKING = 0.005
@@ -99,12 +108,15 @@ def evaluate(
     batch: int = 2,
     real: int = 64,
     progress: bool = True,
+    features: FrameFeatures = coarse_features,
+    fps: float | None = None,
 ) -> Results:
     """Make clips of all prompts by every method, dense first, measure them, write FOLDER/results.json.
 
     seeds   clips of each prompt; clip i of all has seed first_seed + i
     batch   clips that are made together
     real    held-out real clips to compare with, if the subject has any
+    features, fps  what frames are compared by, and how VQeval samples them (`vqeval.vqeval_loop`)
 
     Clips are kept in FOLDER/clips, named by what decides them, so an interrupted evaluation goes on where it was and
     another one with more methods makes only the new ones. Raises DynamicRadError for unusable clips.
@@ -117,17 +129,18 @@ def evaluate(
     cases = [*prompts] * seeds
     numbers = list(range(first_seed, first_seed + len(cases)))
     everything: list[Method] = [Dense(), *(m for m in methods if not isinstance(m, Dense))]
+    seen = partial(_row, features=features, fps=fps)
     held_out = subject.real(real) if subject.real is not None and real else None
     results = Results(subject.name, list(prompts), numbers, [], {})
     if held_out is not None:
-        results.rows.append(_row("real", 0.0, 0.0, held_out, None, held_out, 0.0))
+        results.rows.append(seen("real", 0.0, 0.0, held_out, None, held_out, 0.0))
     with tqdm(total=len(everything) * len(cases), disable=not progress, unit="clip", dynamic_ncols=True) as bar:
         for item in everything:
             bar.set_postfix_str(f"{item.name} {item.wanted:g}")
             clips, sparsity, seconds = make_clips(subject, item, cases, numbers, folder / "clips", batch, bar.update)
             dense = results.clips.setdefault("dense", clips)
             results.clips[_label(item)] = clips
-            results.rows.append(_row(item.name, item.wanted, sparsity, clips, dense, held_out, seconds))
+            results.rows.append(seen(item.name, item.wanted, sparsity, clips, dense, held_out, seconds))
             write_json(folder / "results.json", results.to_json())
     return results
 
@@ -175,13 +188,22 @@ def make_clips(
         "sparsity": torch.tensor(sparsity, dtype=torch.float64, device="cpu"),
         "seconds": torch.tensor(seconds, dtype=torch.float32, device="cpu"),
     }
-    with whole_file(file) as partial:
-        safetensors.save_file({"clips": clips.half(), **numbers}, partial)
+    with whole_file(file) as unfinished:
+        safetensors.save_file({"clips": clips.half(), **numbers}, unfinished)
     return clips.half().float(), sparsity, seconds
 
 
 def _row(
-    name: str, wanted: float, sparsity: float, clips: Tensor, dense: Tensor | None, real: Tensor | None, seconds: float
+    name: str,
+    wanted: float,
+    sparsity: float,
+    clips: Tensor,
+    dense: Tensor | None,
+    real: Tensor | None,
+    seconds: float,
+    *,
+    features: FrameFeatures,
+    fps: float | None,
 ) -> Row:
     nan = math.nan
     pair = dict.fromkeys(("rmse", "psnr", "ssim", "feature", "motion_ratio", "frechet_dense"), nan)
@@ -210,6 +232,8 @@ def _row(
         motion=float(motion(clips).mean()),
         flicker=float(flicker(clips).nanmean()) if clips.shape[1] > 2 else nan,
         loop=float(loop_score(clips).score.mean()) if clips.shape[1] >= MIN_FRAMES else nan,
+        vqeval=float(vqeval_loop(clips, features, fps).score.mean()) if enough_frames(clips.shape[1], fps) else nan,
+        consistency=float(consistency(clips, features).mean()) if clips.shape[1] > 1 else nan,
         frechet_real=frechet_real,
         clips=len(clips),
         seconds=seconds,

@@ -1,7 +1,8 @@
 """Does a long clip loop or freeze? A score from its pixels alone, in the spirit of VQeval's loop score.
 
-VQeval (of LVSA) compares CLIP embeddings of frames. Here frames are compared as they are, coarse pixels of at most
-GRID x GRID, so nothing is downloaded, and each of the four parts is 0 for a clip that keeps going somewhere new:
+VQeval (of LVSA; its own formulas are in `vqeval`) compares CLIP embeddings of frames. Here frames are compared as they
+are, coarse pixels of at most 16 x 16, so nothing is downloaded, and each of the four parts is 0 for a clip that keeps
+going somewhere new:
 
     repetition   max over lags L of 1 - d(L) / max of d(l) for l < L, with d(L) the distance of frames L apart (root
                  mean square, mean over t) and L from max(3, n / 10) to n - 2: the clip went away and came back.
@@ -23,12 +24,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .frame_features import coarse
 from .metrics import check_clips
 
-GRID = 16
 DUPLICATE = 0.01  # root mean square, in units of the value range: 2.5 of 255
 STILL = 0.004  # 1 of 255
 WEIGHTS = {"repetition": 0.35, "duplicates": 0.25, "periodicity": 0.20, "stillness": 0.20}
@@ -50,27 +50,21 @@ class LoopScore:
 def loop_score(clips: Tensor) -> LoopScore:
     """Parts and score of clips, float [N, F, C, H, W] in 0..1, at least MIN_FRAMES frames. Raises DynamicRadError."""
     clips = check_clips(clips, frames=MIN_FRAMES)
-    coarse = _coarse(clips)
-    n = coarse.shape[1]
-    distance = torch.cdist(coarse, coarse) / coarse.shape[2] ** 0.5
+    pixels = coarse(clips).flatten(2)
+    n = pixels.shape[1]
+    distance = torch.cdist(pixels, pixels) / pixels.shape[2] ** 0.5
     pairs = torch.triu(torch.ones(n, n, dtype=torch.bool, device="cpu"), 1)
     duplicates = (3.0 * (distance[:, pairs] < DUPLICATE).double().mean(1)).clamp(max=1.0)
     still = (distance.diagonal(1, 1, 2) < STILL).double().mean(1)
     repetition, lag = _repetition(distance)
     repetition = torch.maximum(repetition, still)
-    periodicity = torch.maximum(_periodicity(coarse), still)
+    periodicity = torch.maximum(_periodicity(pixels), still)
     parts = {"repetition": repetition, "duplicates": duplicates, "periodicity": periodicity, "stillness": still}
     total = sum(
         (WEIGHTS[name] * part for name, part in parts.items()),
         torch.zeros(len(clips), dtype=torch.float64, device="cpu"),
     )
     return LoopScore(**parts, score=100.0 * (1.0 - total), lag=lag)
-
-
-def _coarse(clips: Tensor) -> Tensor:
-    """fp64 [N, F, P]: frames averaged down to at most GRID x GRID."""
-    size = tuple(min(GRID, extent) for extent in clips.shape[-2:])
-    return F.adaptive_avg_pool2d(clips.flatten(0, 1), size).reshape(*clips.shape[:2], -1)
 
 
 def _repetition(distance: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,12 +79,12 @@ def _repetition(distance: Tensor) -> tuple[Tensor, Tensor]:
     return best.values.clamp(0.0, 1.0), lags[best.indices]
 
 
-def _periodicity(coarse: Tensor) -> Tensor:
+def _periodicity(pixels: Tensor) -> Tensor:
     """fp64 [N]: how far the power lies on one comb of frequencies."""
-    centred = coarse - coarse.mean(1, keepdim=True)
+    centred = pixels - pixels.mean(1, keepdim=True)
     power = torch.fft.rfft(centred, dim=1).abs().square().sum(2)[:, 1:]
     total = power.sum(1)
-    result = torch.zeros(len(coarse), dtype=torch.float64, device="cpu")
+    result = torch.zeros(len(pixels), dtype=torch.float64, device="cpu")
     top = power.shape[1]
     for k in range(2, top // 2 + 1):
         chance = len(range(k, top + 1, k)) / top

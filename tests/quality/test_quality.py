@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.clips import frozen, half_frozen, looping, moving, noise, noisy
 from support.graphs import relative_error
 from support.plain import PLAIN
 
@@ -24,29 +25,6 @@ from dynamicrad_compile.quality.subject import load_subject
 GRID = (6, 4, 4)
 
 
-def moving(frames=32, speed=0.7, size=24):
-    """A soft-edged square that crosses a textured background and never comes back."""
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    background = 0.4 + 0.1 * torch.sin(0.7 * x + 0.3 * y)
-    time = torch.arange(frames)[:, None, None]
-    edge = torch.maximum((x - speed * time).abs(), (y - size / 2).abs()) - 4
-    cover = (0.5 - edge / 3).clamp(0, 1)[:, None]
-    color = torch.tensor([0.9, 0.2, 0.1])[:, None, None]
-    return (background + cover * (color - background))[None]
-
-
-def looping(period=8, frames=32):
-    return moving(period, speed=2.5).repeat(1, frames // period, 1, 1, 1)
-
-
-def frozen(frames=32):
-    return moving(1).repeat(1, frames, 1, 1, 1)
-
-
-def noisy(clip, sigma, seed=0):
-    return (clip + sigma * torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
-
-
 def test_psnr_and_ssim_of_known_clips():
     clip = moving(6)
     assert float(metrics.psnr(clip, clip)) == metrics.MAX_PSNR
@@ -61,8 +39,7 @@ def test_motion_and_flicker_of_known_clips():
     ramp = torch.linspace(0, 1, 9)[None, :, None, None, None].expand(1, 9, 3, 16, 16)
     assert float(metrics.motion(ramp)) == pytest.approx(1 / 8)
     assert float(metrics.flicker(ramp)) == pytest.approx(0.0, abs=1e-9)
-    noise = torch.rand(1, 64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert float(metrics.flicker(noise)) == pytest.approx(3.0, rel=0.02)
+    assert float(metrics.flicker(noise(64))) == pytest.approx(3.0, rel=0.02)
     in_turn = torch.tensor([0.2, 0.8]).repeat(8)[None, :, None, None, None].expand(1, 16, 3, 16, 16)
     assert float(metrics.flicker(in_turn)) == pytest.approx(4.0)
     assert math.isnan(float(metrics.flicker(frozen(8))))
@@ -84,7 +61,7 @@ def test_feature_distance_and_frechet_rank_damage():
 def test_loop_score_ranks_clips_made_to_fail():
     clips = {
         "moving": moving(),
-        "half frozen": torch.cat([moving(16), moving(16)[:, -1:].repeat(1, 16, 1, 1, 1)], dim=1),
+        "half frozen": half_frozen(),
         "looping": looping(),
         "frozen": frozen(),
     }
@@ -102,10 +79,9 @@ def test_loop_score_ranks_clips_made_to_fail():
 
 def test_loop_score_sees_through_noise_and_is_no_flicker_metric():
     assert float(quality.loop_score(noisy(looping(), 0.02)).score) < 60 < float(quality.loop_score(moving()).score)
-    noise = torch.rand(1, 32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert float(quality.loop_score(noise).score) > 85  # never repeats; flicker() is what tells it
+    assert float(quality.loop_score(noise()).score) > 85  # never repeats; flicker() is what tells it
     bright = moving() * torch.tensor([1.0, 0.8]).repeat(16)[None, :, None, None, None]
-    flickers = [float(metrics.flicker(clip)) for clip in (moving(), noisy(moving(), 0.1), noise, bright)]
+    flickers = [float(metrics.flicker(clip)) for clip in (moving(), noisy(moving(), 0.1), noise(), bright)]
     assert flickers[0] < 0.5 < flickers[1] < flickers[2] < 3.5
     assert flickers[3] > 3
 
