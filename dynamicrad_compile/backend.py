@@ -196,6 +196,7 @@ def _site_report(site: Site) -> SiteReport:
         source=source_line(site.node),
         plan=done.plan if done is not None else None,
         slot=done.stats if done is not None else "",
+        search_slot=done.searches if done is not None else "",
         overhead=done.overhead if done is not None else 0.0,
         code=reason.code if reason else "",
         advice=reason.advice if reason else "",

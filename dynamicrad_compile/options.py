@@ -32,6 +32,7 @@ from .profiles.parameters import (
     ScheduleBy,
     Share,
     checked_schedule,
+    checked_steps,
 )
 from .runtime.router import Router
 
@@ -134,6 +135,14 @@ class Options(BaseModel):
     """Pattern "lvsa": frames as its published code counts them, or "exact": every frame reads as many as it should;
     None = the profile's."""
 
+    search_steps: tuple[int, ...] | None = None
+    """Pattern "adaspa": denoising steps, from 0, that search for the blocks that are then read; all is dense up to the
+    first. None = the profile's."""
+
+    recall_threshold: Annotated[float, Field(ge=0.0)] | None = None
+    """Pattern "adaspa": heads that keep more than this share of their attention get sparser, as many of the worst get
+    denser; 1 = all heads have one sparsity. None = the profile's."""
+
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the video in latent tokens after patchifying; None = traced from the graph. One that
     the graph contradicts is an error."""
@@ -233,6 +242,7 @@ class Options(BaseModel):
         "window",
         "n_first",
         "sparsity_scale",
+        "recall_threshold",
         "dense_timestep",
         "refresh_steps",
         "steps",
@@ -248,6 +258,11 @@ class Options(BaseModel):
         if not math.isfinite(value):
             raise ValueError("expected a finite number")
         return value
+
+    @field_validator("search_steps", mode="before")
+    @classmethod
+    def _steps(cls, value: Any) -> Any:
+        return None if value is None else checked_steps(value)
 
     @field_validator("inner")
     @classmethod

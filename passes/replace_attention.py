@@ -48,6 +48,7 @@ from .writing.chunks import split
 from .writing.control import Controls
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
+from .writing.search import found_blocks, keep, search
 from .writing.selection import select
 from .writing.sizes import (
     RuntimeSizes,
@@ -60,6 +61,8 @@ from .writing.sizes import (
 )
 from .writing.table_plan import grids_of
 
+SEARCH_IN_TRAINING = "its pattern searches blocks at steps of a run, and training has no run"
+TRAIN_WITH_OTHERS = "train with pattern 'dynamicrad', or 'dense'"
 UNMARK = "leave mark_dynamic out, or use maybe_mark_dynamic: then each grid is compiled for itself"
 
 
@@ -123,7 +126,9 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     placed = []
     for p in planned:
         frames = p.video.grid[0]
-        if p.video.axes and frames < MIN_FRAMES and p.video.node not in homes:
+        if p.table.searches is not None and context.training:
+            p.video.site.reason = Reason("search_in_training", SEARCH_IN_TRAINING, TRAIN_WITH_OTHERS)
+        elif p.video.axes and frames < MIN_FRAMES and p.video.node not in homes:
             p.video.site.reason = few_frames(frames)
         elif p.video.site.data_dependent and p.video.node not in homes:
             text = f"its length depends on data, and {_why_fixed([p])}"
@@ -182,10 +187,14 @@ def _replace(
         operands = [into_order(graph, x, *order, context.training) for x, order in pairs]
         if keys is not None and nodes.order is not None:
             keys = graph.call_function(reordered_keys, (keys, nodes.order))
+        kept, always = None, nodes
         if table.criteria:
             nodes = select(gm, planned, operands, keys, nodes, writer.controls, written.num_kv)
-            if writer.varies(planned):
-                stats = writer.record(nodes, planned, written.num_kv)
+        elif table.searches is not None:
+            kept = keep(gm, context, planned, video.device)
+            nodes = found_blocks(planned, nodes, kept, writer.controls)
+        if (table.criteria or kept is not None) and writer.varies(planned):
+            stats = writer.record(nodes, planned, written.num_kv)
         arguments = (*operands, nodes.counts, nodes.indices, scale, plan.block_q, plan.block_kv, keys)
         if nodes.compensate is not None:
             arguments = (*arguments, nodes.compensate)
@@ -194,6 +203,8 @@ def _replace(
         if planned.overhead:
             op = torch.ops.dynamicrad.second_order_attention.default
         pair = graph.call_function(op, arguments, options)
+        if kept is not None:
+            search(gm, planned, operands, keys, always, kept, pair, writer.controls)
         out = graph.call_function(operator.getitem, (pair, 0))
         out = into_order(graph, out, nodes.q_inverse, nodes.q_order, context.training)
         if given is not None:
@@ -201,4 +212,4 @@ def _replace(
         out = original_output(graph, video.site, out)
     copy_origin(before, node)
     take_over(graph, video.site, out, sites)
-    return Replacement(pair, plan, stats, planned.overhead, table.sparsity)
+    return Replacement(pair, plan, stats, planned.overhead, table.sparsity, "" if kept is None else kept.stats)

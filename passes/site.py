@@ -115,6 +115,7 @@ class Replacement:
               the plan is all there is to know
     overhead  share of dense attention that covariances of dropped blocks add
     sparsity  share of dense attention that is expected to be skipped, without the overhead
+    searches  name of the slot that adds up its searches; empty where there are none
     """
 
     node: fx.Node
@@ -122,6 +123,7 @@ class Replacement:
     stats: str = ""
     overhead: float = 0.0
     sparsity: float = 0.0
+    searches: str = ""
 
 
 @dataclass

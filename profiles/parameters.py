@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 BlockSize = Literal[16, 32, 64, 128, 256]
 Criterion = Literal["threshold", "mass", "ratio"]  # kernels/select_criteria.py is the op's own list
 Rank = Literal["mass", "error"]
-PatternName = Literal["dynamicrad", "radial", "lvsa", "dense"]
+PatternName = Literal["dynamicrad", "radial", "adaspa", "lvsa", "dense"]
 Mode = Literal["static_ratio", "dynamic_threshold"]
 RegimeName = Literal["low", "mid", "high"]
 
@@ -53,6 +53,15 @@ def checked_schedule(value: Sequence[Any], by: str = "step") -> Schedule:
     if by == "step" and (found[0][0] != 0 or not all(0 <= start < 1 for start, _ in found)):
         raise ValueError(f"{expected}, below 1.0")
     return found
+
+
+def checked_steps(value: Any) -> tuple[int, ...]:
+    """Numbers of denoising steps, ascending. Raises ValueError, which says what is expected."""
+    steps = tuple(value) if isinstance(value, (list, tuple)) else ()
+    whole = all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
+    if not steps or not whole or any(b <= a for a, b in itertools.pairwise(steps)):
+        raise ValueError("expected numbers of steps from 0, each larger than the one before")
+    return steps
 
 
 def _is_number(x: Any) -> bool:
@@ -121,10 +130,9 @@ class Prior(Table):
     sink_frames: Count = 1
 
 
-class StaticRatio(Prior):
-    """Parameters of pattern "dynamicrad" for one regime: a budget, spent by the prior.
+class Blocks(Table):
+    """What a block is, and what stands for a dropped one.
 
-    sparsity    share of dense attention that a plan skips, compensation counted
     compensate  weight of the mean key and value that stand for each dropped block; 0 = none
     covariance  what stands for dropped blocks varies with the query, by their covariances (`kernels.moments_op`);
                 nothing without compensation
@@ -132,7 +140,6 @@ class StaticRatio(Prior):
                 raster order. The width is what frames and height leave of the block (`plans.order`)
     """
 
-    sparsity: Share
     compensate: Share = 0.0
     covariance: bool = False
     box: Box = "raster"
@@ -154,6 +161,37 @@ class StaticRatio(Prior):
             return None
         frames, height, width = self.box
         return int(frames), int(height), int(width)
+
+
+class AdaSpa(Blocks):
+    """Parameters of pattern "adaspa", see `plans.patterns.adaspa`.
+
+    sparsity          share of dense attention that is skipped between searches, compensation counted
+    search_steps      denoising steps, from 0, that look for the blocks that are then read; all is dense up to the first
+    recall_threshold  heads that keep more than this share of their attention get sparser, as many of the worst get
+                      denser; 1: all heads have one sparsity
+    rank              what blocks are chosen by: "mass", their share of the attention; "error", what would be wrong if
+                      their mean stood for them. Both are exact (`kernels.search_op`)
+    """
+
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
+    search_steps: tuple[int, ...] = (10, 30)
+    recall_threshold: Annotated[float, Field(ge=0.0)] = 1.0
+    rank: Rank = "mass"
+
+    @field_validator("search_steps", mode="plain")
+    @classmethod
+    def _ascending(cls, value: Any) -> Any:
+        return checked_steps(value)
+
+
+class StaticRatio(Blocks, Prior):
+    """Parameters of pattern "dynamicrad" for one regime: a budget, spent by the prior (`Prior`), and what a block is.
+
+    sparsity    share of dense attention that a plan skips, compensation counted
+    """
+
+    sparsity: Share
 
     def changed(self, **values: Any) -> StaticRatio:
         """The plan's parameters with other values, without a choice at run time. Raises ValidationError."""

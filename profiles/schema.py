@@ -5,6 +5,7 @@
     [profile]            name, description, pattern, mode, block_size, dense_layers, dense_steps, min_tokens
     [match]              what the profile was tuned for; profile = "auto" picks by it
     [lvsa]               optional: parameters of pattern "lvsa", such as the frames that the model was trained for
+    [adaspa]             optional: parameters of pattern "adaspa", such as the steps at which it searches
     [provenance]         where the numbers are from; every key is optional
     [regimes.low]        one table each for low, mid and high motion
     static_ratio = { sparsity = 0.85, decay_factor = 1.0, sink_frames = 1 }
@@ -27,6 +28,7 @@ from dynamicrad_compile.errors import ProfileError, nearest
 from .parameters import (
     LVSA,
     REGIMES,
+    AdaSpa,
     BlockSize,
     Count,
     DynamicThreshold,
@@ -138,6 +140,7 @@ class Profile(Table):
     header: Header = Field(alias="profile")
     match: Match | None = None
     lvsa: LVSA = LVSA()
+    adaspa: AdaSpa = AdaSpa()
     provenance: Provenance = Provenance()
     regimes: Regimes
 

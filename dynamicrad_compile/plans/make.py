@@ -49,6 +49,11 @@ def make_plan(
     The plan's tensors are int32 on the CPU. Raises PlanError for an unknown pattern or parameter, for values out of
     their range and for more than `layout.MAX_BLOCKS` blocks, ProfileError if the profile can't be loaded.
     """
+    if pattern in PATTERNS and PATTERNS[pattern].needs == "search":
+        raise PlanError(
+            f"pattern {pattern!r} has no plan of its own: its blocks are found by the queries and keys of a run. "
+            "Compile a model with it, or call torch.ops.dynamicrad.search_blocks."
+        )
     if pattern not in PATTERNS:
         raise PlanError(
             f"unknown pattern {pattern!r}; expected one of {list(PATTERNS)}.{nearest(str(pattern), PATTERNS)}"

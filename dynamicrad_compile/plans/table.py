@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
-from ..profiles.parameters import Table
+from ..profiles.parameters import AdaSpa, Table
+from .cost import blocks_to_skip
 from .layout import Layout, Range
 from .order import Box, inverse
 from .patterns import PATTERNS
@@ -93,8 +94,11 @@ class PlanSpec:
 
     @property
     def follows_grid(self) -> bool:
-        """Whether the table of another grid has as many plans: how long a cycle is depends on the grid."""
-        return not self.stages.is_cycle
+        """Whether the table of another grid has tensors of the same shapes, and nothing is kept from step to step.
+
+        How long a cycle is depends on the grid; what a search has found is kept.
+        """
+        return not self.stages.is_cycle and PATTERNS[self.pattern].needs != "search"
 
     @property
     def orders(self) -> int:
@@ -134,12 +138,14 @@ class PlanTable:
     thresholds  fp32 [P, 3 K]: near, far, and 1 where the regime goes by this criterion, for each of K criteria
     criteria    criterion and rank of select_blocks; empty where nothing is to be selected
     weights     of the plans in a run (`RegimeSpec.weight`); none: all count the same
+    searches    how blocks are searched when the graph runs; the plan then holds those that are read in any case
     """
 
     candidates: Candidates
     thresholds: torch.Tensor
     criteria: tuple[tuple[str, str], ...]
     weights: tuple[float, ...] = ()
+    searches: AdaSpa | None = None
 
     @staticmethod
     def of(plan: BlockPlan) -> PlanTable:
@@ -160,6 +166,8 @@ class PlanTable:
         By criterion "ratio" as the op will choose; other criteria may choose all candidates.
         """
         plan = self.plan
+        if self.searches is not None:
+            return self.searches.sparsity
         counts, forced, near = plan.kv_counts, self.candidates.kv_forced, self.candidates.kv_near
         thinned = counts < plan.num_kv_blocks
         for place, (criterion, _) in enumerate(self.criteria):
@@ -170,6 +178,16 @@ class PlanTable:
         plan = replace(plan, kv_counts=counts, check_values=False)
         weights = self.weights or (1.0,) * len(counts)
         return sum(plan.one(i).sparsity * weight for i, weight in enumerate(weights)) / sum(weights)
+
+    @property
+    def to_skip(self) -> float:
+        """Share of the blocks that a search skips, so that the sparsity is reached with what means cost."""
+        plan = self.plan
+        return (
+            0.0
+            if self.searches is None
+            else blocks_to_skip(self.searches.sparsity, plan.block_kv, max(plan.compensate))
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a graph reads, by name: counts and indices; forced, near and thresholds where something is to be
@@ -222,4 +240,7 @@ def _build(
         }
         whole = replace(whole, plan=replace(whole.plan, **orders, check_values=False), check_values=False)
     weights = tuple(regime.weight for regime in spec.regimes)
-    return PlanTable(whole, torch.tensor(thresholds, dtype=torch.float32, device="cpu"), spec.criteria, weights)
+    parameters = spec.regimes[0].parameters
+    searches = parameters if isinstance(parameters, AdaSpa) else None
+    made = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
+    return PlanTable(whole, made, spec.criteria, weights, searches)

@@ -47,7 +47,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
                     (unmet if regimes.unmet else notes)[regimes.why] = None
                 if scheduled.note:
                     (notes if regimes.clocked else unmet)[scheduled.note] = None
-            for text, is_unmet in pattern_notes(decision, settings, regimes):
+            for text, is_unmet in pattern_notes(decision, settings, wishes.options, regimes):
                 (unmet if is_unmet else notes)[text] = None
             lacking = unreached(decision)
             decision, problem = if_it_pays(decision, settings)

@@ -100,9 +100,9 @@ def expected_sparsity(profile: Profile, spec: PlanSpec | None, table: PlanTable)
         return plan.sparsity
     for number, regime in enumerate(spec.regimes):
         weights.append(regime.weight)
-        if regime.criterion:
-            static = profile.regime(regime.name).static_ratio.sparsity
-            shares.append(static if regime.sparsity is None else regime.sparsity)
+        if regime.criterion or regime.sparsity is not None:
+            known = regime.sparsity
+            shares.append(profile.regime(regime.name).static_ratio.sparsity if known is None else known)
             continue
         shares.append(plan.one(number).sparsity)
     return sum(a * b for a, b in zip(shares, weights, strict=True)) / sum(weights)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ..options import Options
 from ..passes import PlannedSite
 from ..plans.table import RegimeSpec
+from ..profiles.parameters import AdaSpa
 
 
 def method_of(planned: PlannedSite) -> str:
@@ -20,7 +21,7 @@ def method_of(planned: PlannedSite) -> str:
     ]
     regimes = sparse or planned.spec.regimes
     boxes = _each(regimes, lambda regime: "raster" if regime.box is None else "x".join(map(str, regime.box)))
-    chosen = _each(regimes, lambda regime: f"by {regime.rank}" if regime.criterion else "by place")
+    chosen = _each(regimes, _choice)
     if not any(plan.compensate):
         stands = "nothing"
     else:
@@ -31,6 +32,12 @@ def method_of(planned: PlannedSite) -> str:
     what = f"{'' if whole else 'cut from '}boxes of {boxes} (frames x height x width)"
     what = "runs in raster order" if boxes == "raster" else what
     return f"blocks of {plan.block_kv} tokens are {what}, chosen {chosen}; for a dropped one stands {stands}"
+
+
+def _choice(regime: RegimeSpec) -> str:
+    if isinstance(regime.parameters, AdaSpa):
+        return f"by {regime.parameters.rank}, searched at steps {', '.join(map(str, regime.parameters.search_steps))}"
+    return f"by {regime.rank}" if regime.criterion else "by place"
 
 
 def idle_covariance(planned: PlannedSite, options: Options) -> str:

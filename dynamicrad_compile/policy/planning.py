@@ -15,7 +15,7 @@ from ..plans.ratios import balance_of
 from ..plans.stages import Stages
 from ..plans.table import PlanSpec, RegimeSpec
 from ..profiles import Profile
-from ..profiles.parameters import DynamicThreshold, StaticRatio, Table
+from ..profiles.parameters import AdaSpa, DynamicThreshold, StaticRatio, Table
 from ..reporting.reason import NOTHING, Reason
 from .schedule import NO_CLOCK, schedule_of
 from .settings import SAFE_REGIME, Regimes, Settings, Wishes
@@ -26,8 +26,13 @@ CANDIDATE_FACTOR = 2.5
 PLAN_OPTIONS = (
     *("compensate", "covariance", "box", "decay_factor", "sink_frames"),
     *("reference_frames", "window", "n_first", "sparsity_scale", "rule"),
+    *("search_steps", "recall_threshold"),
 )
 """Options that are parameters of patterns, beside sparsity, which may change over a run."""
+
+SEARCH_ADVICE = (
+    "compile the whole model, drad.compile(model, ...) where it falls into several graphs; or take another pattern"
+)
 
 AS_ASKED = f"{NOTHING}: the options ask for it"
 
@@ -36,11 +41,24 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
-    spec = _specification(PATTERNS[settings.pattern], site, settings, wishes.options, regimes)
+    pattern = PATTERNS[settings.pattern]
+    why_not = _no_search(site, regimes) if pattern.needs == "search" else ""
+    if why_not:
+        return Dense(Reason("no_search", f"pattern {pattern.name!r} {why_not}", SEARCH_ADVICE))
+    spec = _specification(pattern, site, settings, wishes.options, regimes)
     problem = too_long(site.keys, spec.block_size)
     if problem:
         return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
     return PlannedSite(site, spec.build(site.grid, *site.text, site.queries), spec)
+
+
+def _no_search(site: VideoSite, regimes: Regimes) -> str:
+    """Why the blocks that a search finds can't be kept for later steps; '' if they can."""
+    if not regimes.clocked:
+        return f"searches at some steps of a run, and {NO_CLOCK}"
+    if not site.path:  # called by no module: which layer it serves can't be told
+        return "keeps what it finds for each layer, and one compiled function serves all layers"
+    return ""
 
 
 def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
@@ -83,32 +101,43 @@ def _specification(
             for value, weight in zip(values, found.weights, strict=True)
         )
         return PlanSpec(pattern.name, settings.block_size, rows, found.stages)
-    parameters = _parameters(pattern, settings.profile, options)
+    parameters = _parameters(pattern, settings, options)
     size = settings.block_size
     if pattern.block_size is not None and options.block_size is None:
         size = pattern.block_size(site.grid, *site.text, size, parameters, site.queries)
     number = pattern.cycle(site.grid[0], parameters) if pattern.cycle is not None and regimes.clocked else 1
     steps = [parameters.model_copy(update={"step": step}) for step in range(number)] if number > 1 else [parameters]
-    return PlanSpec(pattern.name, size, tuple(RegimeSpec("", step) for step in steps), Stages(number))
+    sparsity = parameters.sparsity if isinstance(parameters, AdaSpa) else None
+    return PlanSpec(
+        pattern.name, size, tuple(RegimeSpec("", step, sparsity=sparsity) for step in steps), Stages(number)
+    )
 
 
-def _parameters(pattern: Pattern[Any], profile: Profile, options: Options) -> Table:
+def _parameters(pattern: Pattern[Any], settings: Settings, options: Options) -> Table:
     """Of a pattern that knows no regimes: the profile's, changed by the options."""
-    own: Any = getattr(profile, pattern.name, None)
+    known = pattern.parameters.model_fields
+    own: Any = getattr(settings.profile, pattern.name, None)
     values = {} if own is None else own.model_dump()
-    if "sink_frames" in pattern.parameters.model_fields:
-        values["sink_frames"] = profile.regime(SAFE_REGIME).static_ratio.sink_frames
+    if "sink_frames" in known:
+        values["sink_frames"] = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
+    if "search_steps" in known:  # a search at a dense step costs no step its plan
+        if isinstance(options.sparsity, float):
+            values["sparsity"] = options.sparsity
+        if options.rank:
+            values["rank"] = options.rank
     found: Table = pattern.parameters(**{**values, **_given(options, pattern.parameters)})
     return found
 
 
-def pattern_notes(site: PlannedSite, settings: Settings, regimes: Regimes) -> list[tuple[str, bool]]:
+def pattern_notes(site: PlannedSite, settings: Settings, options: Options, regimes: Regimes) -> list[tuple[str, bool]]:
     """What is to be said of a pattern that knows no regimes, and whether a wish is unmet by that."""
     pattern, spec, found = PATTERNS.get(settings.pattern), site.spec, []
     if pattern is None or spec is None or pattern.by_regime:
         return []
     if pattern.needs == "step" and not regimes.clocked:
         found.append((f"pattern {pattern.name!r} reads the blocks of its first step at every step: {NO_CLOCK}", True))
+    if isinstance(options.sparsity, tuple):
+        found.append((f"pattern {pattern.name!r} has no schedule of sparsity: not used", True))
     if spec.block_size != settings.block_size:
         grid = "x".join(map(str, site.video.grid))
         text = f"pattern {pattern.name!r} has blocks of {spec.block_size} tokens over {grid}"
@@ -165,9 +194,10 @@ def _given(options: Options, parameters: type[Table]) -> dict[str, Any]:
 def without_meaning(options: Options, pattern: str) -> str:
     """Which options were given and mean nothing to the pattern; '' if none."""
     own, routed = pattern == "own", takes_regimes(pattern)
+    ranked = routed or pattern == "adaspa"
     taken = ("compensate", "covariance") if own else tuple(PATTERNS[pattern].parameters.model_fields)
     names = [name for name in ("sparsity", *PLAN_OPTIONS) if name not in taken]
-    names = [*([] if routed else ["router", "rank"]), *names, *(["pattern"] if own else [])]
+    names = [*([] if routed else ["router"]), *([] if ranked else ["rank"]), *names, *(["pattern"] if own else [])]
     given = [name for name in names if getattr(options, name) is not None]
     if not routed:
         given += ["mode"] if options.mode == "dynamic_threshold" or (options.mode != "auto" and own) else []

@@ -17,6 +17,12 @@ from ..runtime.owner import Owner
 from ..runtime.pool import MIXED_CALLS
 from ..runtime.state import GraphState
 
+SEARCH = 0.5
+"""A search is one of the two products of dense attention."""
+
+NOT_PLAIN = ("plan", "stats", "slot", "search_slot", "search_stats")
+"""Fields of a site that are no plain values."""
+
 
 class TextTokens(NamedTuple):
     """Tokens of a sequence that are not on the grid, before and after the video; None where data decide."""
@@ -41,7 +47,7 @@ class SiteReport:
                  keys, and may begin before the queries do
     sparsity     share of dense attention that is skipped, 0.0 where dense. Where it is decided when the graph runs
                  (mode dynamic_threshold, router, dense steps): the mean over all calls so far; before the first one
-                 that of the plan, of all regimes, and where thresholds choose of all candidates
+                 that of the plan, of all regimes, and where thresholds choose of all candidates. Searches are paid for
     path         dotted path of the module
     source       file and line of the call in the model's code
     graph        number of the captured graph, from 0
@@ -53,6 +59,10 @@ class SiteReport:
     advice       what to do about it; empty where it was replaced
     chunks       where its mask shows other keys to some queries than to others: the attentions of these groups of
                  queries, one after the other, sparse or dense. Keys that the mask hides count as skipped
+    search_slot  where the running graph keeps the sums of its searches; search_stats: these sums, on the device
+    search_share share of dense attention that searches cost, the mean over all calls so far
+    recall       of each head the share of its attention that the blocks found hold, the mean over searches; empty where
+                 nothing has been searched
     asks, reads  of such a chunk: (start, stop) of the queries of the whole, and of the keys that these may read, as
                  one or more ranges
     """
@@ -78,6 +88,10 @@ class SiteReport:
     chunks: tuple[SiteReport, ...] = ()
     asks: tuple[int, int] | None = None
     reads: tuple[tuple[int, int], ...] = ()
+    search_slot: str = field(default="", repr=False)
+    search_stats: torch.Tensor | None = field(default=None, repr=False)
+    search_share: float = 0.0
+    recall: tuple[float, ...] = ()
 
     def measured(self) -> SiteReport:
         """The same with the sparsity of the calls so far; reading it waits for the device."""
@@ -88,7 +102,15 @@ class SiteReport:
         if self.stats is None:
             return self
         computed, calls = self.stats.tolist()
-        return replace(self, sparsity=1.0 - computed / calls) if calls else self
+        if not calls:
+            return self
+        searches, *recalls = [0.0] if self.search_stats is None else self.search_stats.tolist()
+        return replace(
+            self,
+            sparsity=1.0 - computed / calls - SEARCH * searches / calls,
+            search_share=SEARCH * searches / calls,
+            recall=tuple(recall / searches for recall in recalls) if searches else (),
+        )
 
     @property
     def dense_flops(self) -> int:
@@ -107,7 +129,7 @@ class SiteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; tensors are left out."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("plan", "stats", "slot")}
+        values = {k: v for k, v in self.__dict__.items() if k not in NOT_PLAIN}
         values["text_tokens"] = self.text_tokens._asdict()
         values["chunks"] = [chunk.to_dict() for chunk in self.chunks]
         return {**values, "dense_flops": self.dense_flops, "flops": self.flops}
@@ -151,11 +173,12 @@ class GraphReport:
         def summed(site: SiteReport) -> SiteReport:
             if site.chunks:
                 return replace(site, chunks=tuple(map(summed, site.chunks)))
-            if not site.slot:
-                return site
-            totals = [pool.total(self.state.place_of(site.slot)) for pool in pools]
+            return replace(site, stats=sums(site.slot), search_stats=sums(site.search_slot))
+
+        def sums(slot: str) -> torch.Tensor | None:
+            totals = [pool.total(self.state.place_of(slot)) for pool in pools] if slot else []
             known = [total for total in totals if total is not None]
-            return replace(site, stats=torch.stack(known).sum(0)) if known else site
+            return torch.stack(known).sum(0) if known else None
 
         notes = [*self.notes, *[MIXED_CALLS][: any(pool.mixed for pool in pools)]]
         return replace(self, sites=[summed(site) for site in self.sites], notes=notes)
@@ -213,6 +236,13 @@ class Report:
             lines.append(
                 f"grid {_grids(replaced)}; sparsity {mean:.1%}; all attention {before / 1e9:.1f} -> "
                 f"{after / 1e9:.1f} GFLOP a call ({1 - after / max(before, 1):.1%} saved)"
+            )
+        recalls = [recall for site in replaced for recall in site.recall]
+        if recalls:
+            share = sum(site.search_share for site in replaced) / len(replaced)
+            lines.append(
+                f"searches cost {share:.1%} of dense attention; of their attention heads keep {min(recalls):.0%} to "
+                f"{max(recalls):.0%}, {sum(recalls) / len(recalls):.0%} in the mean"
             )
         dense = [
             site.reason for site in sites if site.role in ("video_self_attention", "unknown") and not site.replaced

@@ -14,6 +14,11 @@ def new_stats(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.float64, device=device)
 
 
+def new_search_stats(heads: int, device: torch.device) -> Tensor:
+    """Sums over searches, fp64 [1 + H]: their number, and the recall of each head, the mean over a batch."""
+    return torch.zeros(1 + heads, dtype=torch.float64, device=device)
+
+
 @has_side_effect
 def record(
     stats: Tensor,

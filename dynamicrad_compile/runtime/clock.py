@@ -91,6 +91,14 @@ def stays_dense(clock: Tensor, dense_steps: int, dense_timestep: float | None) -
     return dense
 
 
+def is_first_call_of(clock: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """bool [1]: whether this is the first call of one of these steps."""
+    found = torch.zeros_like(clock[STEP], dtype=torch.bool)
+    for step in steps:
+        found = found | (clock[STEP] == step)
+    return (found & (clock[FRESH] > 0)).reshape(1)
+
+
 def is_refresh(clock: Tensor, dense_steps: int, refresh_steps: int) -> Tensor:
     """bool [1]: whether blocks are chosen anew: at the first call of every refresh_steps-th step after dense ones."""
     since = clock[STEP] - dense_steps

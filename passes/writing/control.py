@@ -115,21 +115,22 @@ class Controls:
         """Node of bool [1]: whether blocks are to be chosen anew: at every so many steps, and where a stage begins."""
         control = self.control
         due = self._once(
-            "refresh", clock.is_refresh, lambda: (self._clock(), control.dense_steps, control.refresh_steps)
+            "refresh", clock.is_refresh, lambda: (self.clock(), control.dense_steps, control.refresh_steps)
         )
         if not stages.starts:
             return due
         starts = (stages.starts, stages.by, stages.falling)
-        begins = self._once(f"begins {stages}", stage.begins, lambda: (self._clock(), *starts))
+        begins = self._once(f"begins {stages}", stage.begins, lambda: (self.clock(), *starts))
         return self._once(f"refresh {stages}", torch.logical_or, lambda: (due, begins))
 
     def _dense(self) -> fx.Node:
         control = self.control
         return self._once(
-            "dense", clock.stays_dense, lambda: (self._clock(), control.dense_steps, control.dense_timestep)
+            "dense", clock.stays_dense, lambda: (self.clock(), control.dense_steps, control.dense_timestep)
         )
 
-    def _clock(self) -> fx.Node:
+    def clock(self) -> fx.Node:
+        """Node of the step clock, fp32 [9], with this call in it."""
         if self.control.has_clock:
             return self._kept("clock", clock.new_clock, beside=True)
         return self._once(
@@ -149,7 +150,7 @@ class Controls:
 
     def _stage(self, stages: Stages) -> fx.Node:
         arguments = (stages.number, stages.starts, stages.by, stages.falling)
-        return self._once(f"stage {stages}", stage.stage_of, lambda: (self._clock(), *arguments))
+        return self._once(f"stage {stages}", stage.stage_of, lambda: (self.clock(), *arguments))
 
     def _regime_for(self, batch: int) -> fx.Node:
         """int64 [batch] or [1]; one for all where the prompts are another batch than the queries."""
@@ -169,7 +170,7 @@ class Controls:
         return self._once(
             "latched",
             regimes.latch,
-            lambda: (routed, self._clock(), self._kept("regimes", regimes.new_regimes)),
+            lambda: (routed, self.clock(), self._kept("regimes", regimes.new_regimes)),
         )
 
     def _router(self) -> list[fx.Node]:

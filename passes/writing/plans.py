@@ -63,7 +63,8 @@ class PlanWriter:
             num_kv = None if where else table.plan.num_kv_blocks
             with self.gm.graph.inserting_before(video.node):
                 nodes = self.controls.choose(self._nodes(planned, where), planned, num_kv)
-                counted = (self.varies(planned) or (where and not self.is_final)) and not table.criteria
+                chosen = table.criteria or table.searches  # counted once it is known what was
+                counted = (self.varies(planned) or (where and not self.is_final)) and not chosen
                 stats = self.record(nodes, planned, num_kv) if counted else ""
             self.written[key] = WrittenPlan(nodes, num_kv, stats)
         return self.written[key]
@@ -71,7 +72,8 @@ class PlanWriter:
     def varies(self, planned: PlannedSite) -> bool:
         """Whether what is skipped is known only when the graph runs; an exported program keeps no account of it."""
         several = len(planned.table.plan.kv_counts) > 1
-        return not self.is_final and bool(several or self.gates or planned.table.criteria)
+        table = planned.table
+        return not self.is_final and bool(several or self.gates or table.criteria or table.searches)
 
     def record(self, nodes: PlanNodes, planned: PlannedSite, num_kv: int | None) -> str:
         """Add up, whenever the graph runs, what share of dense attention it computes; the sums' slot is returned."""

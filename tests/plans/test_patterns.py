@@ -35,7 +35,8 @@ def test_plan_and_candidates_of_every_pattern(pattern):
     assert candidates.plan.block_mask().equal(plan.block_mask())
     forced = torch.equal(candidates.kv_forced, plan.kv_counts)
     assert forced == (pattern.needs != "selection")
-    assert plan.block_mask().equal(drad.make_plan(pattern.name, (4, 6, 8), 16, 5, 3, **values).block_mask())
+    if pattern.needs != "search":  # a grid alone gives no plan
+        assert plan.block_mask().equal(drad.make_plan(pattern.name, (4, 6, 8), 16, 5, 3, **values).block_mask())
     with pytest.raises(ValidationError, match="frozen"):
         parameters.anything = 1
 

@@ -16,7 +16,7 @@ from ..layout import Layout
 from ..plan import BlockPlan, Candidates
 
 Parameters = TypeVar("Parameters", bound=Table)
-Need = Literal["nothing", "selection", "step"]
+Need = Literal["nothing", "selection", "step", "search"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Pattern(Generic[Parameters]):
     plan        (layout, parameters) -> the static plan, P = 1 and H' = 1, int32 on the CPU
     classes     (layout, parameters) -> the same blocks in classes, for a choice at run time; None: all are forced
     needs       the most that a graph has to give it when it runs: "nothing", "selection" (`select_blocks`, by the
-                queries and keys at hand) or "step" (the number of the denoising step)
+                queries and keys at hand), "step" (the number of the denoising step) or "search" (`search_blocks`,
+                by the queries and keys of some steps, whose choice is kept)
     cycle       of a pattern that needs the step, (frames, parameters) -> after how many steps its plans are the same
                 again; its parameters have a field `step`
     block_size  (grid, text before, text after, block size, parameters, queries) -> the block size that suits the
@@ -51,7 +52,7 @@ class Pattern(Generic[Parameters]):
     @property
     def by_step(self) -> bool:
         """Whether its blocks depend on the step of a run."""
-        return self.needs == "step"
+        return self.needs in ("step", "search")
 
     def candidates(self, layout: Layout, parameters: Parameters) -> Candidates:
         """The blocks that may be read; those of a pattern without classes are all forced."""

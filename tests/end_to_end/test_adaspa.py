@@ -1,0 +1,160 @@
+"""Pattern adaspa compiled, against the same search written out in plain PyTorch around dense attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.graphs import compile_sparse, drad, first_output, make, relative_error
+from support.marks import INNER
+from support.tiny_dit import LATENTS, TinyDiT
+from torch.overrides import TorchFunctionMode
+
+from dynamicrad_compile.errors import OptionsError, PlanError
+
+STEPS = (1, 3)
+BLOCK = 16
+OPTIONS = dict(pattern="adaspa", sparsity=0.6, search_steps=STEPS, block_size=BLOCK, min_tokens=0)
+TIMESTEPS = (1000.0, 900.0, 700.0, 500.0, 300.0, 100.0)
+
+
+def by_block(x, dim):
+    pieces = x.split(BLOCK, dim)
+    return torch.stack([piece.sum(dim) for piece in pieces], dim)
+
+
+class Searching(TorchFunctionMode):
+    """AdaSpa around every attention over `tokens` tokens; `text` of them are behind the video."""
+
+    def __init__(self, tokens, text=0, sparsity=0.6):
+        self.tokens, self.text, self.sparsity, self.step, self.fresh, self.layers = tokens, text, sparsity, 0, True, {}
+        self.layer, self.recall, self.kept = 0, {}, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention):
+            q = kwargs.get("query", args[0] if args else None)
+            k = kwargs.get("key", args[1] if len(args) > 1 else None)
+            if q.shape[-2] == k.shape[-2] == self.tokens:
+                return self.attend(func, q, k, args, kwargs)
+        return func(*args, **kwargs)
+
+    def attend(self, func, q, k, args, kwargs):
+        number, self.layer = self.layer, self.layer + 1
+        scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+        seen = kwargs.get("attn_mask")
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        lse, mask = self.layers.get(number, (None, None))
+        if self.step <= STEPS[0]:
+            self.kept.append(1.0)
+            out = func(*args, **kwargs)
+        else:
+            allowed = mask.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+            allowed = allowed[..., : self.tokens, : self.tokens]
+            kwargs["attn_mask"] = allowed if seen is None else allowed & seen
+            self.kept.append(mask.double().mean().item())
+            out = func(*args, **kwargs)
+        if self.fresh and self.step == STEPS[0]:
+            lse = scores.logsumexp(-1)
+        if self.fresh and self.step in STEPS:
+            mass = by_block(by_block((scores - lse[..., None]).exp(), -1), -2)
+            mask = self.choose(mass)
+            self.recall.setdefault(number, []).append((mass * mask).sum((-1, -2)) / mass.sum((-1, -2)))
+        self.layers[number] = lse, mask
+        return out
+
+    def choose(self, mass):
+        always = torch.eye(mass.shape[-1], dtype=torch.bool).expand(mass.shape).clone()
+        if self.text:
+            first = (self.tokens - self.text) // BLOCK
+            always[..., first:, :] = True
+            always[..., :, first:] = True
+        always |= F.one_hot(mass.argmax(-1), mass.shape[-1]).bool()
+        number = max(round((1 - self.sparsity) * mass[0, 0].numel()), 0)
+        mask = always.clone()
+        for b in range(mass.shape[0]):
+            for h in range(mass.shape[1]):
+                free = max(0, number - int(always[b, h].sum()))
+                best = mass[b, h].masked_fill(always[b, h], -1.0).flatten().argsort(descending=True, stable=True)
+                mask[b, h].view(-1)[best[:free]] = True
+        return mask
+
+
+def call(compiled, inputs, timestep):
+    with torch.no_grad():
+        return first_output(compiled(**{**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}))
+
+
+@pytest.mark.parametrize(("name", "batch"), [("wan_t2v", 1), ("wan_t2v", 2), ("hunyuan_video", 1)])
+@pytest.mark.parametrize("inner", INNER)
+def test_steps_read_what_searches_found(name, batch, inner):
+    torch.manual_seed(0)
+    model, inputs, _ = make(name, batch=batch)
+    compiled = compile_sparse(model, **OPTIONS, inner=inner)
+    call(compiled, inputs, TIMESTEPS[0])
+    site = drad.report(compiled).replaced[0]
+    reference = Searching(site.shape[2], sum(site.text_tokens))
+    calls = 0
+    for _ in range(2):
+        for reference.step, timestep in enumerate(TIMESTEPS):
+            for reference.fresh in (True, False):
+                reference.layer, calls = 0, calls + 1
+                with reference:
+                    expected = call(model, inputs, timestep)
+                assert relative_error(call(compiled, inputs, timestep), expected) < 1e-5, reference.step
+    report = drad.report(compiled)
+    assert len(report.graphs) == 1
+    kept = (sum(reference.kept) / reference.layer + 1.0) / (calls + 1)
+    searches = 0.5 * 4 / (calls + 1)
+    assert sum(site.sparsity for site in report.replaced) / len(report.replaced) == pytest.approx(1 - kept - searches)
+    for number, site in enumerate(report.replaced):
+        found = torch.stack(reference.recall[number]).mean((0, 1))
+        assert torch.tensor(site.recall) == pytest.approx(found, abs=1e-4)
+        assert site.search_share == pytest.approx(searches)
+    assert "searches cost" in report.summary()
+
+
+def test_boxes_error_and_covariances():
+    torch.manual_seed(0)
+    model, inputs, _ = make("wan_t2v")
+    more = dict(box=(4, 2, 2), rank="error", compensate=1.0, covariance=True, recall_threshold=0.5)
+    errors = {}
+    for name, options in (("plain", {}), ("ours", more)):
+        compiled = compile_sparse(model, **{**OPTIONS, **options}, inner="eager")
+        for timestep in TIMESTEPS:
+            errors[name] = relative_error(call(compiled, inputs, timestep), call(model, inputs, timestep))
+    assert errors["ours"] < errors["plain"]
+
+
+def test_what_can_not_be_searched_stays_dense():
+    tiny = TinyDiT(F.scaled_dot_product_attention)
+    (site,) = drad.explain(tiny, LATENTS, options={**OPTIONS, "inner": "eager"}).sites
+    assert (site.replaced, site.code) == (False, "no_search")
+    model, inputs, _ = make("wan_t2v")
+    compiled = compile_sparse(model, **OPTIONS, inner="aot_eager")
+    first_output(compiled(**{**inputs, "hidden_states": inputs["hidden_states"].requires_grad_()})).sum().backward()
+    sites = [site for site in drad.report(compiled).sites if site.role == "video_self_attention"]
+    assert {site.code for site in sites} == {"search_in_training"}
+
+
+def test_another_resolution_is_searched_for_itself():
+    torch.manual_seed(0)
+    model = make("wan_t2v")[0]
+    compiled = torch.compile(model, backend="dynamicrad", options={**OPTIONS, "inner": "eager"})
+    for sizes in (dict(f=5), dict(f=7), dict(f=5)):
+        inputs = make("wan_t2v", **sizes)[1]
+        for timestep in TIMESTEPS[:2]:
+            assert relative_error(call(compiled, inputs, timestep), call(model, inputs, timestep)) < 1e-5
+        assert relative_error(call(compiled, inputs, TIMESTEPS[2]), call(model, inputs, TIMESTEPS[2])) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [(), (3, 1), (1, 1), (-1,), (1.5,), "10", (True,)])
+def test_wrong_steps_are_refused(steps):
+    with pytest.raises(OptionsError, match=r"option search_steps = .*expected numbers of steps"):
+        drad.Options(search_steps=steps)
+
+
+def test_a_grid_alone_gives_no_plan():
+    with pytest.raises(PlanError, match="by the queries and keys of a run"):
+        drad.make_plan("adaspa", (4, 6, 8))
