@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,22 @@ def check_plan(q: Tensor, kv_counts: Tensor, kv_indices: Tensor, block_q: int) -
         f"{q.shape[2]} queries in blocks of {block_q} make {rows} rows, but {got}. "
         "Was the plan made for another sequence length?",
     )
+
+
+def check_state(counts: Tensor, indices: Tensor, refresh: Tensor, shape: Sequence[int]) -> None:
+    """Contiguous int32 counts [B, H, Mq] and indices [B, H, Mq, W] of `shape`, to write to; refresh bool [1]."""
+    got = f"got {counts.dtype} {list(counts.shape)} and {indices.dtype} {list(indices.shape)}."
+    message = f"expected state_counts int32 {[*shape[:3]]} and state_indices int32 {[*shape]}, contiguous; {got}"
+    typed = counts.dtype == indices.dtype == torch.int32
+    if not (typed and counts.dim() == 3 and indices.dim() == 4):
+        raise PlanError(message)
+    for d, size in enumerate(shape):
+        require(indices.shape[d] == size, message)
+        require(d == 3 or counts.shape[d] == size, message)
+    require(counts.is_contiguous() and indices.is_contiguous(), message)
+    if refresh.dtype != torch.bool or refresh.dim() != 1:
+        raise PlanError(f"expected refresh bool [1], got {refresh.dtype} {list(refresh.shape)}.")
+    require(refresh.shape[0] == 1, f"expected refresh bool [1], got {list(refresh.shape)}.")
 
 
 def check_mask(kv_mask: Tensor | None, keys: Tensor) -> None:

@@ -1,5 +1,6 @@
-"""Second moments of the blocks of a sequence on the CPU, channel by channel.
+"""Means and second moments of the blocks of a sequence on the CPU, channel by channel.
 
+    mean[J, d]     = sum_j x[j, d] / count[J]
     square[J, d]   = sum_j x[j, d]^2 / count[J]                     over the valid tokens j of block J;
     variance[J, d] = sum_j (x[j, d] - mean[J, d])^2 / count[J]      0 where there is none
 
@@ -19,6 +20,21 @@ from .blocks import cdiv, valid_counts
 from .workers import Buffers, Task
 
 CHUNK_BYTES = 1 << 20  # of fp32 tokens that a task works on
+
+
+def block_means(x: Tensor, block: int, kv_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fp32 [B, H, M, D], the means of the blocks of x [B, H, S, D], and int32 [B or 1, M], their valid tokens.
+
+    kv_mask: bool [B or 1, S], True where a token is valid. The last block may be partial.
+    """
+    count = valid_counts(x.shape[2], block, kv_mask, x.device)
+    if kv_mask is not None:
+        x = x.masked_fill(~kv_mask[:, None, :, None], 0)
+    whole = x.shape[2] // block * block
+    parts = [x[:, :, :whole].unflatten(2, (-1, block)).sum(3, dtype=torch.float32)] if whole else []
+    if whole < x.shape[2]:
+        parts.append(x[:, :, whole:].sum(2, keepdim=True, dtype=torch.float32))
+    return torch.cat(parts, 2) / count.clamp(min=1)[:, None, :, None], count
 
 
 def _first_valid(length: int, block: int, kv_mask: Tensor | None) -> Tensor:

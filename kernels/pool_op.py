@@ -19,6 +19,7 @@ from .blocks import cdiv, valid_counts
 from .checks import DTYPES, require
 from .define import HAS_TRITON, PAIR, define, parameters_of
 from .derivatives import Autograd
+from .pool_cpu import block_means
 
 if HAS_TRITON:
     from .pool_triton import KERNELS, launch_pooling
@@ -52,17 +53,8 @@ def _check(p: Pooling) -> None:
 
 def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     _check(p := Pooling(*arguments))
-    x, block, kv_mask = p
-    count = valid_counts(x.shape[2], block, kv_mask, x.device)
-    if kv_mask is not None:
-        x = x.masked_fill(~kv_mask[:, None, :, None], 0)
-    whole = x.shape[2] // block * block
-    total = x[:, :, :whole].unflatten(2, (-1, block)).sum(3, dtype=torch.float32) if whole else None
-    if whole < x.shape[2]:
-        tail = x[:, :, whole:].sum(2, keepdim=True, dtype=torch.float32)
-        total = tail if total is None else torch.cat((total, tail), 2)
-    assert total is not None
-    return (total / count.clamp(min=1)[:, None, :, None]).to(x.dtype).contiguous(), count
+    mean, count = block_means(p.x, p.block, p.kv_mask)
+    return mean.to(p.x.dtype).contiguous(), count
 
 
 def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -106,12 +106,14 @@ def launch_pooling(
     block: int,
     kv_mask: torch.Tensor | None = None,
     wanted: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Means [B, H, M, D] of the blocks of x; `counts` int32 [B' or 1, M] of `blocks.valid_counts`.
 
-    Where `wanted` bool [1] is given and False, x is not read and the means are left uninitialised.
+    dtype: of the means, that of x if None. Where `wanted` bool [1] is given and False, x is not read and the means are
+    left uninitialised.
     """
-    return launch_moments(x, counts, block, kv_mask, wanted, "")[0]
+    return launch_moments(x, counts, block, kv_mask, wanted, "", dtype)[0]
 
 
 def launch_moments(
@@ -121,15 +123,16 @@ def launch_moments(
     kv_mask: torch.Tensor | None,
     wanted: torch.Tensor | None,
     moment: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means as of `launch_pooling`, and fp32 [B, H, M, D] a `moment` (of MOMENTS) of each channel.
 
     Of moment "" there is none; the second result is of no use then.
     """
     batch, heads, length, dim = x.shape
-    n_blocks = counts.shape[1]
+    n_blocks, dtype = counts.shape[1], dtype or x.dtype
     x = x if x.stride(-1) == 1 else x.contiguous()
-    mean = x.new_empty((batch, heads, n_blocks, dim), dtype=torch.float32 if INTERPRETED else x.dtype)
+    mean = x.new_empty((batch, heads, n_blocks, dim), dtype=torch.float32 if INTERPRETED else dtype)
     second = x.new_empty(mean.shape, dtype=torch.float32) if moment else mean
     mask = counts if kv_mask is None else kv_mask.contiguous()
     wrap_triton(_pool_blocks)[(n_blocks, batch * heads)](
@@ -154,4 +157,4 @@ def launch_moments(
         SECOND=MOMENTS.index(moment),
         num_warps=4,
     )
-    return mean.to(x.dtype), second
+    return mean.to(dtype), second

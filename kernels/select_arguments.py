@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynamicrad_compile.errors import OptionsError, PlanError, nearest
 
-from .checks import check_devices, check_mask, check_numbers, check_operands, check_plan, require
+from .checks import check_devices, check_mask, check_numbers, check_operands, check_plan, check_state, require
 from .select_criteria import CRITERIA, RANKS
 
 HOW = "Candidates.to"
@@ -60,7 +60,8 @@ def without_state(arguments: tuple[Any, ...]) -> tuple[Selection, State]:
     return Selection(*arguments[:_REQUIRED], *arguments[end:]), State(*arguments[_REQUIRED:end])
 
 
-def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+    """Raise OptionsError unless the name is one of those known."""
     if name not in known:
         raise OptionsError(f"{what} must be one of {', '.join(known)}, got {name!r}.{nearest(name, known)}")
 
@@ -69,8 +70,8 @@ def check(s: Selection) -> None:
     """Raise PlanError or OptionsError unless the arguments fit; values of plan and thresholds are never read."""
     check_operands(s.q, s.k)
     check_numbers(s.scale, s.block_q, s.block_kv)
-    _check_name("criterion", s.criterion, CRITERIA)
-    _check_name("rank", s.rank, RANKS)
+    check_name("criterion", s.criterion, CRITERIA)
+    check_name("rank", s.rank, RANKS)
     check_plan(s.q, s.kv_counts, s.kv_indices, s.block_q)
     width = s.kv_indices.shape[3]
     require(width >= 1, f"kv_indices must be at least one entry wide, got {list(s.kv_indices.shape)}.")
@@ -91,20 +92,7 @@ def check(s: Selection) -> None:
     check_devices(s.q, {**given, "kv_near": s.kv_near, "thresholds": s.thresholds, "kv_mask": s.kv_mask}, HOW)
 
 
-def check_state(s: Selection, state: State) -> None:
+def check_selection_state(s: Selection, state: State) -> None:
     """Raise PlanError unless the state has room for a choice."""
-    counts, indices, refresh = state
-    shape = [*s.q.shape[:2], *s.kv_indices.shape[2:]]
-    got = f"got {counts.dtype} {list(counts.shape)} and {indices.dtype} {list(indices.shape)}."
-    message = f"expected state_counts int32 {shape[:3]} and state_indices int32 {shape}, contiguous; {got}"
-    typed = counts.dtype == indices.dtype == torch.int32
-    if not (typed and counts.dim() == 3 and indices.dim() == 4):
-        raise PlanError(message)
-    for d, size in enumerate(shape):
-        require(indices.shape[d] == size, message)
-        require(d == 3 or counts.shape[d] == size, message)
-    require(counts.is_contiguous() and indices.is_contiguous(), message)
-    if refresh.dtype != torch.bool or refresh.dim() != 1:
-        raise PlanError(f"expected refresh bool [1], got {refresh.dtype} {list(refresh.shape)}.")
-    require(refresh.shape[0] == 1, f"expected refresh bool [1], got {list(refresh.shape)}.")
+    check_state(*state, (*s.q.shape[:2], *s.kv_indices.shape[2:]))
     check_devices(s.q, dict(state._asdict()), HOW)

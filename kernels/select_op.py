@@ -40,7 +40,6 @@ Reading q and k once is nearly all of it. The outputs are integers and have no g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,10 +48,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import select_cpu
 from .blocks import cdiv, valid_counts
+from .cost import Cost
 from .define import HAS_TRITON, PAIR, define, parameters_of
 from .pool_cpu import second_moments
 from .pool_op import pool_blocks
-from .select_arguments import Selection, State, check, check_state, with_state, without_state
+from .select_arguments import Selection, State, check, check_selection_state, with_state, without_state
 
 if HAS_TRITON:
     from .pool_triton import KERNELS as POOLING
@@ -111,7 +111,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _checked(arguments: tuple[Any, ...]) -> tuple[Selection, State]:
     s, state = without_state(arguments)
     check(s)
-    check_state(s, state)
+    check_selection_state(s, state)
     return s, state
 
 
@@ -143,14 +143,6 @@ define(
     fake=_refresh_fake,
     mutates=("state_counts", "state_indices"),
 )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of one selection on a GPU: FLOPs, and bytes to and from its memory."""
-
-    flops: int
-    bytes: int
 
 
 def cost(
