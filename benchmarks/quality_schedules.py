@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         found["subject"] = video.name.split(",")[0]
         found["about"] = (
             f"`python benchmarks/quality_schedules.py --name {args.name} --prompts {args.prompts}`: mean "
-            f"{args.sparsity}, tuned on 3 others in {args.budget} trials; blocks of {args.block}; torch {torch.__version__}, CPU."
+            f"{args.sparsity}, tuned on 3 others in {args.budget} trials; blocks of {args.block}; torch "
+            f"{torch.__version__}, CPU."
         )
 
         tuning, rest = slice(args.prompts, args.prompts + 3), slice(0, args.prompts)

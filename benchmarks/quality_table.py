@@ -5,9 +5,9 @@
 
 Executed sparsity is what `drad.report` counts over the whole run: dense steps, searches, means and covariances are
 paid for. Each method's own knob is turned until that is met on one clip; what it then skips is in the table. All run
-compiled (inner compiler eager), but for SVG's, which classifies heads by their outputs and has no place in a compiled graph: it
-runs by the research hook, its samples counted, and has no time. Radial, DynamicRad and SVG are rewritten from their
-papers and code (static masks of blocks); DynamicRad's random choice of tokens is our choice of blocks by place.
+compiled (inner compiler eager), but for SVG's, which classifies heads by their outputs and has no place in a compiled
+graph: it runs by the research hook, its samples counted, and has no time. Radial, DynamicRad and SVG are rewritten from
+their papers and code (static masks of blocks); DynamicRad's random choice of tokens is our choice of blocks by place.
 
 Time a step is that of a compiled run after its first clip, on this machine, in this run, on one thread.
 """

@@ -1,4 +1,4 @@
-"""Time of `block_mass` and of a whole search (`search_blocks`) on the CPU, beside dense attention (PyTorch's SDPA).
+"""Time of a whole search (`search_blocks`) on the CPU, beside dense attention (PyTorch's SDPA).
 
     OMP_NUM_THREADS=2 python benchmarks/search_time.py
 
@@ -17,7 +17,7 @@ import torch
 from select_time import best
 
 from dynamicrad_compile.bench.clock import processor
-from dynamicrad_compile.kernels import mass_op as _registers_the_ops  # noqa: F401
+from dynamicrad_compile.kernels import search_op as _registers_the_ops  # noqa: F401
 
 OPS = torch.ops.dynamicrad
 
