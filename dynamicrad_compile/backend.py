@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -61,6 +61,14 @@ def dynamicrad(
     return run
 
 
+INT8: dict[str | None, Literal["never", "dense steps", "always"]] = {
+    None: "never",
+    "int8_dense": "dense steps",
+    "int8": "always",
+}
+"""When scores are rounded, by the option qk_dtype."""
+
+
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, is_final: bool = False) -> GraphReport:
     """Run the passes on a graph, in place, and say what they did.
 
@@ -73,7 +81,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         override_grid=options.override_grid,
         training=_is_training(example_inputs),
         example_inputs=real_inputs(example_inputs),
-        qk_int8=options.qk_dtype == "int8",
+        qk_int8=INT8[options.qk_dtype],
         is_final=is_final,
         continues="" if is_final else continues(),
         earlier=earlier_buckets(),

@@ -110,8 +110,9 @@ class Options(BaseModel):
     """What mode "dynamic_threshold" chooses blocks by: "mass", the attention that they hold, or "error", what would be
     wrong if their mean stood for them (`kernels.select_op`). None = the profile's."""
 
-    qk_dtype: Literal["int8"] | None = None
-    """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; None = exact."""
+    qk_dtype: Literal["int8", "int8_dense"] | None = None
+    """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; "int8_dense": only at
+    dense steps, sparse ones stay exact; None = exact. Not measured on a GPU yet."""
 
     decay_factor: DecayFactor | None = None
     """Width of the radial windows; None = the profile's (pattern "radial": 1.0)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -132,7 +132,7 @@ class PassContext:
     grid          the user's grid, or None
     training      the graph will be differentiated
     example_inputs  values of the placeholders, in order; real tensors where Dynamo calls
-    qk_int8       scores from queries and keys rounded to int8
+    qk_int8       when scores come from queries and keys rounded to int8
     is_final      other sizes get no other graph (an exported program); where plans can't follow them, sites stay dense
     override_grid  the user's grid counts even where the graph shows another one
     continues     why the graph goes on where another one ended; "": it does not
@@ -148,7 +148,7 @@ class PassContext:
     grid: tuple[int, int, int] | None = None
     training: bool = False
     example_inputs: Sequence[Any] = ()
-    qk_int8: bool = False
+    qk_int8: Literal["never", "dense steps", "always"] = "never"
     is_final: bool = False
     override_grid: bool = False
     continues: str = ""

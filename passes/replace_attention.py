@@ -46,6 +46,7 @@ from .reading.support import few_frames
 from .site import PlannedSite, Replacement, Site
 from .writing.chunks import split
 from .writing.control import Controls
+from .writing.int8 import attend, dense_steps
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
 from .writing.search import found_blocks, keep, search
@@ -198,14 +199,20 @@ def _replace(
         arguments = (*operands, nodes.counts, nodes.indices, scale, plan.block_q, plan.block_kv, keys)
         if nodes.compensate is not None:
             arguments = (*arguments, nodes.compensate)
-        options = {"qk_int8": True} if context.qk_int8 else {}
+        options = {"qk_int8": True} if context.qk_int8 == "always" else {}
         op = torch.ops.dynamicrad.block_sparse_attention.default
         if planned.overhead:
             op = torch.ops.dynamicrad.second_order_attention.default
-        pair = graph.call_function(op, arguments, options)
+        rounded_at = dense_steps(planned, writer.controls) if context.qk_int8 == "dense steps" else None
+        if context.qk_int8 == "dense steps" and rounded_at is None:
+            context.notes.append("qk_dtype 'int8_dense' does nothing here: no step is dense")
+        if rounded_at is not None:
+            pair, out, lse = attend(graph, op, arguments, rounded_at)
+        else:
+            pair = graph.call_function(op, arguments, options)
+            out, lse = (graph.call_function(operator.getitem, (pair, place)) for place in (0, 1))
         if kept is not None:
-            search(gm, planned, operands, keys, always, kept, pair, writer.controls)
-        out = graph.call_function(operator.getitem, (pair, 0))
+            search(gm, planned, operands, keys, always, kept, lse, writer.controls)
         out = into_order(graph, out, nodes.q_inverse, nodes.q_order, context.training)
         if given is not None:
             out = without_hidden_rows(graph, call, out, given)

@@ -108,7 +108,7 @@ class Controls:
             of_regimes = replace(nodes, **dict.fromkeys(shared))
             nodes = replace(of_regimes.each(lambda node: call(torch.index_select, (node, 0, rows))), **shared)
         if self.control.gates:
-            nodes = replace(nodes, counts=call(gated, (nodes.counts, self._dense(), nodes.indices, num_kv)))
+            nodes = replace(nodes, counts=call(gated, (nodes.counts, self.dense(), nodes.indices, num_kv)))
         return nodes
 
     def refresh(self, stages: Stages) -> fx.Node:
@@ -123,7 +123,8 @@ class Controls:
         begins = self._once(f"begins {stages}", stage.begins, lambda: (self.clock(), *starts))
         return self._once(f"refresh {stages}", torch.logical_or, lambda: (due, begins))
 
-    def _dense(self) -> fx.Node:
+    def dense(self) -> fx.Node:
+        """Node of bool []: whether all sites are dense at this step."""
         control = self.control
         return self._once(
             "dense", clock.stays_dense, lambda: (self.clock(), control.dense_steps, control.dense_timestep)
@@ -142,13 +143,14 @@ class Controls:
         spec = planned.spec
         if spec is None or spec.stages.number == 1:
             return self._regime_for(planned.video.shape[0])
-        at = self._stage(spec.stages)
+        at = self.stage(spec.stages)
         if spec.number_of_regimes == 1:
             return at
         regime = self._regime_for(planned.video.shape[0])
         return self._once(f"{regime} {at}", stage.row_of, lambda: (regime, at, spec.stages.number))
 
-    def _stage(self, stages: Stages) -> fx.Node:
+    def stage(self, stages: Stages) -> fx.Node:
+        """Node of int64 [1]: the stage of this step."""
         arguments = (stages.number, stages.starts, stages.by, stages.falling)
         return self._once(f"stage {stages}", stage.stage_of, lambda: (self.clock(), *arguments))
 

@@ -12,7 +12,6 @@ What a search finds is read from the next call on.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,16 +105,15 @@ def search(
     keys: fx.Node | None,
     nodes: PlanNodes,
     kept: Kept,
-    pair: fx.Node,
+    lse: fx.Node,
     controls: Controls,
 ) -> None:
-    """Search behind a site's attention `pair`; nodes: what is always read."""
+    """Search behind a site's attention, whose log-sum-exp is `lse`; nodes: what is always read."""
     found, plan, call = planned.table.searches, planned.table.plan, gm.graph.call_function
     assert found is not None
     scale = None if planned.video.call.scale is None else float(planned.video.call.scale)
     always = (nodes.counts, nodes.indices)
     how = (planned.table.to_skip, found.recall_threshold, scale, plan.block_q, plan.block_kv, keys, found.rank)
-    lse = call(operator.getitem, (pair, 1))
     state = (kept.lse, kept.counts, kept.indices, kept.recall)
     arguments = ((*operands[:2], *always, *how), lse, state, kept.sums, controls.clock(), found.search_steps)
     call(search_or_keep, arguments)
