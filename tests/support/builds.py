@@ -16,7 +16,7 @@ from dynamicrad_compile.kernels.attention_backward_triton_kernels import _dk_dv,
 from dynamicrad_compile.kernels.means_backward_triton import _dmeans
 from dynamicrad_compile.kernels.select_criteria import CRITERIA
 from dynamicrad_compile.kernels.select_triton import _select_blocks, shape_of_program
-from dynamicrad_compile.kernels.tiles import Tile
+from dynamicrad_compile.kernels.tiles import Tile, choose_tile
 
 KERNELS = {"dq": _dq, "dk_dv": _dk_dv, "dmeans": _dmeans}
 POINTERS = dict.fromkeys(("counts", "indices", "n_valid", "kept"), "*i32") | dict.fromkeys(
@@ -96,3 +96,40 @@ def build_moments(arch: int | str, dtype: str, dim: int) -> Iterator[Any]:
         aligned = [n for n in kernel.arg_names if types[n].startswith("*") or re.match("stride_[qkv]", n)]
         options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages", 3)}
         yield ahead_of_time.build(kernel, types, constants, aligned, arch, options)
+
+
+def build_mass(arch: int | str, dtype: str, dim: int, block_kv: int) -> Any:
+    """Compile `block_mass` for blocks of 128 queries, ragged, with a key mask and a flag."""
+    from dynamicrad_compile.kernels.mass_triton import EACH_TILE, _block_mass
+
+    half = dtype != "fp32"
+    tile = choose_tile(divmod(int(arch), 10), half, dim, 128, EACH_TILE if block_kv == 1 else block_kv)
+    constants = {"D": dim, "BLOCK_D": dim, "BLOCK_KV": block_kv, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    constants |= dict.fromkeys(("RAGGED", "HAS_MASK", "HAS_REFRESH"), True)
+    constants |= {"WIDEN": False, "PRECISION": "tf32" if half else "tf32x3"}
+    pointers = dict.fromkeys(("q", "k"), f"*{dtype}") | dict.fromkeys(("lse", "mass"), "*fp32")
+    pointers |= dict.fromkeys(("key_mask", "refresh"), "*i1")
+    types = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in _block_mass.arg_names}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return ahead_of_time.build(_block_mass, types, constants, list(pointers), arch, options)
+
+
+def build_search(arch: int | str) -> Iterator[Any]:
+    """Compile each kernel of `search_blocks` behind the masses, with a flag."""
+    from dynamicrad_compile.kernels import search_triton as launch
+    from dynamicrad_compile.kernels import search_triton_kernels as search
+
+    pointers = dict.fromkeys(("mass", "held", "recall"), "*fp32") | {"refresh": "*i1", "threshold": "fp32"}
+    tables = ("n_keys", "counts", "indices", "keys", "budgets", "limits", "places", "out_counts", "out_indices")
+    pointers |= dict.fromkeys(tables, "*i32")
+    row = {"BLOCK_C": launch.ROW["BLOCK_C"], "HAS_REFRESH": True}
+    head = {"BLOCK_C": launch.HEAD["BLOCK_C"], "HAS_REFRESH": True, "HAS_BUDGETS": True}
+    for kernel, constants, warps in (
+        (search._rank_blocks, {**row, "BLOCK_W": launch.LISTED, "BY_ERROR": True}, launch.ROW["num_warps"]),
+        (search._cut_heads, head, launch.HEAD["num_warps"]),
+        (search._share_budgets, {"BLOCK_H": 64, "HAS_REFRESH": True}, 4),
+        (search._list_blocks, row, launch.ROW["num_warps"]),
+    ):
+        types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name in kernel.arg_names if types[name].startswith("*")]
+        yield ahead_of_time.build(kernel, types, constants, aligned, arch, {"num_warps": warps})
