@@ -210,16 +210,17 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
-    """PSNR of each method, a panel for each sparsity."""
-    points = list(dict.fromkeys(row["wanted"] for row in found["rows"] if row["wanted"]))
-    made, axes = figure(len(points), f"All methods, all costs counted: {found['subject']}", height=3.6)
-    for axis, wanted in zip(axes, points, strict=True):
-        rows = sorted((r for r in found["rows"] if r["wanted"] == wanted), key=lambda row: row["psnr"])
+def picture(results: Path, path: Path) -> None:
+    """PSNR of each method, a panel for each model and sparsity in the results' files."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("table_*.json"))]
+    panels = [(one, w) for one in found for w in dict.fromkeys(row["wanted"] for row in one["rows"] if row["wanted"])]
+    made, axes = figure(len(panels), "PSNR to the dense clips, dB, all costs counted", height=3.8)
+    for axis, (one, wanted) in zip(axes, panels, strict=True):
+        rows = sorted((r for r in one["rows"] if r["wanted"] == wanted), key=lambda row: row["psnr"])
         names = [f"{row['method']} ({row['skipped']:.0%})" for row in rows]
         colors = ["#2f9e44" if "our" in row["method"] else "#2a78b5" for row in rows]
         axis.barh(names, [row["psnr"] for row in rows], color=colors)
-        axis.set_xlabel(f"PSNR to the dense clips, dB, {wanted:.0%} of the run skipped")
+        axis.set_title(f"{one['tokens']:,} tokens, {wanted:.0%} of the run skipped", fontsize=10)
         axis.tick_params(axis="y", labelsize=8)
     save_figure(made, path)
 
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--name", default="tiny", help="of the results' files (tiny)")
     parser.add_argument("--output", type=Path, default=Path("outputs/table"), help="clips, and what can be made again")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, help="where to draw it")
+    parser.add_argument("--picture", type=Path, help="where to draw all results there are")
     parser.add_argument("--block", type=int, choices=list(COLUMNS), default=16)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.6], help="of the whole run (0.6)")
     parser.add_argument("--prompts", type=int, default=9, help="low, mid and high motion in turn (9)")
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     real = video.real(64)
     file = args.results / f"table_{args.name}.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
-    found["subject"] = video.name
+    found["subject"], found["tokens"] = video.name, video.tokens
     found["about"] = (
         f"`python benchmarks/quality_table.py --name {args.name} --block {args.block} --prompts {args.prompts}`: "
         f"{'x'.join(map(str, video.grid))} tokens, blocks of {args.block}, {args.prompts} prompts, {args.steps} steps, "
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         file.with_suffix(".md").write_text(page(found), encoding="utf-8")
     print(page(found))
     if args.picture:
-        picture(found, args.picture)
+        picture(args.results, args.picture)
     return found
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import quality_attention
 import quality_figures
+import quality_long
 import quality_page
 import torch
 
@@ -27,3 +28,17 @@ def test_statistics():
     assert quality_attention.over_run([At(0), At(2)], error, 3) == pytest.approx(0.3)
     assert quality_attention.over_run([At(0), At(2)], error, 3, first=1) == pytest.approx(0.7 / 3)
     assert quality_page.table(["a", "b"], [["x", 0.12345]]).splitlines()[-1] == "| x | 0.123 |"
+
+
+def test_longer_clips_ask_all_for_one_share():
+    from dynamicrad_compile.quality.tiny_video.model import CHECKPOINT
+
+    clips = torch.rand(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    row = {"frames": 32, "riflex": True, "method": "ours", "skipped": 0.5, "seconds": 1.0}
+    found = {"subject": "x", "about": "y", "rows": [{**row, **quality_long.scores(clips, clips)}]}
+    assert quality_long.page(found).splitlines()[-1].startswith("| 32 | yes | ours | 50.0% |")
+    video = quality_long.longer(CHECKPOINT, 2, 2)
+    assert video.grid == (32, 8, 8)
+    assert quality_long.made("ours", video, 16, 16).wanted == pytest.approx(0.5 + quality_long.PAID[16])
+    assert quality_long.made("radial", video, 16, 16).wanted == pytest.approx(0.5)
+    assert quality_long.made("lvsa exact", video, 16, 16).options["rule"] == "exact"

@@ -1,4 +1,4 @@
-"""The Triton kernels of block_mass and search_blocks: equal to the reference when interpreted and on CUDA; no spills."""
+"""The Triton kernels of block_mass and search_blocks: equal to the reference, interpreted and on CUDA; no spills."""
 
 from __future__ import annotations
 
