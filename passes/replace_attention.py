@@ -210,8 +210,9 @@ def _replace(
             pair, out, lse = attend(graph, op, arguments, rounded_at)
         else:
             pair = graph.call_function(op, arguments, options)
-            out, lse = (graph.call_function(operator.getitem, (pair, place)) for place in (0, 1))
+            out, lse = graph.call_function(operator.getitem, (pair, 0)), None
         if kept is not None:
+            lse = lse or graph.call_function(operator.getitem, (pair, 1))
             search(gm, planned, operands, keys, always, kept, lse, writer.controls)
         out = into_order(graph, out, nodes.q_inverse, nodes.q_order, context.training)
         if given is not None:

@@ -174,7 +174,7 @@ class AdaSpa(Blocks):
                       their mean stood for them. Both are exact (`kernels.search_op`)
     """
 
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
+    sparsity: Share = 0.8
     search_steps: tuple[int, ...] = (10, 30)
     recall_threshold: Annotated[float, Field(ge=0.0)] = 1.0
     rank: Rank = "mass"

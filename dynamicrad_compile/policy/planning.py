@@ -120,7 +120,7 @@ def _parameters(pattern: Pattern[Any], settings: Settings, options: Options) -> 
     values = {} if own is None else own.model_dump()
     if "sink_frames" in known:
         values["sink_frames"] = settings.profile.regime(SAFE_REGIME).static_ratio.sink_frames
-    if "search_steps" in known:  # a search at a dense step costs no step its plan
+    if "search_steps" in known:
         if isinstance(options.sparsity, float):
             values["sparsity"] = options.sparsity
         if options.rank:

@@ -155,6 +155,14 @@ def test_wrong_steps_are_refused(steps):
         drad.Options(search_steps=steps)
 
 
+def test_all_that_can_be_skipped_is():
+    torch.manual_seed(0)
+    model, inputs, _ = make("wan_t2v")
+    compiled = compile_sparse(model, **{**OPTIONS, "sparsity": 1.0}, inner="eager")
+    for timestep in TIMESTEPS:
+        assert call(compiled, inputs, timestep).isfinite().all()
+
+
 def test_a_grid_alone_gives_no_plan():
     with pytest.raises(PlanError, match="by the queries and keys of a run"):
         drad.make_plan("adaspa", (4, 6, 8))
