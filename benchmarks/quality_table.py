@@ -247,7 +247,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
     found["subject"], found["tokens"] = video.name, video.tokens
     found["about"] = (
-        f"`python benchmarks/quality_table.py --name {args.name} --block {args.block} --prompts {args.prompts}`: "
+        f"`python benchmarks/quality_table.py --name {args.name} --block {args.block} --prompts {args.prompts} "
+        f"--steps {args.steps}`: "
         f"{'x'.join(map(str, video.grid))} tokens, blocks of {args.block}, {args.prompts} prompts, {args.steps} steps, "
         f"no guidance, torch {torch.__version__}, {platform.machine()} CPU, one thread."
     )
