@@ -1,4 +1,4 @@
-"""Schedules of sparsity against a constant one at equal executed sparsity, and runs of few steps.
+"""Schedules of sparsity against a constant one of equal mean, and runs of few steps.
 
     python benchmarks/quality_schedules.py                                     # tuned at 20 steps and at 4
     python benchmarks/quality_schedules.py --steps 4 --budget 16
@@ -7,6 +7,7 @@ A run is cut into stages (a quarter each, or a step each at 4 steps). Nevergrad 
 whose mean over the run is that of the constant one and whose clips are nearest to the dense ones, on its own prompts;
 the best one, some simple ones (dense first, falling, rising) and the constant one are then compared on others. Method:
 the default profile's (columns, by error, covariances), all steps sparse, no guidance. RMSE of clips in 0..1 to dense.
+What was really skipped is printed: covariances are paid for in each sparse stage, and rows always read some blocks.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from dynamicrad_compile.reporting.reason import FIX_LENGTH, FIX_SIZES, Reason
 
 from .axes.positions import PositionTable, table_of
 from .context import Dense, PassContext
+from .graph import value_of
 from .reading.masks import keys_node, without_hidden_rows
 from .reading.support import few_frames
 from .site import PlannedSite, Replacement, Site
@@ -129,6 +130,10 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
         frames = p.video.grid[0]
         if p.table.searches is not None and context.training:
             p.video.site.reason = Reason("search_in_training", SEARCH_IN_TRAINING, TRAIN_WITH_OTHERS)
+        elif _keeps(p, context) and p.video.node not in homes and not _of_one_size(gm, p, context):
+            names = ", ".join(map(str, _query_sizes(p)))
+            text = f"sizes {names} are dynamic, and what it keeps from step to step has one size"
+            p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES if context.is_final else UNMARK)
         elif p.video.axes and frames < MIN_FRAMES and p.video.node not in homes:
             p.video.site.reason = few_frames(frames)
         elif p.video.site.data_dependent and p.video.node not in homes:
@@ -137,6 +142,26 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
         else:
             placed.append(p)
     return placed, homes
+
+
+def _keeps(planned: PlannedSite, context: PassContext) -> bool:
+    """Whether a site keeps from step to step which blocks it reads."""
+    refreshes = bool(planned.table.criteria) and context.decisions.control.refresh_steps > 0
+    return planned.table.searches is not None or refreshes
+
+
+def _query_sizes(planned: PlannedSite) -> list[torch.SymInt]:
+    """Symbolic sizes of the query, such as its batch."""
+    return [size for size in value_of(planned.video.call.query).shape if isinstance(size, torch.SymInt)]
+
+
+def _of_one_size(gm: fx.GraphModule, planned: PlannedSite, context: PassContext) -> bool:
+    """Make the sizes of the query constants; False where they can't be."""
+    sizes, marked = _query_sizes(planned), marked_dynamic(gm, context)
+    if any(context.is_final or marked & size.node.expr.free_symbols for size in sizes):
+        return False
+    make_constant(sizes)
+    return True
 
 
 def _how_planned(planned: PlannedSite, where: RuntimeSizes | None) -> list[str]:

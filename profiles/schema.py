@@ -216,6 +216,11 @@ class Profile(Table):
         """Sites with fewer tokens stay dense."""
         return self.header.min_tokens
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the sparsity of a regime changes over a run."""
+        return any(getattr(self.regimes, name).schedule for name in REGIMES)
+
     def regime(self, name: str) -> Regime:
         """The parameters of "low", "mid" or "high" motion. Raises ProfileError for another name."""
         if name not in REGIMES:

@@ -21,7 +21,7 @@ from ..files import whole_folder
 from ..options import Options
 from ..passes.site import VIDEO
 from ..plans.patterns import PATTERNS
-from ..profiles import REGIMES, load_profile
+from ..profiles import load_profile
 from ..reporting.report import Report
 from .batch import with_dynamic_batch
 from .card import model_card
@@ -144,9 +144,7 @@ def fitting_options(format: str, options: Mapping[str, Any] | None) -> Mapping[s
                 "have. Leave it out, and run the dense model at dense steps; or use format 'torch' or 'aoti'."
             )
     profile = load_profile(parsed.profile) if parsed.profile != "auto" else None
-    scheduled = (
-        parsed.sparsity is None and profile is not None and any(profile.regime(name).schedule for name in REGIMES)
-    )
+    scheduled = parsed.sparsity is None and profile is not None and profile.is_scheduled
     if isinstance(parsed.sparsity, tuple) or scheduled:
         raise ExportError(
             f"a schedule of sparsity needs a memory from step to step, which format {format!r} does not have. Give "

@@ -164,11 +164,13 @@ class Settings(_Table):
             options = Options.from_mapping(value)
         except OptionsError as error:
             raise ValueError(str(error)) from None
-        if isinstance(options.sparsity, tuple) and options.schedule_by == "step":
+        profile = None if options.profile == "auto" else load_profile(options.profile)
+        scheduled = options.sparsity is None and profile is not None and profile.is_scheduled
+        if scheduled or (isinstance(options.sparsity, tuple) and options.schedule_by == "step"):
             raise ValueError(
                 f"sparsity can't be a schedule by steps in training: {NO_STEPS}, and schedule_by='timestep'"
             )
-        pattern = options.pattern or (load_profile(options.profile).pattern if options.profile != "auto" else "")
+        pattern = options.pattern or (profile.pattern if profile is not None else "")
         if pattern and PATTERNS[pattern].by_step:
             raise ValueError(f"pattern {pattern!r} can't be used in training: its blocks are those of a step of a run")
         return value

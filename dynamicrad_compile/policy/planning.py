@@ -42,13 +42,13 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
     pattern = PATTERNS[settings.pattern]
+    problem = too_long(site.keys, settings.block_size)
+    if problem:
+        return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
     why_not = _no_search(site, regimes) if pattern.needs == "search" else ""
     if why_not:
         return Dense(Reason("no_search", f"pattern {pattern.name!r} {why_not}", SEARCH_ADVICE))
     spec = _specification(pattern, site, settings, wishes.options, regimes)
-    problem = too_long(site.keys, spec.block_size)
-    if problem:
-        return Dense(Reason("too_long", problem, "set a larger block_size"), this_grid=True)
     return PlannedSite(site, spec.build(site.grid, *site.text, site.queries), spec)
 
 

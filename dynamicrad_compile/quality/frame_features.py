@@ -63,9 +63,13 @@ def clip_features(folder: str | Path) -> FrameFeatures:
     if not list(folder.glob("*.safetensors")):
         raise DynamicRadError(f"{folder} has no weights in safetensors: save the model with save_pretrained.")
     transformers = optional("transformers", "CLIP features need", "diffusers")
-    model, loading = transformers.CLIPVisionModelWithProjection.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
+    broken = optional("safetensors", "CLIP features need", "eval").SafetensorError
+    try:
+        model, loading = transformers.CLIPVisionModelWithProjection.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except broken as error:
+        raise DynamicRadError(f"{folder} has weights that can't be read: {error}. Copy or save them again.") from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise DynamicRadError(f"{folder} lacks {len(missing)} weights of a CLIP vision model, such as {missing[0]}.")

@@ -127,6 +127,20 @@ def test_boxes_error_and_covariances():
     assert errors["ours"] < errors["plain"]
 
 
+@pytest.mark.parametrize("options", [{}, dict(pattern=None, mode="dynamic_threshold", refresh_steps=4)], ids=str)
+def test_another_batch_has_a_state_of_its_own(options):
+    torch.manual_seed(0)
+    model = make("wan_t2v")[0]
+    given = {**OPTIONS, "search_steps": (0,), **options, "inner": "eager"}
+    compiled = torch.compile(model, backend="dynamicrad", options=given)
+    for batch in (1, 2, 3, 2):
+        inputs = make("wan_t2v", batch=batch)[1]
+        for timestep in TIMESTEPS[:2]:
+            error = relative_error(call(compiled, inputs, timestep), call(model, inputs, timestep))
+        assert 1e-4 < error < 0.2, batch
+    assert all(site.replaced for site in drad.report(compiled).sites if site.role == "video_self_attention")
+
+
 def test_what_can_not_be_searched_stays_dense():
     tiny = TinyDiT(F.scaled_dot_product_attention)
     (site,) = drad.explain(tiny, LATENTS, options={**OPTIONS, "inner": "eager"}).sites

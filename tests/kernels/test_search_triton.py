@@ -51,10 +51,8 @@ def test_choices_compile_without_spills(arch):
 @pytest.mark.parametrize("case", search_cases.CASES, ids=str)
 def test_cuda(case, rank):
     args = search_cases.build(case, rank)
-    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
-    mass = torch.ops.dynamicrad.block_mass(*moved[:3], *moved[7:11]).cpu()
-    mass_cases.check_close(mass, block_mass_reference(*args[:3], *args[7:11]), BlockMass(*args[:3], *args[7:11]))
-    counts, indices, recall = torch.ops.dynamicrad.search_blocks(*moved)
-    places = torch.arange(indices.shape[-1], device="cuda") < counts[..., None]
-    assert bool((indices[places] >= 0).all())
-    assert bool(((recall >= 0) & (recall <= 1 + 1e-5)).all())
+    moved = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)
+    *out, mass, score = (x.cpu() for x in search_cases.launched(moved))
+    search_cases.check(tuple(out), args, (mass, score))
+    for got, expected in zip(torch.ops.dynamicrad.search_blocks(*moved), out, strict=True):
+        torch.testing.assert_close(got.cpu(), expected)

@@ -53,6 +53,12 @@ def test_every_site_gets_a_plan_for_its_grid_and_text():
     assert found.unmet == ()
 
 
+@pytest.mark.parametrize("pattern", ["radial", "adaspa", "lvsa"])
+def test_no_pattern_is_made_for_a_sequence_that_is_too_long(pattern):
+    (site,) = decisions(video(grid=(500, 200, 200)), pattern=pattern, block_size=None).sites
+    assert (site.reason.code, site.this_grid) == ("too_long", True)
+
+
 def test_a_sequence_that_is_too_long_for_a_pattern_stays_dense():
     (site,) = decisions(video(grid=(500, 200, 200)), sparsity=0.5).sites
     assert (site.reason.code, site.this_grid) == ("too_long", True)

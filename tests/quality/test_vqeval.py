@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -150,6 +151,9 @@ def folders(tmp_path_factory):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, root / "broken" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(root / "vision", root / "cut")
+    weights = root / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
     return root
 
 
@@ -182,6 +186,7 @@ def test_clip_features_are_the_models_embeddings(folders, kind):
         ("bert", "holds a model of type 'bert'; expected 'clip'"),
         ("bare", "no weights in safetensors"),
         ("broken", "weights of a CLIP vision model, such as"),
+        ("cut", "has weights that can't be read"),
     ],
 )
 def test_folders_that_hold_no_clip(folders, name, said):

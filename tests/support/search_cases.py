@@ -105,15 +105,21 @@ def check(out: tuple[torch.Tensor, ...], args: tuple[Any, ...], scores: tuple[to
 def interpret(name: str, rank: str) -> tuple[torch.Tensor, ...]:
     """Choice, masses and scores of a case."""
     from dynamicrad_compile.kernels._launch import INTERPRETED
+
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    return launched(build(case_of(name), rank))
+
+
+def launched(args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """Choice, masses and scores of the Triton kernels."""
     from dynamicrad_compile.kernels.search_arguments import MAX_MASS, Search
     from dynamicrad_compile.kernels.search_op import outputs
     from dynamicrad_compile.kernels.search_triton import launch_choice, launch_scores
 
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
-    s = Search(*build(case_of(name), rank))
+    s = Search(*args)
     out = outputs(s)
     mass, held, n_keys = found = launch_scores(s)
     launch_choice(s, found, *out)
     mass, held = mass.clamp(max=MAX_MASS), held.clamp(max=MAX_MASS)
-    score = mass if rank == "mass" else (mass - n_keys[:, None, None].float() * held).clamp(min=0)
+    score = mass if s.rank == "mass" else (mass - n_keys[:, None, None].float() * held).clamp(min=0)
     return *out, mass, score
