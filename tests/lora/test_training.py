@@ -310,6 +310,11 @@ MISTAKES = {
     "rank = 0": ("rank = 2", r"adapter.rank = 0: .*greater than or equal to 1"),
     "block_size = 17": ("block_size = 16", r"sparse.*: option block_size = 17"),
     "dense_steps = 4": ("block_size = 16", r"dense_steps can't be used in training: .*dense_timestep"),
+    'pattern = "lvsa"': (
+        "block_size = 16",
+        r"pattern 'lvsa' can't be used in training: its blocks are those of a step",
+    ),
+    "sparsity = [[0.0, 0.0], [0.5, 0.8]]": ("block_size = 16", r"sparsity can't be a schedule by steps in training"),
     'source = "prompt"': ('source = "random"', r"regimes.source = 'prompt': .*'label'"),
     'source = "router"': ('source = "random"', r"\[sparse\] has no router"),
     "steps = ": ("steps = 2", "not valid TOML"),
