@@ -20,7 +20,8 @@ from .mass_arguments import BlockMass
 from .softmax_cpu import LIMIT, LOG2_E
 from .workers import Buffers, Task
 
-CHUNK_ROWS = 512  # queries of a task, unless a block has more
+CHUNK_ROWS = 2048  # queries of a task, unless a block has more: each GEMM packs its operands anew
+FEWEST_ROWS = 512  # of a task, so that each worker has one
 CHUNK_BYTES = 2 << 20  # scores that a task works on
 LSE_LIMIT = 80.0  # e^-lse is in the range of fp32 up to here
 
@@ -91,7 +92,8 @@ def mass(m: BlockMass) -> Tensor:
         return out
     buffers = [Buffers() for _ in range(workers.count())]
     longest = _longest_keys(m.k, buffers)
-    step = max(1, CHUNK_ROWS // m.block_q)
+    share = batch * heads * n_q * m.block_q // (2 * len(buffers))
+    step = max(1, min(CHUNK_ROWS, max(FEWEST_ROWS, share)) // m.block_q)
 
     def chunk(b: int, h: int, i: int) -> Task:
         rows = slice(i * m.block_q, (i + step) * m.block_q)

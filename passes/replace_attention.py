@@ -96,6 +96,11 @@ def _replace_all(
         context.notes += _how_planned(planned, homes.get(planned.video.node))
 
 
+def _dynamic(context: PassContext, names: Sequence[str], why: str) -> Reason:
+    text = f"sizes {', '.join(names)} are dynamic, and {why}"
+    return Reason("dynamic_sizes", text, FIX_SIZES if context.is_final else UNMARK)
+
+
 def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedSite], dict[fx.Node, RuntimeSizes]]:
     """The sites whose plans can be placed in the graph, and where it holds the sizes of plans made when it runs."""
     planned = context.planned
@@ -112,10 +117,9 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
     symbolic = bool(sizes) and len(homes) == len(planned) and not one_grid
     if sizes and not symbolic:
         if is_open:
-            names = ", ".join(sorted({str(size) for size in sizes}))
-            text = f"sizes {names} are dynamic, and {_why_fixed(planned)}"
+            reason = _dynamic(context, sorted({str(size) for size in sizes}), _why_fixed(planned))
             for p in planned:
-                p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES if context.is_final else UNMARK)
+                p.video.site.reason = reason
             return [], {}
         make_constant(sizes)
     at_run_time = {
@@ -131,9 +135,8 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
         if p.table.searches is not None and context.training:
             p.video.site.reason = Reason("search_in_training", SEARCH_IN_TRAINING, TRAIN_WITH_OTHERS)
         elif _keeps(p, context) and p.video.node not in homes and not _of_one_size(gm, p, context):
-            names = ", ".join(map(str, _query_sizes(p)))
-            text = f"sizes {names} are dynamic, and what it keeps from step to step has one size"
-            p.video.site.reason = Reason("dynamic_sizes", text, FIX_SIZES if context.is_final else UNMARK)
+            names = [str(size) for size in _query_sizes(p)]
+            p.video.site.reason = _dynamic(context, names, "what it keeps from step to step has one size")
         elif p.video.axes and frames < MIN_FRAMES and p.video.node not in homes:
             p.video.site.reason = few_frames(frames)
         elif p.video.site.data_dependent and p.video.node not in homes:
