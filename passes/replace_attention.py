@@ -65,6 +65,7 @@ from .writing.table_plan import grids_of
 
 SEARCH_IN_TRAINING = "its pattern searches blocks at steps of a run, and training has no run"
 TRAIN_WITH_OTHERS = "train with pattern 'dynamicrad', or 'dense'"
+ONE_SIZE = "what it keeps from step to step has one size"
 UNMARK = "leave mark_dynamic out, or use maybe_mark_dynamic: then each grid is compiled for itself"
 
 
@@ -134,14 +135,14 @@ def _placed(gm: fx.GraphModule, context: PassContext) -> tuple[Sequence[PlannedS
         frames = p.video.grid[0]
         if p.table.searches is not None and context.training:
             p.video.site.reason = Reason("search_in_training", SEARCH_IN_TRAINING, TRAIN_WITH_OTHERS)
+        elif p.video.site.data_dependent and p.video.node not in homes:
+            why = ONE_SIZE if p.table.searches is not None else _why_fixed([p])
+            p.video.site.reason = Reason("data_dependent_length", f"its length depends on data, and {why}", FIX_LENGTH)
         elif _keeps(p, context) and p.video.node not in homes and not _of_one_size(gm, p, context):
             names = [str(size) for size in _query_sizes(p)]
-            p.video.site.reason = _dynamic(context, names, "what it keeps from step to step has one size")
+            p.video.site.reason = _dynamic(context, names, ONE_SIZE)
         elif p.video.axes and frames < MIN_FRAMES and p.video.node not in homes:
             p.video.site.reason = few_frames(frames)
-        elif p.video.site.data_dependent and p.video.node not in homes:
-            text = f"its length depends on data, and {_why_fixed([p])}"
-            p.video.site.reason = Reason("data_dependent_length", text, FIX_LENGTH)
         else:
             placed.append(p)
     return placed, homes
