@@ -1,9 +1,10 @@
 """Time of a whole search (`search_blocks`) on the CPU, beside dense attention (PyTorch's SDPA).
 
-    OMP_NUM_THREADS=2 python benchmarks/search_time.py
+    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 python benchmarks/search_time.py
 
 Times are the best of --repeats rounds in which the paths take turns, so that a busy machine slows all of them alike;
---clock cpu counts the CPU time of the process divided by its threads instead of wall time.
+--clock cpu counts the CPU time of the process divided by its threads instead of wall time. With OMP_WAIT_POLICY=passive
+the threads of dense attention stop at once when it is done; else they spin for some ms beside the search's first ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Tile sizes of the Triton kernels by architecture, dtype and head_dim: the table `tiles.toml`, and its reader.
 
 A query tile is `block_m` queries, a key tile `block_n` keys; both divide the plan's blocks. No tile of the table spills
-when compiled ahead of time for its architecture with every mask, but for fp32 backwards above head_dim 64: 12 to 400
-bytes, because TF32x3 keeps each operand twice, and for gfx1100, of which the table says how much.
+when compiled ahead of time for its architecture with every mask, but for fp32 above head_dim 64, backwards (12 to 400
+bytes) and `block_mass` (about 600), because TF32x3 keeps each operand twice, and for gfx1100, of which the table says
+how much.
 `benchmarks/kernel_model.py` shows what a choice implies.
 """
 

@@ -17,7 +17,8 @@ from torch import Tensor
 import dynamicrad_compile as drad
 from dynamicrad_compile.kernels.attention_backward_reference import block_sparse_attention_backward_reference
 from dynamicrad_compile.kernels.attention_reference import block_sparse_attention_reference
-from dynamicrad_compile.kernels.blocks import cdiv
+from dynamicrad_compile.kernels.blocks import block_mask, cdiv
+from dynamicrad_compile.kernels.search_reference import search_blocks_reference
 from dynamicrad_compile.kernels.select_arguments import Selection
 from dynamicrad_compile.kernels.select_criteria import RANKS
 from dynamicrad_compile.kernels.select_reference import candidate_rows, choose
@@ -29,7 +30,7 @@ from .runner import Row, Values
 FORWARD_BOUND = {torch.float32: 2e-5, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 BACKWARD_BOUND = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 LSE_BOUND = 1e-4  # absolute; scores are summed in fp32 whatever the dtype
-SELECT_BOUND = 0.02  # share of rows whose choice may differ, by a candidate at the cut
+SELECT_BOUND = 0.02  # share of rows whose choice may differ, by a candidate at the cut; of pairs that a search keeps
 CRITERIA = {"threshold": (0.1, -0.2), "mass": (0.8, 0.6), "ratio": (0.5, 0.3)}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of the arguments of `_attention`
@@ -89,6 +90,7 @@ def rows(device: str, reduced: bool) -> Iterator[Row]:
     for rank in RANKS:
         for criterion in CRITERIA:
             yield _row("select", f"{criterion}/by_{rank}", lambda c=criterion, r=rank: check_select(c, r, device))
+        yield _row("search", f"by_{rank}", lambda r=rank: check_search(r, device))
     for case in BACKWARD:
         if not reduced or case.name in REDUCED:
             yield _row("backward", case.name, lambda c=case: check_backward(c, device))
@@ -187,6 +189,28 @@ def check_select(criterion: str, rank: str, device: str) -> Values:
         if len(got ^ wanted) > 2:
             raise AssertionError(f"row {row.where} keeps {sorted(got)}, the reference {sorted(wanted)}")
     return _bounded(different / total, SELECT_BOUND)
+
+
+def check_search(rank: str, device: str) -> Values:
+    """Searched blocks and their recall against the reference: equal but for pairs of blocks at the cut."""
+    generator = torch.Generator().manual_seed(8)
+    block, dim, heads, length = 64, 64, 2, 64 * 9 + 17
+    q, k = (torch.randn(1, heads, length, dim, generator=generator).to(BF16) for _ in range(2))
+    lse = (q.double() @ k.double().mT * dim**-0.5).logsumexp(-1).float()
+    n = cdiv(length, block)
+    counts = torch.ones(1, 1, n, dtype=torch.int32)
+    counts[..., 1] = n  # a dense row stays dense
+    own = torch.arange(n, dtype=torch.int32)[None, None, :, None]
+    settings = (0.7, 1.0, None, block, block, None, rank)
+    given = [x.to(device) for x in (q, k, lse, counts, own)]
+    got_counts, got_ids, recall = (x.cpu() for x in torch.ops.dynamicrad.search_blocks(*given, *settings))
+    wanted_counts, wanted_ids, wanted_recall = search_blocks_reference(q, k, lse, counts, own, *settings)
+    if not torch.equal(got_counts.sum(-1), wanted_counts.sum(-1)):
+        raise AssertionError("a head keeps more or fewer blocks than the reference")
+    if not _max_error(recall, wanted_recall) <= 1e-3:
+        raise AssertionError(f"recall is off by {_max_error(recall, wanted_recall):.2g}")
+    got, wanted = (block_mask(*x, n) for x in ((got_counts, got_ids), (wanted_counts, wanted_ids)))
+    return _bounded(float((got != wanted).double().mean()), SELECT_BOUND)
 
 
 def check_merge(device: str) -> Values:

@@ -143,7 +143,7 @@ def _lengths(bench: Bench, day: Day) -> list[list[Row]]:
 
 def _beside(bench: Bench, day: Day) -> list[list[Row]]:
     rows = list(overheads.rows(bench, day.main, day.dims[0], day.sparsity))
-    first = ("covariance", "select", "order")
+    first = ("covariance", "select", "order", "search")
     return [sorted(rows, key=lambda row: not row.name.startswith(first))]
 
 

@@ -1,4 +1,4 @@
-"""What comes beside the attention: selection, router, plan, compensation; each as a share of the sparse attention."""
+"""What comes beside the attention: selection, search, router, plan, compensation; each as a share of the attention."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import dynamicrad_compile as drad
 from dynamicrad_compile.kernels.attention_arguments import Attention
 from dynamicrad_compile.kernels.blocks import cdiv
 from dynamicrad_compile.kernels.means import means_of
+from dynamicrad_compile.kernels.search_op import cost as search_cost
+from dynamicrad_compile.kernels.select_criteria import RANKS
 from dynamicrad_compile.kernels.select_op import cost
 from dynamicrad_compile.plans.cost import covariances
 from dynamicrad_compile.plans.make import make_candidates, make_plan
@@ -37,6 +39,9 @@ def rows(bench: Bench, tokens: int, dim: int, sparsity: float) -> Iterator[Row]:
         by = criterion if rank == "mass" else f"{criterion} by {rank}"
         yield Row(f"select/{at}/{by.replace(' ', '_')}", "overhead", run, 5.0,
                   {**facts, "what": f"select_blocks, {by}"})  # fmt: skip
+    for rank in RANKS:
+        yield Row(f"search/{at}/by_{rank}", "overhead", lambda r=rank: run_search(bench, tokens, dim, sparsity, r), 5.0,
+                  {**facts, "what": f"search_blocks by {rank}, at the steps that search"})  # fmt: skip
     yield Row(f"compensation/{at}", "overhead", lambda: run_compensation(bench, tokens, dim, sparsity), 6.0,
               {**facts, "what": "compensation (means and kernel)"})  # fmt: skip
     yield Row(f"covariance/{at}", "overhead", lambda: run_covariance(bench, tokens, dim, sparsity), 6.0,
@@ -74,6 +79,28 @@ def run_select(bench: Bench, tokens: int, dim: int, sparsity: float, criterion: 
     values = _share(bench, f"{tokens}/{dim}/{sparsity:g}", bench.clock.time(call).ms)
     values |= {"sparsity": plan.sparsity, "floor_ms": floor / bench.ceilings.memory * 1e-9, "bound": "memory"}
     return values | {"of_floor": values["floor_ms"] / values["ms"]}
+
+
+def run_search(bench: Bench, tokens: int, dim: int, sparsity: float, rank: str) -> Values:
+    """search_blocks: the scores of all pairs and the choice, as a share of dense attention; half of it is the bound."""
+    q, k, _ = bench.qkv(tokens, dim)
+    n, heads = cdiv(tokens, BLOCK), q.shape[1]
+    own = torch.arange(n, dtype=torch.int32, device=bench.device)[None, None, :, None]
+    counts = torch.ones(1, 1, n, dtype=torch.int32, device=bench.device)
+    lse = torch.full(q.shape[:3], float(tokens), device=bench.device).log_()
+    call = lambda: torch.ops.dynamicrad.search_blocks(  # noqa: E731
+        q, k, lse, counts, own, sparsity, 1.0, None, BLOCK, BLOCK, None, rank
+    )
+    dense = bench.found(f"dense/{tokens}/{dim}")
+    sizes = (1, heads, heads, tokens, tokens, dim, BLOCK, BLOCK, q.element_size())
+    work = {"tensor": search_cost(*sizes, rank, adaptive=False).flops, "exp": heads * tokens**2}
+    rates = {"tensor": bench.ceilings.tensor, "exp": bench.ceilings.exp}
+    floors = {part: work[part] / rate * 1e-9 for part, rate in rates.items() if rate}
+    bound = max(floors, key=lambda part: floors[part])
+    ms = bench.clock.time(call).ms
+    values = {**_share(bench, f"{tokens}/{dim}/{sparsity:g}", ms), "floor_ms": floors[bound], "bound": bound}
+    of_dense = f"{ms / dense['ms']:.1%} of dense" if dense else "dense was not measured"
+    return {**values, "of_floor": floors[bound] / ms, "summary": of_dense}
 
 
 def run_compensation(bench: Bench, tokens: int, dim: int, sparsity: float) -> Values:

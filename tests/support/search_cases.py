@@ -21,9 +21,7 @@ class Case:
     of: str = "even"  # case of `block_mass`
     sparsity: float = 0.7
     recall_threshold: float = 0.4
-    plan: str = (
-        "shared"  # "own": of each sample and head; "dense": some rows are; "wrong": out of range; "none"; "much"
-    )
+    plan: str = "shared"  # "own": of each sample and head; "dense": some rows; "wrong": out of range; "none"; "much"
     equal: bool = False  # all keys are 0
 
     def __str__(self) -> str:
