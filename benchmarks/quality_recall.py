@@ -44,7 +44,8 @@ from dynamicrad_compile.quality.tiny_video.subject import prompts, subject
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = {16: (16, 1, 1), 64: (16, 2, 2)}
-Kept = tuple[Tensor, Tensor | None, Tensor | None]
+Kept = tuple[Tensor, Tensor, Tensor]
+"""What the last search left at a site: log-sum-exps [B, H, S, 1], and its blocks by mass and by error."""
 
 
 class Watch:
@@ -88,10 +89,9 @@ class Watch:
         chosen = {**exact, **chosen}
         kept = self.kept.get((name, place.site))
         if kept is not None and place.step > self.searches[0]:
-            old_lse, by_mass, by_error = kept
-            chosen |= {"AdaSpa": by_mass, "AdaSpa, by exact error": by_error}
+            chosen |= {"AdaSpa": kept[1], "AdaSpa, by exact error": kept[2]}
         if place.step in self.searches:
-            old_lse = lse if place.step == self.searches[0] else kept[0]
+            old_lse = lse if kept is None or place.step == self.searches[0] else kept[0]
             mass_then, error_then = self.masses(q, k, scores, old_lse, scale)
             self.kept[name, place.site] = old_lse, oracle_mask(mass_then, budget), oracle_mask(error_then, budget)
         if place.step <= self.searches[0]:

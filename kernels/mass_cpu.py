@@ -21,7 +21,7 @@ from .softmax_cpu import LIMIT, LOG2_E
 from .workers import Buffers, Task
 
 CHUNK_ROWS = 2048  # queries of a task, unless a block has more: each GEMM packs its operands anew
-FEWEST_ROWS = 512  # of a task, so that each worker has one
+FEWEST_ROWS = 512  # of a task that is made smaller so that all workers have one
 CHUNK_BYTES = 2 << 20  # scores that a task works on
 LSE_LIMIT = 80.0  # e^-lse is in the range of fp32 up to here
 
