@@ -61,7 +61,7 @@ def test_suite_runs_reduced(suite, tmp_path, capsys):
     assert "Its figures say nothing about speed" in page
     assert str(tmp_path) not in page
     assert str(Path.home()) not in page
-    assert "16 of 16 checks passed" in capsys.readouterr().out
+    assert "18 of 18 checks passed" in capsys.readouterr().out
 
 
 def test_suite_keeps_going_and_resumes(suite, tmp_path, monkeypatch):
