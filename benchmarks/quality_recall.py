@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dynamicrad_compile.kernels import search_cpu
+from dynamicrad_compile.kernels.search_arguments import Search
 from dynamicrad_compile.models.hook import Place, attention_hook
 from dynamicrad_compile.plans.make import make_candidates
 from dynamicrad_compile.plans.order import reordered
@@ -37,7 +39,7 @@ from dynamicrad_compile.plans.plan import Candidates
 from dynamicrad_compile.plans.ratios import ratios_for
 from dynamicrad_compile.plans.selection import select_blocks
 from dynamicrad_compile.policy import CANDIDATE_FACTOR
-from dynamicrad_compile.quality.blocks import block_counts, block_sums, masked_attention, oracle_mask
+from dynamicrad_compile.quality.blocks import masked_attention, oracle_mask
 from dynamicrad_compile.quality.harness import write_json
 from dynamicrad_compile.quality.tiny_video.model import CHECKPOINT
 from dynamicrad_compile.quality.tiny_video.subject import prompts, subject
@@ -45,7 +47,7 @@ from dynamicrad_compile.quality.tiny_video.subject import prompts, subject
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = {16: (16, 1, 1), 64: (16, 2, 2)}
 Kept = tuple[Tensor, Tensor, Tensor]
-"""What the last search left at a site: log-sum-exps [B, H, S, 1], and its blocks by mass and by error."""
+"""What the last search left at a site: log-sum-exps [B, H, S], and its blocks by mass and by error."""
 
 
 class Watch:
@@ -81,8 +83,8 @@ class Watch:
     ) -> None:
         q, k, v = qkv
         scores = q @ k.mT * scale
-        lse = scores.logsumexp(-1, keepdim=True)
-        mass, error = self.masses(q, k, scores, lse, scale)
+        lse = scores.logsumexp(-1)
+        mass, error = self.masses(q, k, lse, scale)
         budget = max(mass.shape[-1], round(float(chosen["pooled"].sum((-1, -2)).double().mean())))
         exact = {"searched at every step": oracle_mask(mass, budget)}
         exact["searched, by exact error"] = oracle_mask(error, budget)
@@ -92,7 +94,7 @@ class Watch:
             chosen |= {"AdaSpa": kept[1], "AdaSpa, by exact error": kept[2]}
         if place.step in self.searches:
             old_lse = lse if kept is None or place.step == self.searches[0] else kept[0]
-            mass_then, error_then = self.masses(q, k, scores, old_lse, scale)
+            mass_then, error_then = self.masses(q, k, old_lse, scale)
             self.kept[name, place.site] = old_lse, oracle_mask(mass_then, budget), oracle_mask(error_then, budget)
         if place.step <= self.searches[0]:
             return
@@ -106,13 +108,11 @@ class Watch:
             share = float(mask.double().mean())
             self.found[name, choice].append((place.step, recall, *errors, share))
 
-    def masses(self, q: Tensor, k: Tensor, scores: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """fp32 [B, H, M, M] each: attention of blocks by some log-sum-exps [B, H, S, 1]; the same less their means'."""
-        mass = block_sums(block_sums((scores - lse).exp(), self.block, -1), self.block, -2)
-        counts = block_counts(k.shape[-2], self.block)
-        means = block_sums(k, self.block, -2) / counts[:, None]
-        held = block_sums(counts * (q @ means.mT * scale - lse).exp(), self.block, -2)
-        return mass, (mass - held).clamp(min=0.0)
+    def masses(self, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """fp32 [B, H, M, M] each: attention of blocks by some log-sum-exps [B, H, S]; the same less their means'."""
+        rows = -(-q.shape[2] // self.block)
+        none = torch.zeros(1, 1, rows, dtype=torch.int32), torch.zeros(1, 1, rows, 0, dtype=torch.int32)
+        return search_cpu.scores(Search(q, k, lse, *none, 0.0, 1.0, scale, self.block, self.block, None, "error"))
 
 
 def _boxes(block: int) -> dict[str, Any]:

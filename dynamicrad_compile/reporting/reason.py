@@ -28,7 +28,9 @@ REPORT_MODEL = "nothing to set: the model computes it in a way that is not suppo
 REBUILD_MHA = "build the nn.MultiheadAttention without it, or with need_weights=False"
 CALL_SDPA = "write it as torch.nn.functional.scaled_dot_product_attention"
 FIX_SIZES = "export for fixed frames, heights and widths; if the option `plan` is set, leave it out"
-FIX_LENGTH = "give the model inputs of a fixed length, if it can; if the option `plan` is set, leave it out"
+FIX_LENGTH = (
+    "give the model inputs of a fixed length, if it can; or take pattern 'dynamicrad', without the option `plan`"
+)
 
 
 @dataclass(frozen=True)
