@@ -29,6 +29,7 @@ from .axes.tensor_labels import get_labels, range_of_values, set_labels, set_ran
 from .context import Earlier, PassContext
 from .graph import depends_on_data, hint, value_of
 from .operators.mode import AxisMode
+from .operators.process_groups import groups_of
 from .reading.layout import output_labels, plain_labels
 from .reading.transforms import inside_transforms
 from .site import Site, Trace
@@ -46,7 +47,7 @@ def trace_grid(gm: fx.GraphModule, context: PassContext) -> int:
     if not context.sites and context.earlier is None:
         return 0
     earlier = context.earlier or Earlier()
-    fake_mode, axis_mode = FakeTensorMode(allow_non_fake_inputs=True), AxisMode(earlier.streams)
+    fake_mode, axis_mode = FakeTensorMode(allow_non_fake_inputs=True), AxisMode(earlier.streams, groups_of(gm.graph))
     with fake_mode, axis_mode, torch.no_grad():
         tracer = _Tracer(gm, context, fake_mode, axis_mode)
         tracer.run()

@@ -83,7 +83,7 @@ def _align_bases(first: Label, second: Label, why: str) -> bool:
 def _rows(label: Label) -> Part | None:
     """Of which rows of what a label is, where that is not put together from pieces itself; None if it is not."""
     leaves = resolve(label)
-    parts = leaves[0].parts if len(leaves) == 1 else None
+    parts = leaves[0].parts if len(leaves) == 1 and leaves[0].shard is None else None
     if isinstance(label, Within):
         parts = (label.part,)
     if not parts or len(parts) != 1 or parts[0].whole:
@@ -126,7 +126,7 @@ def _find_pieces(first: Label, second: Label) -> None:
         for axis in slices
         for part in (axis.parts if axis.parts and len(axis.parts) == 1 else [Part((), 0, 1)])
     }
-    if len(slices) != 2 or len(cuts) != 1 or min(cuts)[0] == 0:
+    if len(slices) != 2 or len(cuts) != 1 or min(cuts)[0] == 0 or any(axis.shard for axis in slices):
         return
     for axis in slices:
         rows = parts_of((axis,))
@@ -136,7 +136,7 @@ def _find_pieces(first: Label, second: Label) -> None:
 
 def _base(axis: Axis) -> Axis | None:
     """The axis, not divided so far, of which an axis is some of the rows; None if it is not."""
-    if axis.parts is None or len(axis.parts) != 1 or axis.parts[0].whole:
+    if axis.parts is None or len(axis.parts) != 1 or axis.parts[0].whole or axis.shard is not None:
         return None
     leaves = resolve(axis.parts[0].label)
     return leaves[0] if len(leaves) == 1 and not leaves[0].parts and not leaves[0].blank else None
@@ -204,6 +204,8 @@ def _merge(x: Axis, y: Axis, why: str) -> bool:
     """Make two leaf axes of one size one axis, unless one is the other in reverse order; False if they can't be."""
     if (x.mirror or y.mirror or x.parent or y.parent) and are_mirrored((x,), (y,)):
         return True
+    if x.shard is not None and y.shard is not None and not _merge_sequences(x.shard.rows, y.shard.rows, why):
+        return False
     if x.parts and y.parts and min(len(x.parts), len(y.parts)) > 1:
         if not _are_cut_alike(x, y):
             return not _stand_elsewhere(x.parts, y.parts)
@@ -218,10 +220,18 @@ def _merge(x: Axis, y: Axis, why: str) -> bool:
     keep.conflict = keep.conflict or drop.conflict
     keep.why = keep.why or drop.why
     keep.mirror = keep.mirror or drop.mirror
+    keep.shard = keep.shard or drop.shard
     keep.feature = keep.feature or drop.feature
     keep.kin = (*keep.kin, drop, *drop.kin)
     drop.alias = keep
     return True
+
+
+def _merge_sequences(x: Part, y: Part, why: str) -> bool:
+    """Learn that two sequences of which a process aligns its rows are one: all processes run the same program."""
+    if (x.start, x.stop, label_size(x.label)) != (y.start, y.stop, label_size(y.label)):
+        return True
+    return not mixed(unify(x.label, y.label, why))
 
 
 def _stand_elsewhere(first: Sequence[Part], second: Sequence[Part]) -> bool:
@@ -249,7 +259,14 @@ def _holds(axis: Axis, inner: Axis) -> bool:
     return any(leaf is inner or _holds(leaf, inner) for leaf in leaves)
 
 
-def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, int]:
-    """Which of two merged axes says more: a concatenation, an input, a slice of something, anything, a new buffer."""
+def _rank(axis: Axis) -> tuple[bool, bool, bool, bool, bool, int]:
+    """Which of two merged axes says more: a shard, a concatenation, an input, a slice, anything, a new buffer."""
     pieces = len(axis.parts or ())
-    return (pieces > 1, axis.source.kind == "input", pieces == 1, not axis.blank, axis.source.rank)
+    return (
+        axis.shard is not None,
+        pieces > 1,
+        axis.source.kind == "input",
+        pieces == 1,
+        not axis.blank,
+        axis.source.rank,
+    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamicrad_compile.reporting.reason import Reason
 
@@ -52,12 +52,31 @@ class Part:
         return self.start == 0 and self.stop == label_size(self.label)
 
 
+class Peers(NamedTuple):
+    """A group of processes that run the same program: their global ranks, and the place of this one among them."""
+
+    ranks: tuple[int, ...]
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return len(self.ranks)
+
+
+class Shard(NamedTuple):
+    """The rows of a sequence that this process holds of it; its peers hold the others, in order."""
+
+    rows: Part
+    peers: Peers
+
+
 class Axis:
     """One axis; see the module's docstring. `conflict` says why nothing more may be concluded of it."""
 
     __slots__ = (
         "alias", "blank", "born", "carved", "conflict", "factors", "feature", "free", "kin", "mirror", "mixed",
-        "parent", "parts", "reversed", "size", "source", "table", "why",
+        "parent", "parts", "peers", "reversed", "shard", "size", "source", "table", "why",
     )  # fmt: skip
 
     def __init__(self, size: int, source: Source, parent: Axis | None = None, born: str = ""):
@@ -78,6 +97,8 @@ class Axis:
         self.mixed: Reason | None = None  # why its rows are of two orders: whatever it met, it is no other axis
         self.mirror: Axis | None = None  # the same rows, last first
         self.reversed = False  # a flip made it, or a mixture of rows that are reversed and rows that are not
+        self.shard: Shard | None = None  # the rows of a sequence that this process holds of it
+        self.peers: Peers | None = None  # positions along it are the processes of a group
         self.table: Any = None  # a PositionTable: this axis was read from values that may change from call to call
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .labels import Label, label_size, resolve
+from .labels import Label, Peers, label_size, resolve
 from .tensor_labels import Rows
 
 
@@ -112,6 +112,16 @@ class Streams:
                 todo += [base] if base in self._rows or base in self._holds else []
             todo += inner
         return spans
+
+    def whole_of(self, term: int, peers: Peers, size: int) -> int:
+        """A term of the rows of all peers, of which a term is the `size` rows that this process has."""
+        start = peers.rank * size
+        known = self._slices.get(term)
+        if known is not None and known[1:] == (size * peers.size, start, start + size):
+            return known[0]
+        number = self.term("gathered", term, peers)
+        self._slices.setdefault(term, (number, size * peers.size, start, start + size))
+        return number
 
     def slice_of(self, term: int) -> tuple[int, int, int, int] | None:
         """(term, size, start, stop) of which a term is rows; None if it is none."""

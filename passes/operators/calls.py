@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..axes.labels import Label, Source
+from ..axes.shards import Shards
 from ..axes.streams import Stream, Streams
 from ..axes.tensor_labels import Range
 
@@ -19,10 +20,11 @@ Shape = tuple[int, ...]
 
 
 class AxisTrace(Protocol):
-    """What a rule for labels may ask of the trace: the running node, the terms of the graph, and sources in it."""
+    """What a rule for labels may ask of the trace: the running node, terms and shards of the graph, sources in it."""
 
     node: str
     streams: Streams
+    shards: Shards
 
     def source(self, dim: int = 0, kind: str = "op") -> Source:
         """Source of an axis born in the running node."""

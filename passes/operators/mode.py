@@ -6,13 +6,15 @@ copies. So a rule is needed per primitive, not per spelling.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..axes.labels import Source, label_size
+from ..axes.labels import Peers, Source, label_size
+from ..axes.shards import Shards
 from ..axes.streams import Stream, Streams, get_stream, set_stream, written
 from ..axes.tensor_labels import get_base, get_labels, rows_shown, set_base, set_labels, set_range
 from .calls import StreamCall
@@ -23,12 +25,16 @@ from .table import operator_of_call
 
 
 class AxisMode(TorchDispatchMode):
-    """Labels every tensor made under it. `node` names the graph node that is running."""
+    """Labels every tensor made under it. `node` names the graph node that is running.
 
-    def __init__(self, streams: Streams) -> None:
+    groups: the processes that collectives of the graph are among.
+    """
+
+    def __init__(self, streams: Streams, groups: Iterable[Peers] = ()) -> None:
         super().__init__()
         self.node = "input"
         self.streams = streams
+        self.shards = Shards(groups)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

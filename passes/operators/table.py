@@ -16,6 +16,7 @@ from .entry import Operator
 from .names import canonical, op_name, operator_name
 from .rules import (
     buffers,
+    collectives,
     hiding,
     masks,
     numbers,
@@ -118,6 +119,12 @@ _GROUPS: list[tuple[str, Operator]] = [
     ("index_select", Operator(labels=products.index_select, stream=streams.picked)),
     ("index", Operator(labels=products.index, stream=streams.picked)),
     ("gather", Operator(stream=streams.picked)),
+    # what processes exchange
+    ("_c10d_functional::wait_tensor", _SAME),
+    ("_c10d_functional::all_to_all_single _c10d_functional_autograd::all_to_all_single",
+     Operator(labels=collectives.all_to_all)),
+    ("_c10d_functional::all_gather_into_tensor _c10d_functional_autograd::all_gather_into_tensor",
+     Operator(labels=collectives.all_gather, stream=collectives.gathered)),
     # products and patches
     ("mm", Operator(labels=products.mm, stream=streams.projection, projects=True)),
     ("bmm", Operator(labels=products.bmm, stream=streams.projection)),

@@ -26,7 +26,7 @@ def slice_(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dic
     labels = list(get_labels(tensor))
     n = out.shape[dim]
     if step == 1:
-        labels[dim] = slice_label(labels[dim], start, start + n, trace.source(dim))
+        labels[dim] = _rows(trace, labels, dim, start, start + n)
     else:
         labels[dim] = fresh(n, trace.source(dim))
     return labels
@@ -55,11 +55,27 @@ def split(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % tensor.dim()
     result, start = [], 0
     for piece in out:
-        labels = list(get_labels(tensor))
-        labels[dim] = slice_label(labels[dim], start, start + piece.shape[dim], trace.source(dim))
-        result.append(labels)
+        result.append(_of_peer(trace, tensor, dim, start, piece.shape[dim]))
         start += piece.shape[dim]
     return result
+
+
+def _of_peer(trace: AxisTrace, tensor: torch.Tensor, dim: int, start: int, n: int) -> Labels:
+    """Labels of `n` rows of a dimension; what one process has sent is labelled as that process has it."""
+    labels = list(get_labels(tensor))
+    leaves = resolve(labels[dim])
+    peers = leaves[0].peers if leaves else None
+    if peers is None or n * peers.size != tensor.shape[dim]:
+        labels[dim] = _rows(trace, labels, dim, start, start + n)
+        return labels
+    labels[dim] = leaves[1:]
+    return [trace.shards.of_peer(label, start // n, peers, trace.source(d)) for d, label in enumerate(labels)]
+
+
+def _rows(trace: AxisTrace, labels: Labels, dim: int, start: int, stop: int) -> Label:
+    """Label of some rows of a dimension, which may be those of this process."""
+    rows = slice_label(labels[dim], start, stop, trace.source(dim))
+    return trace.shards.mark(rows, labels[dim], start, stop)
 
 
 def cat(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:

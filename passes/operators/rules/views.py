@@ -20,7 +20,11 @@ def view(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[
     for d, label in enumerate(labels):
         if isinstance(label, Row) and [*shape[:d], *shape[d + 1 :]] == list(out.shape):
             return _dropped(labels, {d})
-    return reshape(labels, list(out.shape), trace.source())
+    source, sizes = trace.source(), list(out.shape)
+    return [
+        trace.shards.rejoined(label, source)
+        for label in reshape(trace.shards.parted(labels, sizes, source), sizes, source)
+    ]
 
 
 def view_dtype(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
