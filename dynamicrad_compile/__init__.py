@@ -36,6 +36,7 @@ from .runtime.router import Router
 
 if TYPE_CHECKING:
     from .exporting import export, rewrite
+    from .parallel.simulation import simulate_ranks
     from .routing.fit import fit_router
     from .tuning import record_attention, tune
 
@@ -47,6 +48,7 @@ _LAZY = {
     "fit_router": "routing.fit",
     "record_attention": "tuning",
     "rewrite": "exporting",
+    "simulate_ranks": "parallel.simulation",
     "tune": "tuning",
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "record_attention",
     "report",
     "rewrite",
+    "simulate_ranks",
     "tune",
 ]
 

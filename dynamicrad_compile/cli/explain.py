@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import OptionsError
 from .values import key_value
 
 
@@ -25,7 +27,9 @@ def add_explain(commands: Any) -> None:
     parser.add_argument("--frames", type=int, default=81, help="frames of the video (81)")
     parser.add_argument("--height", type=int, default=480, help="pixels (480)")
     parser.add_argument("--width", type=int, default=832, help="pixels (832)")
-    parser.add_argument("--layers", type=int, default=2, help="capture only so many layers; 0 = all (2)")
+    parser.add_argument(
+        "--layers", type=int, help="capture only so many layers of each kind; 0 = all (2, and all with --ranks)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -34,6 +38,13 @@ def add_explain(commands: Any) -> None:
         dest="options",
         help="an option of the backend, such as sparsity=0.9 or grid=21,30,52; may be repeated",
     )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="also estimate a step on so many GPUs (1 to 64), for each layout"
+    )
+    parser.add_argument(
+        "--link", type=float, metavar="GB/S", help="speed between GPUs each way (the device's NVLink: 450 for h100)"
+    )
+    parser.add_argument("--device", help="a100, h100, h200, b200 or 4090, for --ranks (h100)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the report as a web page")
     parser.add_argument("--dump", metavar="FOLDER", help="also write each graph, before the passes and after each")
@@ -48,24 +59,47 @@ def run(args: argparse.Namespace) -> int:
         for name, (class_name, _) in PRESETS.items():
             print(f"{name:14s} {class_name}")
         return 0
-    from .. import explain
+    from .. import explain, simulate_ranks
     from ..beforehand import output_file
-    from ..models.fake import build
+    from ..models.fake import build, other_flops
     from ..options import Options
 
     options = dict(key_value(text) for text in args.options)
     if args.dump:
         options["dump"] = args.dump
     Options.from_mapping(options)  # a mistake is told before the model is built
+    asked = _ranks(args)
+    layers = args.layers if args.layers is not None else 0 if asked else 2
     if args.html:
         output_file(args.html)
-    model, inputs = build(args.model, frames=args.frames, height=args.height, width=args.width, layers=args.layers)
+    model, inputs = build(args.model, frames=args.frames, height=args.height, width=args.width, layers=layers)
     report = explain(model, options=options, **inputs)
+    simulation = simulate_ranks(report, **asked, rest_flops=other_flops(model, inputs)) if asked else None
+    depth = f"{layers} layers of each kind" if layers else "all layers"
     if args.json:
-        print(report.to_json())
+        values = json.loads(report.to_json())
+        if simulation is not None:
+            values["ranks"] = {**simulation.to_dict(), "layers": depth}
+        print(json.dumps(values, indent=2))
     else:
-        depth = f"{args.layers} layers of each kind" if args.layers else "all layers"
         print(f"{type(model).__name__}, {depth}, {args.frames} frames of {args.width}x{args.height}\n\n{report}")
+        if simulation is not None:
+            print(f"\n{depth}, {simulation}")
     if args.html:
         report.to_html(args.html)
     return 0
+
+
+def _ranks(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `simulate_ranks`; none without --ranks. Raises OptionsError for what is out of range."""
+    from ..parallel.simulation import DEVICE, check
+
+    given = {"ranks": args.ranks, "link": args.link, "device": args.device}
+    if args.ranks is None:
+        alone = [f"--{name}" for name, value in given.items() if value is not None]
+        if alone:
+            raise OptionsError(f"{' and '.join(alone)} needs --ranks: it is for estimates of several GPUs.")
+        return {}
+    given["device"] = args.device or DEVICE
+    check(**given)
+    return given

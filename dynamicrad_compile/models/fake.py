@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import DynamicRadError, nearest
 from ..kernels.blocks import cdiv
@@ -39,6 +40,14 @@ def build(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = cls.from_config(config)
         return model.eval(), inputs()
+
+
+def other_flops(model: torch.nn.Module, inputs: Inputs) -> int:
+    """FLOPs of the matrix products and convolutions of a call, without softmax attention; of a model of `build`."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for op, count in counts.items() if "attention" not in str(op))
 
 
 def specify(
