@@ -112,7 +112,7 @@ def _classify(site: Site, context: PassContext, grids: Grids) -> None:
             site.reason = why
         return
     if not alike:
-        site.reason = exchanged(site.call)
+        site.reason = exchanged(site.call, query, key)
         if site.reason:
             return
     unknown = trace.given and not (alike and trace.same_tokens)

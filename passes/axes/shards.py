@@ -73,16 +73,12 @@ class Shards:
         return whole
 
     def rejoined(self, label: Label, source: Source) -> Label:
-        """The label with peers and the shard behind them put together."""
-        leaves = list(resolve(label))
-        for i in range(len(leaves) - 1):
-            peers, local = leaves[i].peers, leaves[i + 1]
-            if peers is None or local.feature or local.peers:
-                continue
-            whole = self.whole(local, peers, source)
-            if whole is not None:
-                return self.rejoined((*leaves[:i], *resolve(whole), *leaves[i + 2 :]), source)
-        return label
+        """The sequence, of a label that is peers and the shard behind them; any other label as it is."""
+        leaves = resolve(label)
+        if len(leaves) != 2 or leaves[0].peers is None or leaves[1].feature or leaves[1].peers:
+            return label
+        whole = self.whole(leaves[1], leaves[0].peers, source)
+        return label if whole is None else whole
 
     def parted(self, labels: Sequence[Label], sizes: Sequence[int], source: Source) -> Sequence[Label]:
         """Labels in which a joined sequence is peers and shard again, where a reshape to `sizes` cuts it so."""
