@@ -1,5 +1,6 @@
 """The passes, in order. Each is `(graph module, context) -> count` and lives in a file of its own.
 
+gather_ring         an attention over all keys beside each that context parallelism unrolled
 find_attention      every attention call becomes a site
 trace_grid          what each site's sequence is made of
 decode_positions    the same from the values of a RoPE table, where no shape shows it
@@ -24,6 +25,7 @@ from .context import Conditions, Control, Decisions, Dense, Earlier, Pass, PassC
 from .decode_positions import decode_positions
 from .find_attention import find_attention
 from .find_conditions import find_conditions
+from .gather_ring import gather_ring
 from .reading.support import few_frames
 from .replace_attention import replace_attention
 from .site import AttentionCall, PlannedSite, Site, TextTokens, VideoSite
@@ -31,6 +33,7 @@ from .trace_grid import trace_grid
 from .writing.checkpoints import close_regions, open_regions
 
 PASSES: tuple[Pass, ...] = (
+    gather_ring,
     find_attention,
     trace_grid,
     decode_positions,

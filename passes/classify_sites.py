@@ -41,7 +41,7 @@ from .reading.not_video import (
     several_videos,
     video_parts,
 )
-from .reading.sharding import exchanged
+from .reading.sharding import exchanged, heads_among
 from .reading.support import UNRECORDED, few_frames, unsupported
 from .reading.user_grid import check_fit, check_user_grid, grid_message
 from .site import CROSS, OTHER_SELF, UNKNOWN, VIDEO, Site, TextTokens, Trace, VideoSite
@@ -90,6 +90,8 @@ def _video_site(site: Site) -> VideoSite | None:
         trace=site.trace,
         axes=site.grid_axes,
         queries=site.queries,
+        shard=site.queries is not None and any(axis.shard for axis in resolve(site.trace.query[-2])),
+        peers=heads_among(site.call),
     )
 
 

@@ -15,7 +15,7 @@ from dynamicrad_compile.runtime.pool import Slot
 from .axes.labels import Axis, Label, resolve
 from .axes.streams import Stream, Streams
 from .graph import hint, value_of
-from .site import PlannedSite, Site, VideoSite
+from .site import Gathered, PlannedSite, Site, VideoSite
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class PassContext:
     seen          what graphs of the same code have shown before
     watch         sees the graph before the first pass ("captured") and after each, by its name
 
-    The rest is what the passes find: sites, those of them that are videos, and of these the planned ones; and what they
-    need at run time: slots are the inputs that were added behind the graph's own.
+    The rest is what the passes find: rings, sites, those of them that are videos, of these the planned ones; and what
+    they need at run time: slots are the inputs that were added behind the graph's own.
     """
 
     decide: Policy
@@ -155,6 +155,7 @@ class PassContext:
     earlier: Earlier | None = None
     seen: Seen = field(default_factory=Seen)
     watch: Watch = lambda step, gm, context: None
+    rings: list[Gathered] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     node_labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     videos: list[VideoSite] = field(default_factory=list)

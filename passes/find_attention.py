@@ -60,8 +60,9 @@ _SIGNATURE = inspect.Signature(
 def find_attention(gm: fx.GraphModule, context: PassContext) -> int:
     """Append a `Site` for each attention call; returns how many were found."""
     positions, inside = Positions(gm.graph), inside_transforms(gm.graph)
+    unrolled = {piece for found in context.rings for piece in found.ring.pieces}
     for node in gm.graph.nodes:
-        call = _read(gm, node, positions)
+        call = None if node in unrolled else read_attention(gm, node, positions)
         if call is not None:
             refusal = transformed(node, inside)
             context.sites.append(_site(node, dataclasses.replace(call, refusal=refusal) if refusal else call))
@@ -83,7 +84,7 @@ def _hidden_sites(gm: fx.GraphModule, node: fx.Node) -> list[Site]:
     for nested in nested_graphs(gm, node):
         positions = Positions(nested.graph)
         for inner in nested.graph.nodes:
-            call = _read(nested, inner, positions)
+            call = read_attention(nested, inner, positions)
             if call is not None:
                 found.append(_site(inner, dataclasses.replace(call, refusal=_inside(node))))
             else:
@@ -99,7 +100,7 @@ def _inside(node: fx.Node) -> Reason:
     )
 
 
-def _read(gm: fx.GraphModule, node: fx.Node, positions: Positions) -> AttentionCall | None:
+def read_attention(gm: fx.GraphModule, node: fx.Node, positions: Positions) -> AttentionCall | None:
     """The attention that ends in a node; None if none does."""
     if node.op not in ("call_function", "call_method"):
         return None

@@ -50,6 +50,7 @@ from .writing.control import Controls
 from .writing.int8 import attend, dense_steps
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
+from .writing.ring import from_whole_blocks, settle, to_whole_blocks
 from .writing.search import found_blocks, keep, search
 from .writing.selection import select
 from .writing.sizes import (
@@ -79,6 +80,9 @@ def replace_attention(gm: fx.GraphModule, context: PassContext) -> int:
     for site in context.sites:
         if site.chunks and not site.replaced:
             site.reason = max(site.chunks, key=lambda chunk: chunk.kv_length or 0).reason
+    by_node = {site.node: site for site in context.sites}
+    for found in context.rings:
+        settle(gm.graph, found, by_node[found.node])
     return sum(site.replaced for site in context.sites)
 
 
@@ -212,6 +216,7 @@ def _replace(
         keys = keys_node(graph, call)
         scale = None if call.scale is None else float(call.scale)
         operands, given = plain_operands(graph, call), keys
+        operands[0] = to_whole_blocks(gm, operands[0], planned, video.device)
         ask, answer = (nodes.q_order, nodes.q_inverse), (nodes.order, nodes.inverse)
         pairs = zip(operands, (ask, answer, answer), strict=True)
         operands = [into_order(graph, x, *order, context.training) for x, order in pairs]
@@ -244,6 +249,7 @@ def _replace(
             lse = lse or graph.call_function(operator.getitem, (pair, 1))
             search(gm, planned, operands, keys, always, kept, lse, writer.controls)
         out = into_order(graph, out, nodes.q_inverse, nodes.q_order, context.training)
+        out = from_whole_blocks(graph, out, planned)
         if given is not None:
             out = without_hidden_rows(graph, call, out, given)
         out = original_output(graph, video.site, out)

@@ -15,7 +15,7 @@ from dynamicrad_compile.plans.plan import BlockPlan
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 from dynamicrad_compile.reporting.reason import Reason
 
-from .axes.labels import Label
+from .axes.labels import Label, Peers
 
 VIDEO = "video_self_attention"
 SPATIAL = "spatial_attention"
@@ -84,6 +84,34 @@ class AttentionCall:
     inner: tuple[fx.Node, ...] = ()
     projections: Projections | None = None
     refusal: Reason | None = None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The attentions of a ring.
+
+    pieces  their nodes; the first is over the keys of this process
+    call    of the first
+    steps   the nodes between the output of the first and the merge: a cast, say
+    merged  the node that holds the output
+    group   of the collective that gathers keys and values, as the graph names it
+    """
+
+    pieces: tuple[fx.Node, ...]
+    call: AttentionCall
+    steps: tuple[fx.Node, ...]
+    merged: fx.Node
+    group: Any
+    peers: Peers
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A ring, the attention over all keys that was written beside it, and the node that would take its place."""
+
+    ring: Ring
+    node: fx.Node
+    out: fx.Node
 
 
 @dataclass(frozen=True)
@@ -187,6 +215,8 @@ class VideoSite:
     trace  of its site
     axes   the three axes of its grid; () where the user alone knows it
     queries  (start, stop) of the tokens that ask; None: all. All of grid and text are keys
+    shard    the queries are those that this process holds; others ask with theirs
+    peers    the processes that share its heads, each with as many; None: all are here
     """
 
     site: Site
@@ -198,6 +228,19 @@ class VideoSite:
     trace: Trace
     axes: Label
     queries: Range | None = None
+    shard: bool = False
+    peers: Peers | None = None
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of the model's attention, of which this process may have some."""
+        return self.shape[1] * (1 if self.peers is None else self.peers.size)
+
+    @property
+    def heads(self) -> Range:
+        """(start, stop) of these heads."""
+        first = 0 if self.peers is None else self.peers.rank * self.shape[1]
+        return first, first + self.shape[1]
 
     @property
     def node(self) -> fx.Node:
@@ -238,12 +281,14 @@ class PlannedSite:
     table     the plans of all regimes, for the sizes at hand
     spec      how to make them for other sizes; None where that can't be
     at_least  fewer tokens than these would have stayed dense
+    asked     (start, stop) of the tokens that its rows are for, where these are more than the queries; else None
     """
 
     video: VideoSite
     table: PlanTable
     spec: PlanSpec | None = None
     at_least: int = 0
+    asked: Range | None = None
 
     @property
     def overhead(self) -> float:

@@ -184,13 +184,18 @@ class Layout:
     def query_order(self) -> np.ndarray | None:
         """int64 [q_len]: the token, counted from the first query, of each place of the queries; None in raster order.
 
-        Whole frames are a video of their own, whose blocks are boxes of it. Parts of frames are in raster order.
+        Whole frames are a video of their own, whose blocks are boxes of it. Other tokens follow each other as they do
+        in the order of the keys.
         """
         if self.queries is None:
             return self.order()
         first, last = self._asked_video
-        if self.box is None or first == last or first % self.tokens_per_frame or last % self.tokens_per_frame:
+        keys = self.order()
+        if keys is None or first == last:
             return None
+        if first % self.tokens_per_frame or last % self.tokens_per_frame:
+            own = keys[(keys >= self.q_start) & (keys < self.q_start + self.q_len)]
+            return own - self.q_start
         order = np.arange(self.q_len, dtype=np.int64)
         begin = self.text_before + first - self.q_start
         grid = ((last - first) // self.tokens_per_frame, *self.grid[1:])

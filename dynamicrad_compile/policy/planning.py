@@ -12,8 +12,9 @@ from ..plans.layout import MIN_FRAMES, too_long
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.ratios import balance_of
+from ..plans.shares import heads_of, rows_of, shard_of, whole_blocks
 from ..plans.stages import Stages
-from ..plans.table import PlanSpec, RegimeSpec
+from ..plans.table import PlanSpec, PlanTable, RegimeSpec
 from ..profiles import Profile
 from ..profiles.parameters import AdaSpa, DynamicThreshold, StaticRatio, Table
 from ..reporting.reason import NOTHING, Reason
@@ -49,6 +50,9 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     if why_not:
         return Dense(Reason("no_search", f"pattern {pattern.name!r} {why_not}", SEARCH_ADVICE))
     spec = _specification(pattern, site, settings, wishes.options, regimes)
+    if site.shard and site.queries is not None:
+        table, asked = shard_of(spec, site.grid, site.text, site.queries)
+        return PlannedSite(site, table, spec, asked=asked)
     return PlannedSite(site, spec.build(site.grid, *site.text, site.queries), spec)
 
 
@@ -66,13 +70,14 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     frames = site.grid[0]
     if site.axes and frames < MIN_FRAMES:
         return Dense(few_frames(frames), this_grid=True)
-    if site.queries is not None and not own.takes_queries:
-        start, stop = site.queries
+    queries = None if site.shard else site.queries  # of a shard the rows are those of the whole sequence's plan
+    if queries is not None and not own.takes_queries:
+        start, stop = queries
         text = f"only tokens {start}..{stop} of {site.keys} ask, of which the function of option plan is not told"
         advice = "give the function a parameter: (grid, text_before, text_after, queries=None)"
         return Dense(Reason("plan_without_queries", text, advice), this_grid=True)
     try:
-        table = own.table(site.grid, site.text, site.shape[1], site.device, site.queries)
+        table = own.table(site.grid, site.text, site.all_heads, site.device, queries)
     except PlanError as error:
         if own.follows_grid:
             raise
@@ -81,7 +86,15 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     if table is None:
         reason = Reason("plan_none", "the option plan gives None for its grid", AS_ASKED)
         return Dense(reason, asked=True, this_grid=True)
-    return PlannedSite(site, table)
+    if site.peers is not None:
+        table = PlanTable.of(heads_of(table.plan, site.heads))
+    if not site.shard or site.queries is None:
+        return PlannedSite(site, table)
+    if table.plan.order is not None:
+        text = "the option plan has an order of tokens, and this process asks with some of them alone"
+        return Dense(Reason("plan_order_of_shard", text, "give a plan in raster order, or shard heads"), this_grid=True)
+    asked = whole_blocks(site.queries, table.plan.block_q, site.keys)
+    return PlannedSite(site, rows_of(table, asked), asked=asked)
 
 
 def takes_regimes(pattern: str) -> bool:

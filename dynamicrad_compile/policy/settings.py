@@ -97,7 +97,7 @@ def profile_for(site: VideoSite, wishes: Wishes) -> tuple[Profile, str]:
         return wishes.profile, ""
     frames, height, width = site.whole_grid
     grid = (frames if frames >= MIN_FRAMES else 0, height, width)
-    return pick_profile(grid, heads=site.shape[1], head_dim=site.shape[-1])
+    return pick_profile(grid, heads=site.all_heads, head_dim=site.shape[-1])
 
 
 def regimes_of(conditions: Conditions, wishes: Wishes) -> Regimes:

@@ -120,7 +120,9 @@ class Streams:
         if known is not None and known[1:] == (size * peers.size, start, start + size):
             return known[0]
         number = self.term("gathered", term, peers)
-        self._slices.setdefault(term, (number, size * peers.size, start, start + size))
+        rows = (number, size * peers.size, start, start + size)
+        self._numbers.setdefault(("rows", *rows), term)
+        self._slices.setdefault(term, rows)
         return number
 
     def slice_of(self, term: int) -> tuple[int, int, int, int] | None:

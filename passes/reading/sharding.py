@@ -12,10 +12,12 @@ from torch import fx
 
 from dynamicrad_compile.reporting.reason import Reason
 
-from ..axes.labels import Label, resolve
-from ..operators.process_groups import is_collective
+from ..axes.labels import Label, Peers, resolve
+from ..operators.names import operator_name
+from ..operators.process_groups import is_collective, peers_of
 from ..operators.table import operator_of
 from ..site import AttentionCall
+
 
 def exchanged(call: AttentionCall, query: Label, key: Label) -> Reason | None:
     """Why the tokens of an attention are not known in this graph; None if they are, or come from no collective.
@@ -31,6 +33,14 @@ def exchanged(call: AttentionCall, query: Label, key: Label) -> Reason | None:
                 "set `grid`; under context parallelism it stays dense, and right",
             )
     return None
+
+
+def heads_among(call: AttentionCall) -> Peers | None:
+    """The processes among which an all-to-all has dealt the heads of an attention; None where it was none."""
+    source = _collective(call.query)
+    if source is None or not operator_name(source.target).endswith("::all_to_all_single"):
+        return None
+    return peers_of(source.args[-1])
 
 
 def _collective(node: Any) -> fx.Node | None:

@@ -135,6 +135,8 @@ def runtime_sizes(video: VideoSite, context: PassContext) -> RuntimeSizes | None
 
     Of an axis that only a later reshape shows, the size that it has there is computed from those of earlier nodes.
     """
+    if video.shard:
+        return None  # where they begin is in no shape
     homes: dict[Axis, Home] = {}
     symbols: dict[sympy.Symbol, Symbol] = {}
     is_earlier = True

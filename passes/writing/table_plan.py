@@ -18,6 +18,8 @@ from torch import fx
 
 from dynamicrad_compile.plans.packed import Packed, shows_video
 from dynamicrad_compile.plans.positions import Triple, columns_of, frames_in
+from dynamicrad_compile.plans.shares import shard_of
+from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 
 from ..axes.positions import PositionTable
 from ..site import PlannedSite
@@ -38,8 +40,8 @@ def guarded_plan(
 ) -> PlanNodes:
     """Nodes of the plan of the grid that the table shows, dense if it is none of `grids_of`."""
     call = gm.graph.call_function
-    spec, text, grids = planned.spec, planned.video.text, grids_of(planned)
-    plans = [planned.table] if spec is None else [spec.build(grid, *text, planned.video.queries) for grid in grids]
+    spec, grids = planned.spec, grids_of(planned)
+    plans = [planned.table] if spec is None else [_table(planned, spec, grid) for grid in grids]
     width = max(plan.plan.kv_indices.shape[-1] for plan in plans)
     found: PlanNodes | None = None
     for grid, plan in reversed(list(zip(grids, plans, strict=True))):
@@ -55,6 +57,14 @@ def guarded_plan(
             found = PlanNodes(*(None if a is None else call(torch.where, (ok, a, b)) for a, b in pairs))
     assert found is not None
     return found
+
+
+def _table(planned: PlannedSite, spec: PlanSpec, grid: Triple) -> PlanTable:
+    """The plans of a site for another grid of as many tokens."""
+    video = planned.video
+    if video.shard and video.queries is not None:
+        return shard_of(spec, grid, video.text, video.queries)[0]
+    return spec.build(grid, *video.text, video.queries)
 
 
 def _shows(graph: fx.Graph, table: PositionTable, grid: Triple) -> fx.Node:
