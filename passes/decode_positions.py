@@ -52,6 +52,7 @@ from .axes.positions import PositionTable, table_of
 from .context import PassContext
 from .graph import hint, specialise, value_of
 from .reading.padding import split_padding
+from .site import Trace
 
 MAX_FRAMES = 2
 """So many graphs of one code that show a single frame are for it alone."""
@@ -65,7 +66,8 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
     cut: set[Label] = set()
     for site in context.sites:
         if site.trace is not None and len(site.trace.query) >= 2:
-            for part in parts_of(site.trace.query[-2]):
+            sequence = site.trace.key if _is_shard(site.trace) else site.trace.query
+            for part in parts_of(sequence[-2]):
                 axes = resolve(part.label) if part.whole else ()
                 wanted.update(axis for axis in axes if len(axes) == 1 and not axis.parts)
                 traced.update([axes] if len(axes) == 3 else [])
@@ -88,6 +90,11 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
             elif axes in traced:
                 _compare(node, value, dim, axes)
     return found + split_padding(gm, context)
+
+
+def _is_shard(trace: Trace) -> bool:
+    """Whether the queries are some of a sequence, of which other processes hold the others."""
+    return any(axis.shard for axis in resolve(trace.query[-2]))
 
 
 def _compare(node: fx.Node, value: torch.Tensor, dim: int, axes: Label) -> None:

@@ -64,7 +64,7 @@ class Shards:
             local.parts = local.parts or (rows,)
         rows, by = local.shard
         start, stop = rows.start - before, rows.start - before + sum(lengths)
-        if start < 0 or stop > label_size(rows.label) or not _follow_each_other(peers, by):
+        if start < 0 or stop > label_size(rows.label) or not _follow_each_other(peers, by, rows):
             return None
         whole = slice_label(rows.label, start, stop, source)
         if not same_axes(resolve(whole), resolve(rows.label)) and len(resolve(whole)) == 1:
@@ -123,9 +123,13 @@ def rows_of_rank(size: int, peers: Peers) -> tuple[int, int]:
     return start, start + each + (peers.rank < more)
 
 
-def _follow_each_other(peers: Peers, by: Peers) -> bool:
-    """Whether some processes are neighbours, in order, in the group by whose ranks a sequence was cut."""
-    places = [by.ranks.index(rank) if rank in by.ranks else -1 for rank in peers.ranks]
+def _follow_each_other(peers: Peers, by: Peers, rows: Part) -> bool:
+    """Whether rows of some processes, as many as these, follow each other in a sequence that was cut among others.
+
+    They may be those of several of these others, which an exchange has put together before.
+    """
+    each = max(1, rows.size * by.size // max(1, label_size(rows.label)))
+    places = [by.ranks.index(rank) // each if rank in by.ranks else -1 for rank in peers.ranks]
     return min(places) >= 0 and places == list(range(places[0], places[0] + len(places)))
 
 
