@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..tuning.task import DEFAULT_OPTIMIZER, MODES
+from .dask import add_dask, dask_executor
 from .values import key_value
 
 # Arguments of the parser that are not passed to `tune` as they are.
-NOT_SETTINGS = ("command", "run", "fix", "no_pictures")
+NOT_SETTINGS = ("command", "run", "fix", "no_pictures", "dask")
 
 
 def add_tune(commands: Any) -> None:
@@ -38,7 +39,8 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("--captures", type=Path, nargs="+", default=[], help="attention of a model (record_attention)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), help="static_ratio, dynamic_threshold (both)")
     parser.add_argument("--rows", type=int, help="sampled query rows of a head (what memory allows)")
-    parser.add_argument("--workers", type=int, default=1, help="processes, and points asked for at once (1)")
+    parser.add_argument("--workers", type=int, default=1, help="points asked for at once, and processes (1)")
+    add_dask(parser)
     parser.add_argument(
         "--fix",
         action="append",
@@ -61,7 +63,8 @@ def _tune(args: argparse.Namespace) -> int:
     settings["boxes"] = [key_value(f"box={text}")[1] for text in args.boxes]
     fixed = dict(key_value(text, "--fix") for text in args.fix)
     try:
-        tune(fixed=fixed, pictures=not args.no_pictures, **settings)
+        with dask_executor(args.dask) as executor:
+            tune(fixed=fixed, pictures=not args.no_pictures, executor=executor, **settings)
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command with --resume goes on from {args.output.with_suffix('.jsonl')}.")
         return 130

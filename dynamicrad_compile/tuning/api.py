@@ -9,6 +9,7 @@ from typing import Any
 
 from ..beforehand import output_file
 from ..errors import OptionsError
+from ..executors import Workers, check_executor
 from ..files import to_toml, write_file
 from ..optional import optional
 from ..profiles import REGIMES, Profile
@@ -35,6 +36,7 @@ def tune(
     optimizer: str = DEFAULT_OPTIMIZER,
     seed: int = 0,
     workers: int = 1,
+    executor: Any = None,
     proxies: Sequence[str] | None = None,
     captures: Sequence[str | Path] = (),
     modes: Sequence[str] = MODES,
@@ -55,7 +57,9 @@ def tune(
     sparsity    share of dense attention that must be skipped, compensation counted
     budget      evaluations for each of the three regimes and each mode
     optimizer   name in Nevergrad's registry
-    workers     processes; the search asks for as many points at once, so its result depends on it
+    workers     points that the search asks for at once, so its result depends on it, and processes that evaluate them
+    executor    evaluates them instead: any with `submit` as concurrent.futures has it, such as a client of Dask, on any
+                machines; the result is the same. Captures are read there, at the same paths
     captures    files of `record_attention`: the search is on that attention, and on no proxies unless they are named.
                 A third of each regime's files is held out, none of a single one; a regime without files takes
                 all. head_dim is theirs
@@ -66,13 +70,16 @@ def tune(
     The rest is explained in `tuning.task.Task`.
 
     Everything is in the journal before the search goes on, so an interruption loses at most what was being
-    evaluated; with `resume` the result is that of an uninterrupted search. With workers > 1 a script needs the usual
+    evaluated; with `resume` the result is that of an uninterrupted search. A job whose worker died is given out again,
+    two times at most. With workers > 1 a script needs the usual
     `if __name__ == "__main__":`, since processes are spawned.
-    Raises OptionsError for values out of range, and DynamicRadError without nevergrad (or matplotlib for pictures).
+    Raises OptionsError for values out of range, and DynamicRadError without nevergrad (or matplotlib for pictures) or
+    where no worker comes back with a job.
     """
     path = _checked_output(output, pictures)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise OptionsError(f"workers must be an integer of at least 1, got {workers!r}.")
+    check_executor(executor)
     read = tuple(read_capture(file) for file in captures)
     if head_dim is None:
         head_dim = read[0].head_dim if read else 128
@@ -110,7 +117,7 @@ def tune(
     check_optimizer(task)
     parse_profile(written(anything(task)), str(path))
     journal = Journal(path.with_suffix(".jsonl"), task, package_versions(), resume)
-    winners = _run(task, journal, workers, progress)
+    winners = _run(task, journal, executor, progress)
     text = written(winners)
     profile = parse_profile(text, str(path))
     write_file(path, text)
@@ -153,7 +160,7 @@ def summary(task: Task, winners: Winners) -> str:
     return "\n".join(lines)
 
 
-def _run(task: Task, journal: Journal, workers: int, progress: bool) -> Winners:
+def _run(task: Task, journal: Journal, executor: Any, progress: bool) -> Winners:
     tqdm = optional("tqdm", "tuning needs", "tune").tqdm
     with tqdm(total=count_evaluations(task), disable=not progress, unit="eval", dynamic_ncols=True) as bar:
 
@@ -161,11 +168,11 @@ def _run(task: Task, journal: Journal, workers: int, progress: bool) -> Winners:
             bar.set_postfix_str(text, refresh=False)
             bar.update()
 
-        runner = Runner(journal, workers, tick)
+        workers = Workers(executor, task.batch, goes_on="resume=True (--resume)", say=bar.set_postfix_str)
         try:
-            return search(task, runner)
+            return search(task, Runner(journal, workers, tick))
         finally:
-            runner.close()
+            workers.close()
 
 
 def _source(task: Task) -> str:

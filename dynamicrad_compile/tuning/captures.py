@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,16 +125,36 @@ def read_capture(path: str | Path) -> Capture:
         raise OptionsError(f"captures: {path} can't be read: {error}.") from None
     if regime not in REGIMES or len(shapes[0]) != 3 or len(set(shapes)) > 1:
         raise OptionsError(f"captures: {path} was not written by record_attention.")
+    heads, tokens, head_dim = shapes[0]
+    return Capture(str(path), regime, heads, tokens, head_dim, _sha256(path))
+
+
+def _sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
     with Path(path).open("rb") as content:
         while part := content.read(1 << 20):
             digest.update(part)
-    heads, tokens, head_dim = shapes[0]
-    return Capture(str(path), regime, heads, tokens, head_dim, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def load_capture(capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, float32 [heads, tokens, head_dim] each. Raises OptionsError if they are not finite."""
+    """q, k and v, float32 [heads, tokens, head_dim] each.
+
+    Raises OptionsError if they are not finite, and if the file at the path is not the one that was read: the machine of
+    a worker may have another one there, or none.
+    """
+    try:
+        same = _sha256(capture.path) == capture.sha256
+    except OSError as error:
+        raise OptionsError(
+            f"captures: {capture.path} can't be read on {platform.node()}: {error.strerror}. Give paths at which all "
+            "workers find the files."
+        ) from None
+    if not same:
+        raise OptionsError(
+            f"captures: {capture.path} on {platform.node()} is not the file that the search was begun with. Give paths "
+            "at which all workers find the same files."
+        )
     found: dict[str, Any] = _safetensors("torch").load_file(capture.path)
     q, k, v = (found[name].float() for name in "qkv")
     if not all(bool(x.isfinite().all()) for x in (q, k, v)):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..errors import DynamicRadError, OptionsError
+from ..executors import Workers
 from ..profiles import REGIMES
 from ..profiles.parameters import MODES
 from .choosing import KEEP_ALL
@@ -40,40 +36,35 @@ class Job:
     parameters: Parameters | None = None
 
 
-@functools.lru_cache(maxsize=1)
-def _objective(task_key: str, regime: str, held_out: bool) -> Objective:
-    return Objective(_TASKS[task_key], regime, held_out)
+_building = threading.Lock()
+_built: tuple[tuple[Task, str, bool], Objective] | None = None
 
 
-_TASKS: dict[str, Task] = {}
+def _objective(*wanted: Any) -> Objective:
+    """The objective of (task, regime, held_out). Its draws are kept in this process until another one is asked for."""
+    global _built
+    with _building:  # threads of one process share it
+        if _built is None or _built[0] != wanted:
+            _built = None  # the tables of both would need twice the memory
+            _built = (wanted, Objective(*wanted))
+        return _built[1]
 
 
 def run_job(job: Job) -> Evaluation:
-    """Evaluate in this process. The draws of one regime are kept until another one is asked for."""
-    key = repr(job.task)
-    _TASKS[key] = job.task
-    objective = _objective(key, job.regime, job.stage == "held_out")
+    """Evaluate in this process. A job holds all that decides the result; captures are files that are read here."""
+    objective = _objective(job.task, job.regime, job.stage == "held_out")
     if job.parameters is not None:
         return objective.evaluate(job.mode, job.parameters)
     return Space(job.task, job.mode).evaluate(objective, job.point)
 
 
-def _start_worker() -> None:
-    # Ctrl-C is the parent's business; it gets it too.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 class Runner:
-    """Evaluates jobs that the journal does not know yet, in this process or in `workers` others."""
+    """Has the jobs that the journal does not know yet done by the workers; `tick` is told of each that is done."""
 
-    def __init__(self, journal: Journal, workers: int, tick: Tick) -> None:
+    def __init__(self, journal: Journal, workers: Workers, tick: Tick) -> None:
         self.journal = journal
+        self.workers = workers
         self.tick = tick
-        self.pool: ProcessPoolExecutor | None = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
     def run(self, jobs: list[Job]) -> list[Evaluation]:
         """Evaluations of the jobs, in their order; each is in the journal as soon as it is known."""
@@ -92,30 +83,21 @@ class Runner:
                     "Its first line says which; use that one, or another output."
                 )
             self._tick(job, found[place])
-        for place, evaluation in self._evaluate([(place, jobs[place]) for place in missing]):
-            job = jobs[place]
+        todo = [jobs[place] for place in missing]
+        for number, evaluation in self.workers.run(run_job, todo, _name):
+            place, job = missing[number], todo[number]
             self.journal.write(job.stage, job.regime, job.mode, job.index, job.point, evaluation)
             found[place] = evaluation
             self._tick(job, evaluation)
         return [found[place] for place in range(len(jobs))]
 
-    def _evaluate(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Evaluation]]:
-        if self.pool is None:
-            for place, job in jobs:
-                yield place, run_job(job)
-            return
-        futures: dict[Future[Evaluation], int] = {self.pool.submit(run_job, job): place for place, job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
     def _tick(self, job: Job, evaluation: Evaluation) -> None:
         shown = f"loss {evaluation.loss:.3g}" if evaluation.status == "ok" else evaluation.status
         self.tick(f"{job.regime} {job.mode} {shown if job.stage == 'search' else job.stage}")
 
-    def close(self) -> None:
-        """Let go of the workers; what they are at is dropped."""
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+
+def _name(job: Job) -> str:
+    return f"evaluation {job.index} of {job.regime} {job.mode} ({job.stage})"
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,17 @@ def test_files_of_others_are_refused(tmp_path):
         load_capture(read_capture(tmp_path / "inf.safetensors"))
 
 
+def test_a_worker_reads_the_same_file_or_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    found = read_capture(record(path, heads=2))
+    record(path, heads=2, seed=1)
+    with pytest.raises(OptionsError, match="is not the file that the search was begun with"):
+        load_capture(found)
+    path.unlink()
+    with pytest.raises(OptionsError, match=r"can't be read on .*: No such file or directory\. Give paths at which all"):
+        load_capture(found)
+
+
 def test_captures_must_fit_the_task(tmp_path):
     found = read_capture(record(tmp_path / "a.safetensors", heads=2))
     given = dict(grid=GRID, head_dim=16, proxies=("captured",), captures=(found,), **SMALL)

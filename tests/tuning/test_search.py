@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 import pytest
+from support.executors import Dying, Lost, Uneven, run_job_or_die
 from support.tuning import GRID, SMALL, task
 
 import dynamicrad_compile as drad
 from dynamicrad_compile import cli
+from dynamicrad_compile.errors import DynamicRadError
 from dynamicrad_compile.plans.make import make_plan
 from dynamicrad_compile.profiles import REGIMES, load_profile
 from dynamicrad_compile.tuning import search
@@ -85,11 +91,72 @@ def test_interrupted_search_resumes_to_the_same_profile(tuned, tmp_path, monkeyp
     assert drad.tune(GRID, tmp_path / "small.toml", resume=True, **settings, **SMALL) == profile
 
 
-def test_search_in_processes(tmp_path):
-    settings = {**SMALL, "modes": ("static_ratio",), "proxies": ("published",), "seeds": (1,)}
-    profile = drad.tune(GRID, tmp_path / "two.toml", workers=2, progress=False, pictures=False, **settings)
-    assert profile.regime("low").dynamic_threshold is None
-    assert profile.mode == "static_ratio"
+ONE_MODE = {**SMALL, "modes": ("static_ratio",), "proxies": ("published",), "seeds": (1,)}
+QUIET = dict(progress=False, pictures=False)
+
+
+@pytest.fixture(scope="module")
+def in_pairs(tmp_path_factory):
+    """The profile of a search with two points at once, in our own processes."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.toml"
+    return drad.tune(GRID, path, workers=2, **QUIET, **ONE_MODE)
+
+
+def test_search_in_processes(in_pairs):
+    assert in_pairs.regime("low").dynamic_threshold is None
+    assert in_pairs.mode == "static_ratio"
+
+
+def test_any_executor_gives_the_same_profile(in_pairs, tmp_path):
+    """Whoever is slow: the optimizer is told in the order in which it asked."""
+    with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        for number, executor in enumerate((threads, processes, Uneven(0), Uneven(1))):
+            path = tmp_path / str(number) / "pairs.toml"
+            assert drad.tune(GRID, path, workers=2, executor=executor, **QUIET, **ONE_MODE) == in_pairs
+
+
+def test_a_worker_that_dies_loses_nothing(in_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "run_job", partial(run_job_or_die, str(tmp_path), 1))
+    assert drad.tune(GRID, tmp_path / "pairs.toml", workers=2, **QUIET, **ONE_MODE) == in_pairs
+    assert (tmp_path / "died0").exists()
+
+
+def test_workers_that_always_die_end_a_search_that_can_be_gone_on_with(in_pairs, tmp_path):
+    path = tmp_path / "pairs.toml"
+    with ThreadPoolExecutor(2) as threads:
+        with pytest.raises(
+            DynamicRadError, match=r"evaluation 6 of low static_ratio \(search\).*resume=True \(--resume\)"
+        ):
+            drad.tune(GRID, path, workers=2, executor=Lost(threads, 6), **QUIET, **ONE_MODE)
+        assert len(path.with_suffix(".jsonl").read_text().splitlines()) >= 1 + 6
+        assert drad.tune(GRID, path, workers=2, executor=threads, resume=True, **QUIET, **ONE_MODE) == in_pairs
+
+
+def test_search_by_dask(in_pairs, tmp_path):
+    """The client itself; a worker kills itself, and the scheduler's word is that its job is lost."""
+    distributed, dask = pytest.importorskip("distributed"), pytest.importorskip("dask")
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        executor = Dying(client, tmp_path)
+        assert drad.tune(GRID, tmp_path / "pairs.toml", workers=2, executor=executor, **QUIET, **ONE_MODE) == in_pairs
+        assert (tmp_path / "died0").exists()
+        small = ["--grid", *map(str, GRID), "--block-size", "16", "--heads", "2", "--head-dim", "16", "--budget", "10"]
+        small += ["--seeds", "1", "--rows", "40", "--modes", "static_ratio", "--proxies", "published", "--no-pictures"]
+        file = tmp_path / "cli" / "pairs.toml"
+        dask_there = ["--workers", "2", "--dask", cluster.scheduler_address]
+        assert cli.main(["tune", *small, *dask_there, "-o", str(file)]) == 0
+    assert load_profile(file) == in_pairs
+
+
+def test_a_job_is_small_and_an_executor_is_checked_first(tmp_path):
+    job = search.Job(task(), "search", "low", "static_ratio", 0, [0.5] * 8)
+    assert len(pickle.dumps(job)) < 2000
+    with pytest.raises(drad.OptionsError, match="executor must be an object with submit"):
+        drad.tune(GRID, tmp_path / "new" / "x.toml", executor=4, **SMALL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_command(capsys, tmp_path):
@@ -117,6 +184,7 @@ def test_command(capsys, tmp_path):
         (["--block-size", "17"], "block_size must be one of [16, 32,"),
         (["--seed", "-1"], "seed must be an integer of at least 0"),
         (["--workers", "0"], "workers must be an integer of at least 1"),
+        (["--dask", "nonsense"], "--dask: no scheduler at nonsense"),
         (["--captures", "none.safetensors"], "can't be read"),
         (["-o", "{tmp}/file/x.toml"], "is a file, not a folder"),
     ],
