@@ -43,10 +43,26 @@ def check_executor(executor: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Raised:
-    """What a job itself raised, as a value: whatever a future raises is then the executor's trouble, not the job's."""
+class Failed:
+    """What came of a job instead of its result."""
 
     error: Exception
+
+    @property
+    def why(self) -> str:
+        """The error in a line."""
+        return f"{type(self.error).__name__}: {self.error}"
+
+
+@dataclass(frozen=True)
+class Lost(Failed):
+    """No worker came back with it; the error is the executor's."""
+
+
+@dataclass(frozen=True)
+class Raised(Failed):
+    """What a job itself raised, as a value: whatever a future raises is then the executor's trouble, not the job's."""
+
     trace: str
 
 
@@ -89,8 +105,9 @@ class Workers:
     def run(self, function: Callable[[J], R], jobs: Sequence[J], name: Callable[[J], str]) -> Iterator[tuple[int, R]]:
         """(place, result) of all jobs, in the order in which they are done.
 
-        What the function raises is raised here as it is, and what is not done yet is cancelled. A job whose worker
-        died is given out again, TRIES times in all; then DynamicRadError says which, by its `name`.
+        What the function raises is raised here as it is. A job whose worker died is given out again, TRIES times in
+        all; then DynamicRadError says which, by its `name`. With other workers than this process either is raised when
+        the other jobs are done, whose results would be lost. Who stops asking cancels what is left.
         """
         if self._given is None and self._processes == 1:
             for place, job in enumerate(jobs):
@@ -99,6 +116,7 @@ class Workers:
         done: queue.SimpleQueue[int] = queue.SimpleQueue()
         pending: dict[int, Future[R | Raised]] = {}
         lost: Counter[int] = Counter()
+        failures: list[Exception] = []
 
         def give_out(place: int) -> None:
             pending[place] = future = self._submit(attempt, function, jobs[place], uuid.uuid4().hex)
@@ -109,19 +127,25 @@ class Workers:
                 give_out(place)
             while pending:
                 place = done.get()
-                try:
-                    found = pending.pop(place).result()
-                except Exception as trouble:
-                    lost[place] += 1
-                    self._tell(name(jobs[place]), lost[place], trouble)
+                found = _outcome(pending.pop(place))
+                if not isinstance(found, Failed):
+                    yield place, found
+                    continue
+                which = name(jobs[place])
+                lost[place] += isinstance(found, Lost)
+                if isinstance(found, Lost) and lost[place] < TRIES:
+                    log.warning("%s: its worker was lost, try %d of %d: %s", which, lost[place], TRIES, found.why)
+                    self._say(f"{which}: again, its worker was lost")
                     give_out(place)
                     continue
-                if isinstance(found, Raised):
-                    raise found.error from _OnWorker(f"\n{found.trace}")
-                yield place, found
+                failures.append(self._failure(which, found))
+                log.error("%s failed, %d others are waited for: %s", which, len(pending), found.why)
+                self._say(f"{which}: failed")
         finally:
             for future in pending.values():
                 future.cancel()
+        if failures:
+            raise failures[0]
 
     def _submit(self, *call: Any) -> Future[Any]:
         """A future of the call; one that has failed where the executor takes no calls."""
@@ -143,21 +167,29 @@ class Workers:
             self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start_process)
         return self._pool
 
-    def _tell(self, job: str, times: int, trouble: Exception) -> None:
-        """Raises DynamicRadError if the job was lost too often."""
-        what = f"{type(trouble).__name__}: {trouble}"
-        if times >= TRIES:
-            raise DynamicRadError(
-                f"{job}: no worker came back with it in {TRIES} tries. The last time: {what}. What has been done until "
-                f"now is kept: once the workers are well, go on by {self._goes_on}."
-            ) from trouble
-        log.warning("%s: its worker was lost (%s); try %d of %d.", job, what, times + 1, TRIES)
-        self._say(f"{job}: again, its worker was lost")
+    def _failure(self, which: str, found: Failed) -> Exception:
+        """The error to raise, with its cause."""
+        if isinstance(found, Raised):
+            found.error.__cause__ = _OnWorker(f"\n{found.trace}")
+            return found.error
+        error = DynamicRadError(
+            f"{which}: no worker came back with it in {TRIES} tries. The last time: {found.why}. What has been done is "
+            f"kept: once the workers are well, go on by {self._goes_on}."
+        )
+        error.__cause__ = found.error
+        return error
 
     def close(self) -> None:
         """Let go of our own processes; what they are at is dropped. An executor that was given is its owner's."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(future: Future[R | Raised]) -> R | Failed:
+    try:
+        return future.result()
+    except Exception as trouble:
+        return Lost(trouble)
 
 
 def _failed(trouble: Exception) -> Future[Any]:

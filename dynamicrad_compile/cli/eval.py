@@ -13,6 +13,7 @@ from ..optional import optional
 from ..options import Options
 from ..quality.methods import METHODS, check_method
 from ..quality.subject_arguments import add_subject, chosen_subject
+from .dask import add_dask, dask_executor
 
 
 def add_eval(commands: Any) -> None:
@@ -46,6 +47,7 @@ def add_eval(commands: Any) -> None:
     parser.add_argument(
         "--fps", type=float, help="of the clips, by which VQeval samples those of over 5 s (all frames)"
     )
+    add_dask(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/eval"), help="folder (outputs/eval)")
     parser.set_defaults(run=_eval)
 
@@ -60,29 +62,33 @@ def _eval(args: argparse.Namespace) -> int:
 
     _check(args)
     features = clip_features(args.features) if args.features else coarse_features
-    subject = chosen_subject(args)
-    prompts = args.prompt or list(subject.prompts)[: args.prompts]
-    methods = [
-        method(name, subject, sparsity, args.block_size, args.profile, args.compensate, dense_steps=args.dense_steps)
-        for name in args.methods
-        if name != "dense"
-        for sparsity in args.sparsity
-    ]
-    try:
-        results = evaluate(
-            subject,
-            methods,
-            prompts,
-            args.output,
-            seeds=args.seeds,
-            batch=args.batch,
-            real=args.real,
-            features=features,
-            fps=args.fps,
-        )
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command goes on with what is in {args.output}.")
-        return 130
+    with dask_executor(args.dask) as executor:
+        subject = chosen_subject(args)
+        prompts = args.prompt or list(subject.prompts)[: args.prompts]
+        methods = [
+            method(
+                name, subject, sparsity, args.block_size, args.profile, args.compensate, dense_steps=args.dense_steps
+            )
+            for name in args.methods
+            if name != "dense"
+            for sparsity in args.sparsity
+        ]
+        try:
+            results = evaluate(
+                subject,
+                methods,
+                prompts,
+                args.output,
+                seeds=args.seeds,
+                batch=args.batch,
+                real=args.real,
+                features=features,
+                fps=args.fps,
+                executor=executor,
+            )
+        except KeyboardInterrupt:
+            print(f"\nInterrupted. The same command goes on with what is in {args.output}.")
+            return 130
     print(results.table())
     save_pareto(results, args.output / "pareto.png")
     strongest = max(args.sparsity)

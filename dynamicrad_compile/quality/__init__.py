@@ -12,12 +12,13 @@ from __future__ import annotations
 from ..models.hook import Place, attention_hook
 from .features import feature_distance, frechet_distance
 from .frame_features import clip_features, coarse_features, consistency
-from .harness import Results, Row, evaluate, make_clips
+from .harness import Results, Row, evaluate
 from .loops import LoopScore, loop_score
+from .making import make_clips
 from .methods import METHODS, Compiled, Dense, Hooked, method
 from .metrics import flicker, motion, motion_ratio, psnr, rmse, ssim
 from .pictures import save_gif, save_pareto
-from .subject import Subject, from_pipeline
+from .subject import Subject, from_pipeline, load_subject
 from .vqeval import VQevalLoop, vqeval_loop
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "flicker",
     "frechet_distance",
     "from_pipeline",
+    "load_subject",
     "loop_score",
     "make_clips",
     "method",

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import DynamicRadError
-from ..files import whole_file, write_file
+from ..files import write_file
 from ..optional import optional
 from .features import WINDOW, feature_distance, frechet_distance
 from .frame_features import FrameFeatures, coarse_features, consistency
 from .loops import MIN_FRAMES, loop_score
+from .making import check_workers, ignore, make_ahead, make_clips
 from .methods import Dense, Method
-from .metrics import SSIM_PIXELS, check_clips, flicker, motion, motion_ratio, psnr, rmse, ssim
+from .metrics import SSIM_PIXELS, flicker, motion, motion_ratio, psnr, rmse, ssim
 from .subject import Subject
 from .vqeval import enough_frames, vqeval_loop
 
@@ -110,6 +107,7 @@ def evaluate(
     progress: bool = True,
     features: FrameFeatures = coarse_features,
     fps: float | None = None,
+    executor: Any = None,
 ) -> Results:
     """Make clips of all prompts by every method, dense first, measure them, write FOLDER/results.json.
 
@@ -117,27 +115,35 @@ def evaluate(
     batch   clips that are made together
     real    held-out real clips to compare with, if the subject has any
     features, fps  what frames are compared by, and how VQeval samples them (`vqeval.vqeval_loop`)
+    executor  its workers make the clips, a job all those of one method: any with `submit` as concurrent.futures has it.
+            They load the subject themselves, so it must have a `source`
 
     Clips are kept in FOLDER/clips, named by what decides them, so an interrupted evaluation goes on where it was and
-    another one with more methods makes only the new ones. Raises DynamicRadError for unusable clips.
+    another one with more methods makes only the new ones. Raises DynamicRadError for unusable clips, a subject without
+    source where an executor is given, and where no worker comes back with a job; OptionsError for an executor that is
+    none.
     """
     tqdm = optional("tqdm", "evaluating needs", "eval").tqdm
 
     if not prompts or seeds < 1 or batch < 1:
         raise DynamicRadError("an evaluation needs at least one prompt, one seed and a batch of 1.")
+    check_workers(executor, subject)
     folder = Path(folder)
     cases = [*prompts] * seeds
     numbers = list(range(first_seed, first_seed + len(cases)))
     everything: list[Method] = [Dense(), *(m for m in methods if not isinstance(m, Dense))]
     seen = partial(_row, features=features, fps=fps)
+    made = (cases, numbers, folder / "clips", batch)
     held_out = subject.real(real) if subject.real is not None and real else None
     results = Results(subject.name, list(prompts), numbers, [], {})
     if held_out is not None:
         results.rows.append(seen("real", 0.0, 0.0, held_out, None, held_out, 0.0))
     with tqdm(total=len(everything) * len(cases), disable=not progress, unit="clip", dynamic_ncols=True) as bar:
+        if executor is not None:
+            make_ahead(executor, subject, everything, *made, bar.update, bar.set_postfix_str)
         for item in everything:
             bar.set_postfix_str(f"{item.name} {item.wanted:g}")
-            clips, sparsity, seconds = make_clips(subject, item, cases, numbers, folder / "clips", batch, bar.update)
+            clips, sparsity, seconds = make_clips(subject, item, *made, bar.update if executor is None else ignore)
             dense = results.clips.setdefault("dense", clips)
             results.clips[_label(item)] = clips
             results.rows.append(seen(item.name, item.wanted, sparsity, clips, dense, held_out, seconds))
@@ -147,50 +153,6 @@ def evaluate(
 
 def _label(item: Method) -> str:
     return "dense" if isinstance(item, Dense) else f"{item.name} {item.wanted:.0%}"
-
-
-def make_clips(
-    subject: Subject,
-    item: Method,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    batch: int = 2,
-    tick: Callable[[int], Any] = lambda count: None,
-) -> tuple[Tensor, float, float]:
-    """Clips [N, F, C, H, W] of one method, the sparsity of the run, and seconds a clip; kept in the folder.
-
-    They are read from there if the same subject, prompts, seeds and method have made them before. `tick` is told how
-    many clips have come.
-    """
-    safetensors = optional("safetensors.torch", "evaluating needs", "eval")
-
-    identity = {"subject": subject.name, "prompts": [*prompts], "seeds": [*seeds], **item.describe()}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    file = folder / f"{re.sub(r'[^A-Za-z0-9_]+', '-', item.name)}-{digest}.safetensors"
-    if file.is_file():
-        found = safetensors.load_file(file)
-        tick(len(prompts))
-        return found["clips"].float(), float(found["sparsity"]), float(found["seconds"])
-    made: list[Tensor] = []
-    start = time.perf_counter()
-    with torch.no_grad(), item.run(subject) as run:
-        for low in range(0, len(prompts), batch):
-            part = slice(low, low + batch)
-            clips = subject.generate(run.model, prompts[part], seeds[part])
-            check_clips(clips, f"the clips of {item.name}")
-            made.append(clips.float().cpu())
-            tick(len(clips))
-        sparsity = run.sparsity()
-    seconds = (time.perf_counter() - start) / len(prompts)
-    clips = torch.cat(made).clamp(0.0, 1.0)
-    numbers = {
-        "sparsity": torch.tensor(sparsity, dtype=torch.float64, device="cpu"),
-        "seconds": torch.tensor(seconds, dtype=torch.float32, device="cpu"),
-    }
-    with whole_file(file) as unfinished:
-        safetensors.save_file({"clips": clips.half(), **numbers}, unfinished)
-    return clips.half().float(), sparsity, seconds
 
 
 def _row(

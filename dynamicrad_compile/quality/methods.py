@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,48 +145,70 @@ class Hooked:
             yield Run(subject.model, lambda: sum(shares) / max(1, len(shares)))
 
 
+# Partial functions and no closures: an executor's workers are sent them.
+
+
 def dense_at_first(choose: Choose, steps: int = 0, layers: int = 0) -> Choose:
     """The same choice, but dense in the first `steps` denoising steps and the first `layers` sites."""
+    return partial(_dense_at_first, choose, steps, layers)
 
-    def chosen(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor | None:
-        return None if place.step < steps or place.site < layers else choose(place, q, k, scale)
 
-    return chosen
+def _dense_at_first(
+    choose: Choose, steps: int, layers: int, place: Place, q: Tensor, k: Tensor, scale: float | None
+) -> Tensor | None:
+    return None if place.step < steps or place.site < layers else choose(place, q, k, scale)
 
 
 def fixed(mask: Tensor) -> Choose:
     """The same blocks everywhere."""
-    return lambda place, q, k, scale: mask
+    return partial(_fixed, mask)
+
+
+def _fixed(mask: Tensor, place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    return mask
 
 
 def selected(candidates: Candidates, near: float, far: float, criterion: str = "ratio", rank: str = "mass") -> Choose:
     """The blocks that `select_blocks` keeps of candidates (P = 1): what mode dynamic_threshold runs compiled."""
+    return partial(_selected, candidates, (near, far), criterion, rank)
 
-    def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-        return select_blocks(q, k, candidates, (near, far), criterion, scale, rank=rank).block_mask()
 
-    return choose
+def _selected(
+    candidates: Candidates,
+    thresholds: tuple[float, float],
+    criterion: str,
+    rank: str,
+    place: Place,
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+) -> Tensor:
+    return select_blocks(q, k, candidates, thresholds, criterion, scale, rank=rank).block_mask()
 
 
 def oracle(sparsity: float, block: int, compensate: float = 0.0) -> Choose:
     """The blocks with the most attention, of each head and call; see `blocks.oracle_mask`."""
+    return partial(_oracle, sparsity, block, compensate)
 
-    def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-        mass = block_mass(q, k, block, scale)
-        return oracle_mask(mass, block_budget(mass.shape[-1], sparsity, block, compensate))
 
-    return choose
+def _oracle(
+    sparsity: float, block: int, compensate: float, place: Place, q: Tensor, k: Tensor, scale: float | None
+) -> Tensor:
+    mass = block_mass(q, k, block, scale)
+    return oracle_mask(mass, block_budget(mass.shape[-1], sparsity, block, compensate))
 
 
 def random_blocks(sparsity: float, block: int, seed: int = 0) -> Choose:
     """Random blocks, others for each site and head, the same in all calls; see `blocks.random_mask`."""
+    return partial(_random_blocks, sparsity, block, seed)
 
-    def choose(place: Place, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-        blocks = math.ceil(k.shape[-2] / block)
-        shape = (1, q.shape[1], blocks, blocks)
-        return random_mask(shape, block_budget(blocks, sparsity, block, 0.0), seed * 1009 + place.site)
 
-    return choose
+def _random_blocks(
+    sparsity: float, block: int, seed: int, place: Place, q: Tensor, k: Tensor, scale: float | None
+) -> Tensor:
+    blocks = math.ceil(k.shape[-2] / block)
+    shape = (1, q.shape[1], blocks, blocks)
+    return random_mask(shape, block_budget(blocks, sparsity, block, 0.0), seed * 1009 + place.site)
 
 
 def radial_near(subject: Subject, sparsity: float, block: int) -> tuple[Tensor, dict[str, Any]]:

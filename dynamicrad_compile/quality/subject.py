@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import DynamicRadError
 from ..kernels.blocks import cdiv
 
 Generate = Callable[[Any, Sequence[str], Sequence[int]], Tensor]
+Source = tuple[str, dict[str, Any]]
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Subject:
     prompts   what to ask for where nothing else is said
     real      so many held-out real clips, float [N, F, C, H, W] in 0..1; None = there are none
     text      text tokens before and after the video in its self-attention
+    source    ("package.module:function", its arguments), by which `load_subject` gives this subject in another process;
+              None = it has to stay in this one
     """
 
     name: str
@@ -41,6 +44,7 @@ class Subject:
     prompts: Sequence[str]
     real: Callable[[int], Tensor] | None = None
     text: tuple[int, int] = (0, 0)
+    source: Source | None = None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +85,7 @@ def from_pipeline(pipe: Any, prompts: Sequence[str], **call: Any) -> Subject:
 
 
 def load_subject(where: str, **arguments: Any) -> Subject:
-    """The subject that `where`, "package.module:function", returns when it is called with the arguments.
+    """The subject that `where`, "package.module:function", returns when it is called with the arguments; its source.
 
     The current folder is searched too. Raises DynamicRadError if there is no such function or it gives something else.
     """
@@ -102,4 +106,4 @@ def load_subject(where: str, **arguments: Any) -> Subject:
     subject = made(**arguments)
     if not isinstance(subject, Subject):
         raise DynamicRadError(f"{where} must return a quality.Subject, got {type(subject).__name__}.")
-    return subject
+    return replace(subject, source=(where, arguments))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ..beforehand import load_pipeline, usable_device
 from ..errors import DynamicRadError
 from .subject import Subject, from_pipeline, load_subject
 
+PIPELINE = "dynamicrad_compile.quality.subject_arguments:pipeline_subject"
 TINY = "dynamicrad_compile.quality.tiny_video.subject:subject"
 # Arguments of the commands and of a pipeline's call.
 CALL = {"frames": "num_frames", "height": "height", "width": "width", "steps": "num_inference_steps"}
@@ -44,7 +47,15 @@ def chosen_subject(args: argparse.Namespace) -> Subject:
         return load_subject(args.subject, **arguments)
     if not args.prompt:
         raise DynamicRadError("--pipeline needs at least one --prompt.")
-    device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipe = load_pipeline(args.pipeline, "--pipeline needs", torch_dtype=getattr(torch, args.dtype)).to(device)
-    call: dict[str, Any] = {CALL[name]: getattr(args, name) for name in CALL if getattr(args, name) is not None}
-    return from_pipeline(pipe, args.prompt, **call)
+    call = {CALL[name]: getattr(args, name) for name in CALL if getattr(args, name) is not None}
+    source = {name: getattr(args, name) for name in ("pipeline", "prompt", "device", "dtype")} | {"call": call}
+    return replace(pipeline_subject(**source), source=(PIPELINE, source))
+
+
+def pipeline_subject(
+    pipeline: str, prompt: Sequence[str], device: str | None, dtype: str, call: Mapping[str, Any]
+) -> Subject:
+    """The subject of a folder with a diffusers pipeline, called with `call` (see `from_pipeline`)."""
+    where = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe = load_pipeline(pipeline, "--pipeline needs", torch_dtype=getattr(torch, dtype)).to(where)
+    return from_pipeline(pipe, prompt, **call)

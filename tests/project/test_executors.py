@@ -46,16 +46,27 @@ def test_all_results_with_their_places():
     assert run(double, Reversed(1), jobs=[]) == []
 
 
-def test_what_a_job_raises_is_raised_once_and_the_rest_is_cancelled():
-    for executor in (None, backwards := Reversed(3)):  # the fourth is never done
-        with pytest.raises(ValueError, match="three is refused"):
-            run(fail_at_three, executor)
-    assert backwards.jobs == NUMBERS  # none a second time
-    ((last, *_),) = backwards.calls
-    assert last.cancelled()
+def test_what_a_job_raises_is_raised_once_when_the_others_are_done(caplog):
+    results = Workers(executor := Reversed(4), goes_on="").run(fail_at_three, NUMBERS, str)
+    assert [next(results) for _ in range(3)] == [(3, 4), (1, 2), (0, 1)]
     with pytest.raises(ValueError, match="three is refused") as caught:
-        run(fail_at_three, processes=2)
+        next(results)
+    assert executor.jobs == NUMBERS  # none a second time
     assert "in fail_at_three" in str(caught.value.__cause__)  # the worker's traceback
+    assert "3 failed, 2 others are waited for: ValueError: three is refused" in caplog.text
+    with pytest.raises(ValueError, match="three is refused"):
+        run(fail_at_three, processes=2)
+    with pytest.raises(ValueError, match="three is refused"):
+        run(fail_at_three)
+
+
+def test_who_stops_asking_cancels_what_is_left():
+    executor = Reversed(3)  # the fourth call is never done
+    results = Workers(executor, goes_on="").run(double, NUMBERS, str)
+    assert next(results) == (2, 6)
+    results.close()
+    ((last, *_),) = executor.calls
+    assert last.cancelled()
 
 
 def test_own_processes_are_replaced_where_one_dies(tmp_path, caplog):
@@ -63,8 +74,7 @@ def test_own_processes_are_replaced_where_one_dies(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dynamicrad_compile.executors"):
         found = run(partial(die_first, str(tmp_path), 1, double), processes=2, say=said.append)
     assert sorted(found) == [(0, 2), (1, 4), (2, 6), (3, 8)]
-    assert "its worker was lost (BrokenProcessPool" in caplog.text
-    assert "try 2 of 3" in caplog.text
+    assert "its worker was lost, try 1 of 3: BrokenProcessPool" in caplog.text
     assert said[0].endswith("again, its worker was lost")
 
 

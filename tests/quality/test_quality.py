@@ -11,6 +11,7 @@ import torch
 from support.clips import frozen, half_frozen, looping, moving, noise, noisy
 from support.graphs import relative_error
 from support.plain import PLAIN
+from support.subject import GRID, tiny
 
 import dynamicrad_compile as drad
 from dynamicrad_compile import quality
@@ -21,8 +22,6 @@ from dynamicrad_compile.plans.ratios import ratios_for
 from dynamicrad_compile.quality import blocks, features, methods, metrics
 from dynamicrad_compile.quality.pictures import read_clip
 from dynamicrad_compile.quality.subject import load_subject
-
-GRID = (6, 4, 4)
 
 
 def test_psnr_and_ssim_of_known_clips():
@@ -160,30 +159,6 @@ def test_masks_spend_their_budget():
     assert (mass * best).sum() > (mass * drawn).sum()
     paid = blocks.block_budget(8, 0.75, 16, 1.0)
     assert blocks.skipped(blocks.oracle_mask(mass, paid), 16, 1.0) == pytest.approx(0.75)
-
-
-def tiny(seed=0):
-    """A subject: a random Wan of two layers on 6 x 16 x 16 pixels, two steps."""
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        patch_size=(1, 4, 4), num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3,
-        text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-
-    def generate(used, prompts, seeds):
-        drawn = [torch.randn(3, 6, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        x, text = torch.stack(drawn), torch.ones(len(prompts), 5, 8)
-        for t in (900.0, 450.0):
-            when = torch.full((len(x),), t)
-            x = x - 0.5 * used(x, timestep=when, encoder_hidden_states=text, return_dict=False)[0]
-        return (0.5 + 0.2 * x).clamp(0, 1).transpose(1, 2)
-
-    def real(count):
-        return torch.cat([moving(6, 0.1 * n, size=16) for n in range(count)])
-
-    return quality.Subject("tiny", model, generate, GRID, ["a", "b"], real)
 
 
 def run(subject, method):
