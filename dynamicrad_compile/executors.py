@@ -150,16 +150,14 @@ class Workers:
     def _submit(self, *call: Any) -> Future[Any]:
         """A future of the call; one that has failed where the executor takes no calls."""
         try:
-            if self._given is not None:
-                return self._given.submit(*call)
-            return self._own_pool().submit(*call)
-        except BrokenExecutor as trouble:
-            if self._given is None:  # a pool of which a process died takes nothing any more
-                self._pool = None
-                return self._own_pool().submit(*call)
-            return _failed(trouble)
+            return (self._own_pool() if self._given is None else self._given).submit(*call)
         except Exception as trouble:
-            return _failed(trouble)
+            if self._pool is not None and isinstance(trouble, BrokenExecutor):
+                self._pool = None  # a pool of which a process died takes nothing any more
+                return self._submit(*call)
+            future: Future[Any] = Future()
+            future.set_exception(trouble)
+            return future
 
     def _own_pool(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -190,9 +188,3 @@ def _outcome(future: Future[R | Raised]) -> R | Failed:
         return future.result()
     except Exception as trouble:
         return Lost(trouble)
-
-
-def _failed(trouble: Exception) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_exception(trouble)
-    return future

@@ -13,7 +13,7 @@ from ..optional import optional
 from ..options import Options
 from ..quality.methods import METHODS, check_method
 from ..quality.subject_arguments import add_subject, chosen_subject
-from .dask import add_dask, dask_executor
+from .on_dask import add_dask, dask_executor
 
 
 def add_eval(commands: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tuning.task import DEFAULT_OPTIMIZER, MODES
-from .dask import add_dask, dask_executor
+from .on_dask import add_dask, dask_executor
 from .values import key_value
 
 # Arguments of the parser that are not passed to `tune` as they are.

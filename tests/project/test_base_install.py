@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 BASE = ("torch", "triton", "numpy", "pydantic")
 EXTRAS = ("safetensors", "sklearn", "diffusers", "transformers", "accelerate", "peft", "nevergrad", "matplotlib", "PIL")
-EXTRAS += ("skimage", "tqdm", "onnx", "onnxscript", "onnxruntime")
+EXTRAS += ("skimage", "tqdm", "onnx", "onnxscript", "onnxruntime", "distributed")
 
 
 def distributions(names):

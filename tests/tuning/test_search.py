@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -196,6 +197,12 @@ def test_a_mistake_leaves_nothing_that_blocks_the_corrected_command(capsys, tmp_
     assert cli.main([*command, *(text.format(tmp=tmp_path) for text in wrong)]) == 2
     assert message in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_dask_the_command_says_what_to_install(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert cli.main(["tune", "--grid", "3", "4", "5", "--dask", "tcp://x:1", "-o", str(tmp_path / "x.toml")]) == 2
+    assert "--dask needs distributed: pip install 'dynamicrad-compile[dask]'" in capsys.readouterr().err
 
 
 def test_a_target_that_no_plan_reaches_is_said(capsys, tmp_path):
