@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dynamicrad_compile.executors import Workers
 from dynamicrad_compile.profiles import REGIMES
 from dynamicrad_compile.tuning.journal import Journal
 from dynamicrad_compile.tuning.objective import Objective
@@ -29,12 +30,13 @@ PUBLISHED = {GRIDS[0]: (0.8, 93.0, 524.0), GRIDS[1]: (0.63, 134.0, 435.0)}
 def run(task: Task, workers: int) -> tuple[Winners, float]:
     """The winners of a task, and the seconds of the search itself."""
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(Journal(Path(folder) / "goals.jsonl", task, {}, resume=False), workers, lambda text: None)
+        processes = Workers(processes=workers, goes_on="the same command")
+        journal = Journal(Path(folder) / "goals.jsonl", task, {}, resume=False)
         begin = time.perf_counter()
         try:
-            return search(task, runner), time.perf_counter() - begin
+            return search(task, Runner(journal, processes, lambda text: None)), time.perf_counter() - begin
         finally:
-            runner.close()
+            processes.close()
 
 
 def cross_losses(task: Task, winners: Winners) -> dict[tuple[str, str, str], tuple[float, float]]:
