@@ -72,13 +72,12 @@ class Streams:
         if sum(n for _, n in pieces) != length:
             return ()
         first = self._rows.get(term, ((term, size),))[0][0]
-        own, found, place = self._slices.get(first), [], 0
+        slices, found, place = [self._slices[one] for one in dict.fromkeys((term, first)) if one in self._slices], [], 0
         for piece, n in pieces:
             if piece in (term, first):
                 found.append(place)
             base, size_of_base, origin = self._slices.get(piece, (piece, n, 0, n))[:3]
-            if own is not None and own[:2] == (base, size_of_base) and own[2] >= origin:
-                found.append(place + own[2] - origin)
+            found += [place + s[2] - origin for s in slices if s[:2] == (base, size_of_base) and s[2] >= origin]
             place += n
         fitting = [start for start in dict.fromkeys(found) if start + size <= length]
         return tuple(start for start in fitting if self.rows(whole, length, start, start + size) == term)
