@@ -1,6 +1,6 @@
 """Write a graph as the passes see it: a folder for each graph, in it a file before the first pass and after each.
 
-    graph_000/0_captured.txt, 1_find_attention.txt, ..., 7_replace_attention.txt
+    graph_000/0_captured.txt, 1_gather_ring.txt, ..., 8_replace_attention.txt
 
 On top of each file are the seconds of the pass and every site; below, one line for each node, with sites and
 conditions marked above the nodes that they are.

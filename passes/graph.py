@@ -63,6 +63,7 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     for noise in ("L['self']", "L['fn']", "L['function_reference']", ".forward.__self__", ".__dict__", "._orig_mod"):
         path = path.replace(noise, "")
+    path = re.sub(r"\.forward\.func\.__closure__\[\d+\]\.cell_contents", "", path)  # what a hook has wrapped
     path = path.replace("['_modules']", "").replace("._modules", "")
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)

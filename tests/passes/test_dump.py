@@ -58,13 +58,13 @@ def marked(text):
 
 def test_dense_site_shows_its_code(tmp_path):
     (folder,) = drad.explain(tiny(), LATENTS, options={"min_tokens": 1000, "dump": tmp_path}).dumps
-    assert "dense, few_tokens: 60 tokens" in (Path(folder) / "6_build_plans.txt").read_text(encoding="utf-8")
+    assert "dense, few_tokens: 60 tokens" in (Path(folder) / "7_build_plans.txt").read_text(encoding="utf-8")
 
 
 def test_conditions_are_marked(tmp_path):
     inputs = (LATENTS[:1], torch.tensor([500.0]), torch.randn(1, 7, 8), torch.ones(1, 1), torch.arange(60))
     (folder,) = drad.explain(Model(), *inputs, options={**SMALL, "dump": tmp_path}).dumps
-    marks = marked((Path(folder) / "5_find_conditions.txt").read_text(encoding="utf-8"))
+    marks = marked((Path(folder) / "6_find_conditions.txt").read_text(encoding="utf-8"))
     assert ("# >>> timestep", "l_b_: float32[1]  # input") in marks
     assert ("# >>> prompt", "l_c_: float32[1, 7, 8]  # input") in marks
 
@@ -77,7 +77,7 @@ def test_checkpoints_are_shown_open_and_closed(tmp_path):
     )
     compiled(latents)
     (folder,) = tmp_path.iterdir()
-    assert files(folder)[-1] == "8_regions_closed.txt"
+    assert files(folder)[-1] == "9_regions_closed.txt"
     opened, closed = ((folder / name).read_text(encoding="utf-8") for name in files(folder)[-2:])
     assert "region_begins(" in opened
     assert "region_begins(" not in closed

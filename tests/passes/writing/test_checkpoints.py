@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from support.graphs import (
@@ -247,26 +241,3 @@ def test_trained_with_symbolic_sizes():
     report = drad.report(compiled)
     assert len(report.replaced) == 2
     assert "made when the graph runs" in report.summary()
-
-
-@pytest.mark.slow
-def test_ulysses_in_two_processes(tmp_path):
-    """The tokens of the other process are in no graph: dense, with the reason, and the same output as alone."""
-    tests = Path(__file__).parents[2]
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "support.ulysses_worker"]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")], env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [worker.communicate(timeout=600) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    result = json.loads(outputs[0][0].strip().splitlines()[-1])
-    assert result["error"] < 1e-5
-    exchanged = [site for site in result["sites"] if site["shape"] == [1, 1, 240, 24]]
-    assert exchanged
-    assert all(site["code"] == "context_parallel" and site["advice"] for site in exchanged)
-    assert not any(site["replaced"] for site in result["sites"])
