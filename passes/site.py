@@ -273,6 +273,11 @@ class VideoSite:
         """Length of the sequence that asks."""
         return self.keys if self.queries is None else self.queries[1] - self.queries[0]
 
+    @property
+    def length(self) -> int:
+        """Tokens by which it is judged whether sparse attention pays: of a shard those of the whole sequence."""
+        return self.keys if self.shard else self.tokens
+
 
 @dataclass(frozen=True)
 class PlannedSite:

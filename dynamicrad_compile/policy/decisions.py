@@ -76,6 +76,6 @@ def _stays_dense(site: VideoSite, number: int, settings: Settings) -> Dense | No
         text = f"one of the first {settings.dense_layers} layers (dense_layers)"
         return Dense(Reason("dense_layers", text, AS_ASKED), asked=True)
     limit = settings.min_tokens
-    if limit != "auto" and site.tokens < limit:
+    if limit != "auto" and site.length < limit:
         return few_tokens(site, limit)
     return None

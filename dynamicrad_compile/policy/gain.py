@@ -20,7 +20,7 @@ from .settings import Regimes, Settings, Wishes
 
 def few_tokens(site: VideoSite, limit: int) -> Dense:
     """Dense for want of tokens; limit: from how many on it pays."""
-    text = f"{site.tokens} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
+    text = f"{site.length} tokens are fewer than min_tokens = {limit}: sparse attention would not pay"
     advice = "lower `min_tokens` to make it sparse all the same; it may be slower"
     return Dense(Reason("few_tokens", text, advice), below=limit)
 
@@ -34,7 +34,7 @@ def if_it_pays(sparse: PlannedSite, settings: Settings) -> tuple[PlannedSite | D
         return replace(sparse, at_least=settings.min_tokens), ""
     site = sparse.video
     problem, gain, half = "", None, site.dtype != torch.float32
-    tokens, sparsity = site.tokens, expected_sparsity(settings.profile, sparse.spec, sparse.table)
+    tokens, sparsity = site.length, expected_sparsity(settings.profile, sparse.spec, sparse.table)
     arch = crossover.architecture(site.device)
     try:
         gain = crossover.expected_gain(arch, tokens, sparsity, site.shape[-1], half) if arch else None
@@ -73,7 +73,7 @@ def mode_for(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regim
     plan, half = trial.table.plan, site.dtype != torch.float32
     sparsity = expected_sparsity(settings.profile, trial.spec, trial.table)
     try:
-        gain = crossover.expected_gain(arch, site.tokens, sparsity, site.shape[-1], half)
+        gain = crossover.expected_gain(arch, site.length, sparsity, site.shape[-1], half)
     except CrossoverError:
         gain = None  # said by if_it_pays
     if gain is None:

@@ -81,6 +81,7 @@ TWO = {
     "ring guided": Scenario("wan_t2v", {"batch": 2}, ring=2, fullgraph=False),
     "ulysses steps": Scenario(ulysses=2, options={**OURS, "dense_steps": 1}, steps=3),
     "ring steps": Scenario(ring=2, steps=3),
+    "ring stays dense": Scenario(ring=2, options={**SPARSE, "min_tokens": 241}),
     "regional with grid": Scenario(
         "wan_t2v", ulysses=2, options={**SPARSE, "grid": (5, 6, 8)}, fullgraph=False, fresh=True
     ),
