@@ -24,6 +24,6 @@ def gather_ring(gm: fx.GraphModule, context: PassContext) -> int:
         return 0
     positions = Positions(gm.graph)
     for ring in list(rings(gm.graph, lambda node: read_attention(gm, node, positions))):
-        if is_needed(ring.merged):
+        if is_needed([ring.merged]) and not is_needed(ring.pieces, but_by=ring.merged):  # its log-sum-exp is not
             context.rings.append(write_beside(gm.graph, ring))
     return len(context.rings)

@@ -220,12 +220,12 @@ def _collective(chunk: Any) -> tuple[fx.Node, fx.Node, Any] | None:
     return key, value, group
 
 
-def is_needed(node: fx.Node) -> bool:
-    """Whether anything that a graph gives back or writes depends on a node."""
-    todo, seen = list(node.users), set[fx.Node]()
+def is_needed(starts: Sequence[fx.Node], but_by: fx.Node | None = None) -> bool:
+    """Whether anything that a graph gives back or writes depends on some nodes, other than through `but_by`."""
+    todo, seen = [user for node in starts for user in node.users], set[fx.Node]()
     while todo:
         user = todo.pop()
-        if user in seen:
+        if user in seen or user is but_by:
             continue
         seen.add(user)
         if user.op == "output" or user.is_impure():

@@ -1,0 +1,124 @@
+"""Rings: what is one attention of the local queries over all keys, and what only looks like it. One process of a fake
+group of four."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from support.graphs import capture, sites_of, targets
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dynamicrad_compile import make_plan
+from dynamicrad_compile.passes import Decisions, PassContext, PlannedSite, run_passes
+from dynamicrad_compile.plans.shares import rows_of, whole_blocks
+from dynamicrad_compile.plans.table import PlanTable
+
+WORLD, RANK = 4, 2
+GRID = (5, 4, 6)  # 120 tokens, 30 a process: shards begin within blocks of 16
+LOCAL = 30
+
+
+@pytest.fixture(autouse=True)
+def group():
+    dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+class Ring(torch.nn.Module):
+    """Latents [B, C, f, h, w], cut after patching; attention as rings unroll it. `change` spoils it in one way."""
+
+    def __init__(self, change=""):
+        super().__init__()
+        self.change = change
+        self.embed = torch.nn.Linear(4, 32)
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def attend(self, q, k, v, scale=None):
+        q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return out.permute(0, 2, 1, 3).float(), lse.permute(0, 2, 1).float().unsqueeze(-1)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2).transpose(1, 2)).chunk(WORLD, 1)[RANK]
+        q, k, v = (y.unflatten(2, (2, 16)) for y in self.qkv(x).chunk(3, -1))
+        pair = (v, k) if self.change == "values first" else (k, v)
+        sent = torch.cat([pair[0].flatten(), pair[1].flatten()]).contiguous()
+        heard = funcol.all_gather_tensor(sent, gather_dim=0, group=dist.group.WORLD).chunk(WORLD)
+        order = [(RANK + i) % WORLD for i in range(1, WORLD)]
+        if self.change == "one twice":
+            order[1] = order[0]
+        if self.change == "not all":
+            order.pop()
+        out, lse = self.attend(q, k, v)
+        for i, other in enumerate(order):
+            n = k.numel()
+            key, value = heard[other][:n].reshape_as(k), heard[other][n:].reshape_as(v)
+            scale = 0.5 if self.change == "scale" and i == 1 else None
+            asked = q + 1 if self.change == "query" and i == 1 else q
+            more, its = self.attend(asked, key, value, scale)
+            gate = torch.sigmoid(its - lse) if self.change != "gate" else torch.sigmoid(lse - its)
+            out = out - gate * (out - more)
+            lse = lse - torch.nn.functional.logsigmoid(lse - its)
+        out = out.to(q.dtype).flatten(2)
+        return (out, lse) if self.change == "lse" else out
+
+
+def captured(change="", **kwargs):
+    torch.manual_seed(0)
+    return capture(Ring(change), torch.randn(2, 4, *GRID), **kwargs)
+
+
+def test_a_ring_is_one_attention_over_all_keys():
+    ((context, gm),) = captured()
+    (site,) = context.sites
+    assert (site.role, site.grid, site.queries) == ("video_self_attention", GRID, (RANK * LOCAL, RANK * LOCAL + LOCAL))
+    assert not site.replaced  # no plan: the ring is as it was
+    assert sum("flash_attention_for_cpu" in name for name in targets(gm)) == WORLD
+    assert sum("all_gather_into_tensor" in name for name in targets(gm)) == 1
+
+
+@pytest.mark.parametrize("change", ["values first", "one twice", "not all", "scale", "query", "gate"])
+def test_what_is_no_ring_stays_as_it_is(change):
+    ((context, gm),) = captured(change, build_plan=lambda video: None)
+    assert not context.rings
+    assert not any(site.replaced for site in context.sites)
+    assert sum("flash_attention_for_cpu" in name for name in targets(gm)) == WORLD - (change == "not all")
+
+
+def test_a_log_sum_exp_that_is_needed_keeps_the_ring():
+    """Sparse attention gives another one."""
+    ((context, _),) = captured("lse")
+    assert not context.rings
+
+
+def planned(video):
+    """The rows of a radial plan for the queries of this process."""
+    asked = whole_blocks(video.queries, 16, video.keys)
+    return PlannedSite(video, rows_of(PlanTable.of(make_plan("radial", GRID, block_size=16)), asked), asked=asked)
+
+
+def test_a_ring_that_is_replaced_goes_with_its_collective():
+    graphs = []
+
+    def decide(videos, conditions):
+        return Decisions([planned(video) for video in videos])
+
+    def backend(gm, example_inputs):
+        context = PassContext(decide, None, False, example_inputs)
+        run_passes(gm, context)
+        graphs.append((context, gm))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(Ring(), backend=backend)(torch.randn(2, 4, *GRID))
+    ((_, gm),) = graphs
+    (site,) = sites_of(graphs)
+    assert site.replaced
+    names = targets(gm)
+    assert not any("flash_attention_for_cpu" in name or "logsigmoid" in name for name in names)
+    assert sum("all_gather_into_tensor" in name for name in names) == 2  # keys, and values
+    rows = site.replacement.plan
+    assert (rows.q_len, rows.kv_len, rows.num_q_blocks) == (48, 120, 3)  # tokens 60..90 lie in blocks 48..96
+    whole = make_plan("radial", GRID, block_size=16).block_mask()
+    assert torch.equal(rows.block_mask(), whole[:, :, 3:6])
