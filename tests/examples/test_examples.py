@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import multi_gpu
 import pytest
 import quickstart
 import torch
@@ -119,3 +125,18 @@ def test_lora_finetune(tmp_path, capsys):
         assert video.n_frames > 1
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files >= {"sparse", "dense", "results.json", "time.json", "table.md", "curves.png", "comparison.png"}
+
+
+@pytest.mark.slow
+def test_multi_gpu_in_two_processes():
+    """Both processes run the compiled model; the first prints what was replaced and the times of both."""
+    pytest.importorskip("diffusers")
+    file = Path(multi_gpu.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(file)]
+    done = subprocess.run(
+        [*command, "--ulysses", "2", "--small", "--layers", "1", "--steps", "2"],
+        capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 of 1 video self-attentions replaced" in done.stdout
+    assert "2 x CPU processes" in done.stdout

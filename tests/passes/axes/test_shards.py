@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from support.graphs import capture, sites_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dynamicrad_compile.passes.axes.labels import Peers
 from dynamicrad_compile.passes.axes.shards import rows_of_rank
-from support.graphs import capture, sites_of
 
 GRID = (6, 4, 5)  # 120 tokens
 HEADS, DIM = 8, 4
