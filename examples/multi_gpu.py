@@ -1,8 +1,8 @@
 """Wan on several GPUs by diffusers' context parallelism: a few denoising steps dense and sparse, in one run.
 
-    torchrun --nproc-per-node 8 examples/multi_gpu.py --ulysses 8 --layers 30                random weights, to measure time
-    torchrun --nproc-per-node 8 examples/multi_gpu.py --ulysses 4 --ring 2 --model FOLDER    a Wan pipeline in diffusers' format
-    torchrun --nproc-per-node 2 examples/multi_gpu.py --ulysses 2 --small                    on the CPU, through gloo
+    torchrun --nproc-per-node 8 examples/multi_gpu.py --ulysses 8 --layers 30              random weights, for times
+    torchrun --nproc-per-node 8 examples/multi_gpu.py --ulysses 4 --ring 2 --model FOLDER  a Wan pipeline of diffusers
+    torchrun --nproc-per-node 2 examples/multi_gpu.py --ulysses 2 --small                  on the CPU, through gloo
 
 Process 0 prints what was replaced, milliseconds a step of both, and how far apart the results are.
 """
@@ -76,9 +76,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="a Wan pipeline in diffusers' format; default: random weights of Wan 14B widths"
-    )
+    parser.add_argument("--model", help="a Wan pipeline of diffusers (random weights at the widths of Wan 14B)")
     parser.add_argument("--ulysses", type=int, default=1, help="processes among which heads are exchanged (1)")
     parser.add_argument("--ring", type=int, default=1, help="processes that gather keys and values (1)")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers' attention backend with a ring")
