@@ -30,6 +30,7 @@ from .axes.positions import is_read_at_run_time
 from .axes.windows import windows
 from .context import PassContext
 from .graph import value_of
+from .reading.heads import head_exchange
 from .reading.mask_groups import Masks
 from .reading.not_video import (
     NO_VIDEO_KEYS,
@@ -79,7 +80,7 @@ def _video_site(site: Site) -> VideoSite | None:
     if site.trace is None or site.grid is None or site.q_shape is None or len(site.q_shape) != 4:
         return None
     batch, heads, tokens, dim = site.q_shape
-    query = value_of(site.call.query)
+    query, peers = value_of(site.call.query), heads_among(site.call)
     return VideoSite(
         site=site,
         grid=site.grid,
@@ -91,7 +92,8 @@ def _video_site(site: Site) -> VideoSite | None:
         axes=site.grid_axes,
         queries=site.queries,
         shard=site.queries is not None and any(axis.shard for axis in resolve(site.trace.query[-2])),
-        peers=heads_among(site.call),
+        peers=peers,
+        exchange=None if peers is None else head_exchange(site, peers),
     )
 
 

@@ -47,6 +47,7 @@ from .reading.support import few_frames
 from .site import PlannedSite, Replacement, Site
 from .writing.chunks import split
 from .writing.control import Controls
+from .writing.heads import deal_heads
 from .writing.int8 import attend, dense_steps
 from .writing.operands import copy_origin, into_order, original_output, plain_operands, take_over
 from .writing.plans import PlanWriter, WrittenPlan
@@ -97,6 +98,7 @@ def _replace_all(
     controls = Controls(gm, context, placed[0].video.device)
     writer = PlanWriter(gm, context, controls, homes)
     for planned in placed:
+        deal_heads(gm, planned, sites)
         planned.video.site.replacement = _replace(gm, planned, context, sites, writer, writer.write(planned))
         context.notes += _how_planned(planned, homes.get(planned.video.node))
 

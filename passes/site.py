@@ -114,6 +114,17 @@ class Gathered:
     out: fx.Node
 
 
+class HeadExchange(NamedTuple):
+    """The way of the heads of an attention to other processes and back, each with as many (see reading/heads).
+
+    sent   (node, dim) of query, key and value: dimension `dim` of what the node reads are all heads, which it divides
+    heard  (node, dim) of the output: where all heads are together again
+    """
+
+    sent: tuple[tuple[fx.Node, int], ...]
+    heard: tuple[fx.Node, int]
+
+
 @dataclass(frozen=True)
 class Trace:
     """Where the tokens of a call come from.
@@ -217,6 +228,7 @@ class VideoSite:
     queries  (start, stop) of the tokens that ask; None: all. All of grid and text are keys
     shard    the queries are those that this process holds; others ask with theirs
     peers    the processes that share its heads, each with as many; None: all are here
+    exchange the way of its heads, where they can be dealt in another order; else None
     """
 
     site: Site
@@ -230,6 +242,7 @@ class VideoSite:
     queries: Range | None = None
     shard: bool = False
     peers: Peers | None = None
+    exchange: HeadExchange | None = None
 
     @property
     def all_heads(self) -> int:
@@ -287,6 +300,7 @@ class PlannedSite:
     spec      how to make them for other sizes; None where that can't be
     at_least  fewer tokens than these would have stayed dense
     asked     (start, stop) of the tokens that its rows are for, where these are more than the queries; else None
+    head_order  in which all heads are dealt to processes, equal numbers to each; None: as they come
     """
 
     video: VideoSite
@@ -294,6 +308,7 @@ class PlannedSite:
     spec: PlanSpec | None = None
     at_least: int = 0
     asked: Range | None = None
+    head_order: tuple[int, ...] | None = None
 
     @property
     def overhead(self) -> float:

@@ -148,7 +148,7 @@ def _even_out(costs: np.ndarray, hands: list[np.ndarray]) -> None:
         heavy = int(loads.argmax())
         if imbalance(loads) <= WITHIN:
             return
-        for light in loads.argsort().tolist():
+        for light in loads.argsort(kind="stable").tolist():  # all ranks find the same, on any processor
             swap = _best_swap(costs, hands[heavy], hands[light], float(loads[heavy] - loads[light]))
             if swap is not None:
                 hands[heavy], hands[light] = swap

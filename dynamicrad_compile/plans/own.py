@@ -16,6 +16,7 @@ from ..kernels.blocks import cdiv
 from ..profiles.parameters import BLOCK_SIZES
 from .layout import Range
 from .plan import BlockPlan
+from .shares import heads_of
 from .table import PlanTable
 
 EXPECTED = (
@@ -153,6 +154,13 @@ class OwnPlan:
                 plan = self._fitted(plan, grid, text, heads, device, queries)
             self.made[key] = None if plan is None else PlanTable.of(plan)
         return self.made[key]
+
+    def heads(self, table: PlanTable, heads: Sequence[int]) -> PlanTable:
+        """The table of some heads, in their order, of one that has rows for each; made once, as that is."""
+        key = (table, tuple(heads))
+        found = self.made.get(key) or PlanTable.of(heads_of(table.plan, heads))
+        self.made[key] = found
+        return found
 
     def _plan(self, grid: tuple[int, int, int], text_before: int, text_after: int, queries: Range | None) -> Any:
         """What the function gives for a grid."""

@@ -45,9 +45,9 @@ def rows_of(table: PlanTable, tokens: Range) -> PlanTable:
     return replace(table, candidates=Candidates(plan, forced, near, check_values=False))
 
 
-def heads_of(plan: BlockPlan, heads: Range) -> BlockPlan:
-    """The plan of the heads start..stop; the plan itself where all heads share its rows."""
+def heads_of(plan: BlockPlan, heads: Sequence[int]) -> BlockPlan:
+    """The plan of some heads, in their order; the plan itself where all heads share its rows."""
     if plan.kv_counts.shape[1] == 1:
         return plan
-    own = slice(*heads)
-    return plan.with_rows(plan.kv_counts[:, own].contiguous(), plan.kv_indices[:, own].contiguous())
+    own = list(heads)
+    return plan.with_rows(plan.kv_counts[:, own], plan.kv_indices[:, own])

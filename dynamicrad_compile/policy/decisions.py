@@ -8,6 +8,7 @@ from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
 from ..reporting.reason import Reason
 from .control import control_of
 from .gain import few_tokens, if_it_pays, mode_for
+from .heads import dealt
 from .method import idle_covariance, method_of
 from .planning import AS_ASKED, pattern_notes, planned, takes_regimes, without_meaning
 from .schedule import schedule_of
@@ -54,7 +55,8 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             if problem:
                 unmet[problem] = None
             if isinstance(decision, PlannedSite):
-                lines = (method_of(decision), lacking, idle_covariance(decision, wishes.options))
+                decision, balance = (decision, "") if wishes.own is None else dealt(decision, wishes.own)
+                lines = (method_of(decision), lacking, idle_covariance(decision, wishes.options), balance)
                 notes |= dict.fromkeys(line for line in lines if line)
         decided.append(decision)
     unused = [decision.reason for decision in decided if isinstance(decision, Dense) and not decision.asked]

@@ -12,9 +12,9 @@ from ..plans.layout import MIN_FRAMES, too_long
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.ratios import balance_of
-from ..plans.shares import heads_of, rows_of, shard_of, whole_blocks
+from ..plans.shares import rows_of, shard_of, whole_blocks
 from ..plans.stages import Stages
-from ..plans.table import PlanSpec, PlanTable, RegimeSpec
+from ..plans.table import PlanSpec, RegimeSpec
 from ..profiles import Profile
 from ..profiles.parameters import AdaSpa, DynamicThreshold, StaticRatio, Table
 from ..reporting.reason import NOTHING, Reason
@@ -66,7 +66,10 @@ def _no_search(site: VideoSite, regimes: Regimes) -> str:
 
 
 def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
-    """The option plan, if it fits the site. Raises PlanError where a function fails or gives what does not fit."""
+    """The option plan of all heads, if it fits the site; see policy/heads for those of one process.
+
+    Raises PlanError where a function fails or gives what does not fit.
+    """
     frames = site.grid[0]
     if site.axes and frames < MIN_FRAMES:
         return Dense(few_frames(frames), this_grid=True)
@@ -86,8 +89,6 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     if table is None:
         reason = Reason("plan_none", "the option plan gives None for its grid", AS_ASKED)
         return Dense(reason, asked=True, this_grid=True)
-    if site.peers is not None:
-        table = PlanTable.of(heads_of(table.plan, site.heads))
     if not site.shard or site.queries is None:
         return PlannedSite(site, table)
     if table.plan.order is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,11 +59,16 @@ def take_over(graph: fx.Graph, site: Site, out: fx.Node, sites: list[Site]) -> N
     for old in olds:
         out.meta = {**old.meta, **{k: v for k, v in out.meta.items() if v}}
         old.replace_all_uses_with(out)
-        for other in sites:
-            other.call = _renamed(other.call, old, out)
+        rename(sites, old, out)
     for dead in (*(user for user in list(node.users) if op_name(user) == "getitem"), node, *reversed(site.call.inner)):
         if not dead.users:
             graph.erase_node(dead)
+
+
+def rename(sites: Sequence[Site], old: fx.Node, new: fx.Node) -> None:
+    """Let the calls of sites read another node."""
+    for site in sites:
+        site.call = _renamed(site.call, old, new)
 
 
 def _renamed(call: AttentionCall, old: fx.Node, new: fx.Node) -> AttentionCall:
