@@ -48,6 +48,14 @@ class Shards:
             one.shard = Shard(Part(whole, start, stop), by)
         return label
 
+    def noted(self, label: Label) -> Label:
+        """The label; noted as a shard where it is rows of this process, as what was sliced out of video and text is."""
+        leaves = resolve(label)
+        if len(leaves) == 1 and len(leaves[0].parts or ()) == 1:
+            (rows,) = leaves[0].parts or ()
+            self.mark(label, rows.label, rows.start, rows.stop)
+        return label
+
     def whole(self, local: Axis, peers: Peers, source: Source, lengths: Sequence[int] = ()) -> Label | None:
         """What the shards of all peers are together; None where they are no rows that follow each other.
 

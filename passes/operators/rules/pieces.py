@@ -75,7 +75,7 @@ def _of_peer(trace: AxisTrace, tensor: torch.Tensor, dim: int, start: int, n: in
 def _rows(trace: AxisTrace, labels: Labels, dim: int, start: int, stop: int) -> Label:
     """Label of some rows of a dimension, which may be those of this process."""
     rows = slice_label(labels[dim], start, stop, trace.source(dim))
-    return trace.shards.mark(rows, labels[dim], start, stop)
+    return trace.shards.noted(trace.shards.mark(rows, labels[dim], start, stop))
 
 
 def cat(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Labels:
@@ -92,7 +92,7 @@ def cat(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs: dict[s
         labels[dim] = concat(rows, trace.source(dim))
         return labels
     pieces = [Part(get_labels(x)[dim], 0, x.shape[dim]) for x in tensors]
-    labels[dim] = concat([p for piece in pieces for p in _flat(piece)], trace.source(dim))
+    labels[dim] = trace.shards.noted(concat([p for piece in pieces for p in _flat(piece)], trace.source(dim)))
     return labels
 
 
