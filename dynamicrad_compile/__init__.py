@@ -22,6 +22,7 @@ from .errors import (
     PlanError,
     ProfileError,
     RouterError,
+    ShardError,
     StrictError,
 )
 from .kernels.merge_states import merge_states
@@ -38,18 +39,22 @@ if TYPE_CHECKING:
     from .exporting import export, rewrite
     from .parallel.simulation import simulate_ranks
     from .routing.fit import fit_router
+    from .sharding import ShardPlan, shard, unshard
     from .tuning import record_attention, tune
 
 __version__ = "0.1.0"
 
 # What few programs use is imported at its first use.
 _LAZY = {
+    "ShardPlan": "sharding",
     "export": "exporting",
     "fit_router": "routing.fit",
     "record_attention": "tuning",
     "rewrite": "exporting",
+    "shard": "sharding",
     "simulate_ranks": "parallel.simulation",
     "tune": "tuning",
+    "unshard": "sharding",
 }
 
 __all__ = [
@@ -65,6 +70,8 @@ __all__ = [
     "Report",
     "Router",
     "RouterError",
+    "ShardError",
+    "ShardPlan",
     "SiteReport",
     "StrictError",
     "block_sparse_attention",
@@ -80,8 +87,10 @@ __all__ = [
     "record_attention",
     "report",
     "rewrite",
+    "shard",
     "simulate_ranks",
     "tune",
+    "unshard",
 ]
 
 

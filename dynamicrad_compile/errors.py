@@ -46,6 +46,10 @@ class LoraError(DynamicRadError, ValueError):
     """Settings, clips, a model or a checkpoint that a LoRA can't be trained with."""
 
 
+class ShardError(DynamicRadError, ValueError):
+    """A model can't be sharded over processes: no plan for its class, a mesh, heads or lengths that do not fit."""
+
+
 class StrictError(DynamicRadError, RuntimeError):
     """`strict=True` and a video self-attention had to stay dense."""
 
