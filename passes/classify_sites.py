@@ -208,6 +208,8 @@ def _classify_among(site: Site, trace: Trace, asked: Range, context: PassContext
         site.role, site.reason = OTHER_SELF, windowed
         return
     user_grid, parts = context.grid, _pieces(trace.key[-2], site)
+    if any(axis.shard for axis in resolve(trace.query[-2])):  # all processes say the same, also one that has text alone
+        asked = (0, length(parts))
     videos = [i for i in video_parts(parts, None, grids) if overlaps(parts, i, asked)]
     joined = parts_of(trace.key[-2])
     with_cache = [

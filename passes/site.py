@@ -91,14 +91,16 @@ class Ring:
     """The attentions of a ring.
 
     pieces  their nodes; the first is over the keys of this process
-    call    of the first
+    calls   their arguments
+    ranks   the processes whose keys they read
     steps   the nodes between the output of the first and the merge: a cast, say
     merged  the node that holds the output
     group   of the collective that gathers keys and values, as the graph names it
     """
 
     pieces: tuple[fx.Node, ...]
-    call: AttentionCall
+    calls: tuple[AttentionCall, ...]
+    ranks: tuple[int, ...]
     steps: tuple[fx.Node, ...]
     merged: fx.Node
     group: Any
@@ -107,9 +109,16 @@ class Ring:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A ring, the attention over all keys that was written beside it, and the node that would take its place."""
+    """A ring, and the attention over all keys that was written beside it.
+
+    keys, values  [B, H, S, D] of all processes
+    node          the attention
+    out           what would take the place of the ring's output
+    """
 
     ring: Ring
+    keys: fx.Node
+    values: fx.Node
     node: fx.Node
     out: fx.Node
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -30,8 +31,12 @@ def whole_blocks(tokens: Range, block_size: int, length: int) -> Range:
     return start // block_size * block_size, min(-(-stop // block_size) * block_size, length)
 
 
+@functools.lru_cache(maxsize=64)
 def rows_of(table: PlanTable, tokens: Range) -> PlanTable:
-    """The rows of a table in raster order for the queries start..stop, which are whole blocks; see `whole_blocks`."""
+    """The rows of a table in raster order for the queries start..stop, which are whole blocks; see `whole_blocks`.
+
+    Made once: the layers of a model share it.
+    """
     found, block = table.candidates, table.plan.block_q
     rows = slice(tokens[0] // block, -(-tokens[1] // block))
     plan = replace(

@@ -8,11 +8,11 @@ from ..passes import Conditions, Decisions, Dense, PlannedSite, VideoSite
 from ..reporting.reason import Reason
 from .control import control_of
 from .gain import few_tokens, if_it_pays, mode_for
-from .heads import dealt
 from .method import idle_covariance, method_of
 from .planning import AS_ASKED, pattern_notes, planned, takes_regimes, without_meaning
 from .schedule import schedule_of
 from .settings import Settings, Wishes, is_one_layer, profile_for, regimes_of
+from .share import share_of
 from .targets import unreached
 
 
@@ -55,7 +55,7 @@ def decide(sites: Sequence[VideoSite], conditions: Conditions, wishes: Wishes) -
             if problem:
                 unmet[problem] = None
             if isinstance(decision, PlannedSite):
-                decision, balance = (decision, "") if wishes.own is None else dealt(decision, wishes.own)
+                decision, balance = share_of(decision, wishes.own)
                 lines = (method_of(decision), lacking, idle_covariance(decision, wishes.options), balance)
                 notes |= dict.fromkeys(line for line in lines if line)
         decided.append(decision)

@@ -12,7 +12,6 @@ from ..plans.layout import MIN_FRAMES, too_long
 from ..plans.own import OwnPlan
 from ..plans.patterns import PATTERNS, Pattern
 from ..plans.ratios import balance_of
-from ..plans.shares import rows_of, shard_of, whole_blocks
 from ..plans.stages import Stages
 from ..plans.table import PlanSpec, RegimeSpec
 from ..profiles import Profile
@@ -39,7 +38,10 @@ AS_ASKED = f"{NOTHING}: the options ask for it"
 
 
 def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regimes) -> PlannedSite | Dense:
-    """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`."""
+    """The plan of a site; where it is the option plan, perhaps why that is none. Raises PlanError as `_own`.
+
+    Where several processes share an attention it is that of all; policy/share has what one of them needs.
+    """
     if settings.pattern == "own" and wishes.own is not None:
         return _own(site, wishes.own)
     pattern = PATTERNS[settings.pattern]
@@ -50,10 +52,7 @@ def planned(site: VideoSite, settings: Settings, wishes: Wishes, regimes: Regime
     if why_not:
         return Dense(Reason("no_search", f"pattern {pattern.name!r} {why_not}", SEARCH_ADVICE))
     spec = _specification(pattern, site, settings, wishes.options, regimes)
-    if site.shard and site.queries is not None:
-        table, asked = shard_of(spec, site.grid, site.text, site.queries)
-        return PlannedSite(site, table, spec, asked=asked)
-    return PlannedSite(site, spec.build(site.grid, *site.text, site.queries), spec)
+    return PlannedSite(site, spec.build(site.grid, *site.text, None if site.shard else site.queries), spec)
 
 
 def _no_search(site: VideoSite, regimes: Regimes) -> str:
@@ -66,14 +65,11 @@ def _no_search(site: VideoSite, regimes: Regimes) -> str:
 
 
 def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
-    """The option plan of all heads, if it fits the site; see policy/heads for those of one process.
-
-    Raises PlanError where a function fails or gives what does not fit.
-    """
+    """The option plan, if it fits the site. Raises PlanError where a function fails or gives what does not fit."""
     frames = site.grid[0]
     if site.axes and frames < MIN_FRAMES:
         return Dense(few_frames(frames), this_grid=True)
-    queries = None if site.shard else site.queries  # of a shard the rows are those of the whole sequence's plan
+    queries = None if site.shard else site.queries
     if queries is not None and not own.takes_queries:
         start, stop = queries
         text = f"only tokens {start}..{stop} of {site.keys} ask, of which the function of option plan is not told"
@@ -89,13 +85,10 @@ def _own(site: VideoSite, own: OwnPlan) -> PlannedSite | Dense:
     if table is None:
         reason = Reason("plan_none", "the option plan gives None for its grid", AS_ASKED)
         return Dense(reason, asked=True, this_grid=True)
-    if not site.shard or site.queries is None:
-        return PlannedSite(site, table)
-    if table.plan.order is not None:
+    if site.shard and table.plan.order is not None:
         text = "the option plan has an order of tokens, and this process asks with some of them alone"
         return Dense(Reason("plan_order_of_shard", text, "give a plan in raster order, or shard heads"), this_grid=True)
-    asked = whole_blocks(site.queries, table.plan.block_q, site.keys)
-    return PlannedSite(site, rows_of(table, asked), asked=asked)
+    return PlannedSite(site, table)
 
 
 def takes_regimes(pattern: str) -> bool:

@@ -38,15 +38,20 @@ class Shards:
         self._joined: list[Joined] = []
 
     def mark(self, label: Label, whole: Label, start: int, stop: int) -> Label:
-        """The label of rows `start..stop` of a dimension; noted as a shard where they are those of this process."""
-        leaves, size = resolve(label), label_size(whole)
-        one = leaves[0] if len(leaves) == 1 else None
-        if one is None or one.feature or one in resolve(whole) or one.shard is not None:
+        """The label of rows `start..stop` of a dimension; noted as a shard where they are those of this process.
+
+        So are rows that are all of a piece, such as the prompt in front of a video: other processes have other rows.
+        """
+        leaves = resolve(label)
+        by = next((one for one in self.groups if rows_of_rank(label_size(whole), one) == (start, stop)), None)
+        if by is None or not leaves or any(axis.feature or axis.shard for axis in leaves) or start == stop:
             return label
-        by = next((peers for peers in self.groups if rows_of_rank(size, peers) == (start, stop)), None)
-        if by is not None:
-            one.shard = Shard(Part(whole, start, stop), by)
-        return label
+        one = leaves[0]
+        if len(leaves) > 1 or not one.parts or one in resolve(whole):
+            one = Axis(stop - start, one.source)
+            one.parts = (Part(leaves, 0, stop - start),)
+        one.shard = Shard(Part(whole, start, stop), by)
+        return (one,)
 
     def noted(self, label: Label) -> Label:
         """The label; noted as a shard where it is rows of this process, as what was sliced out of video and text is."""

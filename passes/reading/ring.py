@@ -132,11 +132,12 @@ def _ring(state: _State, calls: Sequence[AttentionCall]) -> Ring | None:
     if sent is None or any(not _alike(first, call) for call in calls[1:]):
         return None
     key, value, group = sent
-    ranks = [_sender(call, first, key, value, chunk) for call in calls[1:]]
     peers = peers_of(group)
-    if peers is None or sorted([peers.rank, *(-1 if rank is None else rank for rank in ranks)]) != [*range(peers.size)]:
+    senders = [_sender(call, first, key, value, chunk) for call in calls[1:]]
+    ranks = () if peers is None else (peers.rank, *(-1 if rank is None else rank for rank in senders))
+    if peers is None or sorted(ranks) != list(range(peers.size)):
         return None
-    return Ring(state.pieces, first, state.steps, state.out, group, peers)
+    return Ring(state.pieces, tuple(calls), ranks, state.steps, state.out, group, peers)
 
 
 def _alike(one: AttentionCall, other: AttentionCall) -> bool:

@@ -5,8 +5,9 @@ After:   the same, and beside it, used by nothing yet:
          %keys, %values = all_gather of %k and %v, tokens first              as many bytes
          %out = scaled_dot_product_attention(%q, %keys, %values)
 
-The new attention is a site like any other. If it is replaced it takes the ring's place (`settle`), and the ring goes
-with its collective; if it stays dense it goes, and the ring is as it was.
+The new attention is a site like any other. If it is replaced it takes the ring's place (`settle`); if it stays dense it
+goes, and the ring's attentions read rows of %keys and %values. Either way the ring's own collective goes: all processes
+exchange the same, whatever each of them has found.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from .operands import plain_operands
 
 
 def write_beside(graph: fx.Graph, ring: Ring) -> Gathered:
-    """Write one attention over all keys in front of a ring's last node."""
-    first, place = ring.pieces[0], ring.merged
-    before = place.prev
-    with graph.inserting_before(place):
-        query, key, value = plain_operands(graph, ring.call)
+    """Write one attention over all keys in front of a ring."""
+    first, call = ring.pieces[0], ring.calls[0]
+    before = first.prev
+    with graph.inserting_before(first):
+        query, key, value = plain_operands(graph, call)
         keys, values = (_all_rows(graph, x, ring) for x in (key, value))
-        node = graph.call_function(F.scaled_dot_product_attention, (query, keys, values), {"scale": ring.call.scale})
-        out = from_plain(graph, node, ring.call.layouts[3], None)
+        node = graph.call_function(F.scaled_dot_product_attention, (query, keys, values), {"scale": call.scale})
+        out = from_plain(graph, node, call.layouts[3], None)
         for step in ring.steps:
             out = graph.create_node(step.op, step.target, (out, *step.args[1:]), dict(step.kwargs))
-    for new in between(before, place):
+    for new in between(before, first):
         _record(new)
         new.meta |= {name: first.meta[name] for name in ("nn_module_stack", "stack_trace") if first.meta.get(name)}
-    return Gathered(ring, node, out)
+    return Gathered(ring, keys, values, node, out)
 
 
 def between(start: fx.Node, stop: fx.Node) -> Iterator[fx.Node]:
@@ -104,13 +105,23 @@ def from_whole_blocks(graph: fx.Graph, out: fx.Node, planned: PlannedSite) -> fx
 
 
 def settle(graph: fx.Graph, found: Gathered, site: Site) -> None:
-    """Let a new attention that was replaced take the place of its ring; remove whichever of the two is not needed."""
+    """Let a new attention that was replaced take the place of its ring; else let the ring read what was gathered."""
+    ring = found.ring
     if site.replaced:
-        found.out.meta = {**found.ring.merged.meta, **found.out.meta}
-        found.ring.merged.replace_all_uses_with(found.out)
-        _remove(graph, [found.ring.merged, *_above(found.ring)])
-    else:
-        _remove(graph, [found.out])
+        found.out.meta = {**ring.merged.meta, **found.out.meta}
+        ring.merged.replace_all_uses_with(found.out)
+        _remove(graph, [ring.merged, *_above(ring)])
+        return
+    dead = [found.out]
+    for piece, call, rank in list(zip(ring.pieces, ring.calls, ring.ranks, strict=True))[1:]:
+        with graph.inserting_before(piece):
+            keys, values = (call.key, found.keys, call.layouts[1]), (call.value, found.values, call.layouts[2])
+            for old, whole, layout in (keys, values):
+                n = old.meta["example_value"].shape[layout.index("s")]
+                rows = from_plain(graph, graph.call_function(torch.narrow, (whole, 2, rank * n, n)), layout, None)
+                piece.replace_input_with(old, rows)
+                dead.append(old)
+    _remove(graph, dead)
 
 
 def _above(ring: Ring) -> list[fx.Node]:

@@ -34,7 +34,7 @@ def all_to_all(trace: AxisTrace, out: torch.Tensor, args: Sequence[Any], kwargs:
     front = resolve(outer)[0] if outer else None
     back = front is not None and front.peers == peers
     first = _heads(peers, trace.source()) if back else (axis_of(peers, trace.source()),)
-    return [(*first, *leaves), *labels[1:]]
+    return [trace.shards.rejoined((*first, *leaves), trace.source()), *labels[1:]]
 
 
 def _gather_tokens(trace: AxisTrace, labels: Labels, peers: Peers, heard: Sequence[int]) -> Labels | None:

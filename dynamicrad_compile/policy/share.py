@@ -1,4 +1,8 @@
-"""Which heads of the option plan a process has where several share them: equal numbers, nearly equal work."""
+"""What one of several processes needs of a plan: its heads, dealt by their work, and the rows of its queries.
+
+All processes must decide alike, since they exchange with each other what they compute. So whether sparse attention
+pays, and in which order heads are dealt, is decided on the plan of all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,24 @@ from dataclasses import replace
 from ..parallel.balance import WITHIN, deal_heads, imbalance, work
 from ..passes import PlannedSite
 from ..plans.own import OwnPlan
+from ..plans.shares import rows_of, shard_of, whole_blocks
 
 
-def dealt(whole: PlannedSite, own: OwnPlan) -> tuple[PlannedSite, str]:
+def share_of(whole: PlannedSite, own: OwnPlan | None) -> tuple[PlannedSite, str]:
+    """A site with what this process needs of its plan, and a line on how even that is; own: the option plan."""
+    found, line = (whole, "") if own is None else _heads(whole, own)
+    site = found.video
+    if not site.shard or site.queries is None:
+        return found, line
+    if found.spec is not None:
+        table, asked = shard_of(found.spec, site.grid, site.text, site.queries)
+    else:
+        asked = whole_blocks(site.queries, found.table.plan.block_q, site.keys)
+        table = rows_of(found.table, asked)
+    return replace(found, table=table, asked=asked), line
+
+
+def _heads(whole: PlannedSite, own: OwnPlan) -> tuple[PlannedSite, str]:
     """A site with the rows of this process's heads, and a line on how even that is; whole: with those of all.
 
     The order is found from the blocks of the whole plan alone, so that all processes find the same, as they must.
