@@ -13,6 +13,8 @@ number of tokens is symbolic the plan is made when the graph runs.
 Pictures of one size, which lie in a sequence as frames do, are told by their times and stay dense. References in front
 of the frames or behind them are told by these too: they are extra tokens, as text is.
 
+Under context parallelism the input may be this process's rows of the table (see reading/shard_positions).
+
 In a packed sequence, of text, audio, pictures and video one behind the other, the video is one piece of the axis, and
 what is in front of it and behind it are others (plans/packed). A table over text and video does the same where the
 graph puts the two together: then the video is in one of the pieces.
@@ -52,6 +54,7 @@ from .axes.positions import PositionTable, table_of
 from .context import PassContext
 from .graph import hint, specialise, value_of
 from .reading.padding import split_padding
+from .reading.shard_positions import joined_of, table_of_shard
 from .site import Trace
 
 MAX_FRAMES = 2
@@ -62,14 +65,18 @@ RASTER_ROWS = f"{NOTHING} if it holds none; else keep its rows frame by frame, r
 def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
     """Split sequence axes whose grid is shown by an input's values; returns how many."""
     wanted: set[Axis] = set()
+    in_rings: set[Axis] = set()
     traced: set[Label] = set()
     cut: set[Label] = set()
     for site in context.sites:
         if site.trace is not None and len(site.trace.query) >= 2:
-            sequence = site.trace.key if _is_shard(site.trace) else site.trace.query
+            in_ring = _is_shard(site.trace)
+            sequence = site.trace.key if in_ring else site.trace.query
             for part in parts_of(sequence[-2]):
                 axes = resolve(part.label) if part.whole else ()
-                wanted.update(axis for axis in axes if len(axes) == 1 and not axis.parts)
+                unknown = {axis for axis in axes if len(axes) == 1 and not axis.parts}
+                wanted |= unknown
+                in_rings |= unknown if in_ring else set()
                 traced.update([axes] if len(axes) == 3 else [])
                 cut.update([axes] if len(axes) == 2 and roots(axes[0]) & roots(axes[1]) else [])
     found = 0
@@ -87,6 +94,8 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 found += _decode_joined(node, value, dim, axes[0], context)
             elif axes in cut:
                 found += _decode_cut(node, value, dim, axes, context)
+            elif (joined := joined_of(axes)) is not None and joined[0] in wanted - in_rings:
+                found += _decode_shard(node, value, dim, *joined, context)
             elif axes in traced:
                 _compare(node, value, dim, axes)
     return found + split_padding(gm, context)
@@ -165,6 +174,15 @@ def _decode_cut(node: fx.Node, value: torch.Tensor, dim: int, axes: Label, conte
     context.seen.videos += decoded.video[0] >= MIN_FRAMES and doubt is None
     for (axis,) in found:
         axis.table, axis.conflict = PositionTable(node, dim, decoded, varies), axis.conflict or doubt
+    return 1
+
+
+def _decode_shard(node: fx.Node, value: torch.Tensor, dim: int, axis: Axis, rows: Part, context: PassContext) -> int:
+    table = table_of_shard(node, value, dim, axis, rows)
+    if table is None:
+        return 0
+    context.seen.videos += 1
+    _split(axis, table.shown.grid, (0, 0), table, None)
     return 1
 
 

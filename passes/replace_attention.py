@@ -39,7 +39,7 @@ from dynamicrad_compile.plans.layout import MIN_FRAMES
 from dynamicrad_compile.plans.order import reordered_keys
 from dynamicrad_compile.reporting.reason import FIX_LENGTH, FIX_SIZES, Reason
 
-from .axes.positions import PositionTable, table_of
+from .axes.positions import PositionTable, is_of_shard, table_of
 from .context import Dense, PassContext
 from .graph import value_of
 from .reading.masks import keys_node, without_hidden_rows
@@ -187,9 +187,13 @@ def _how_planned(planned: PlannedSite, where: RuntimeSizes | None) -> list[str]:
     if table is None:
         return []
     grids = " and ".join("x".join(map(str, grid)) for grid in grids_of(planned))
+    rows, rest = "the values", ""
+    if is_of_shard(planned.video.axes):
+        rows = "this process's rows"
+        rest = "; other processes read theirs, and one whose rows do not tell the grid computes its heads dense"
     return [
-        f"the grid was read from the values of {table.node.name} and is looked up at each call: "
-        f"{grids} run sparse, other grids of as many tokens run dense"
+        f"the grid was read from {rows} of {table.node.name} and is looked up at each call: "
+        f"{grids} run sparse, other grids of as many tokens run dense{rest}"
     ]
 
 

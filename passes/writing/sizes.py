@@ -11,7 +11,7 @@ from torch import fx
 
 from ..axes.concatenation import parts_of
 from ..axes.labels import Axis, resolve
-from ..axes.positions import PositionTable, table_of
+from ..axes.positions import PositionTable, is_of_shard, table_of
 from ..context import Dense, PassContext
 from ..graph import depends_on_data, hint, specialise, value_of
 from ..reading.layout import operands_of, token_dim
@@ -135,7 +135,7 @@ def runtime_sizes(video: VideoSite, context: PassContext) -> RuntimeSizes | None
 
     Of an axis that only a later reshape shows, the size that it has there is computed from those of earlier nodes.
     """
-    if video.shard:
+    if video.shard or is_of_shard(video.axes):
         return None  # where they begin is in no shape
     homes: dict[Axis, Home] = {}
     symbols: dict[sympy.Symbol, Symbol] = {}

@@ -18,6 +18,7 @@ from torch import fx
 
 from dynamicrad_compile.plans.packed import Packed, shows_video
 from dynamicrad_compile.plans.positions import Triple, columns_of, frames_in
+from dynamicrad_compile.plans.positions_shard import DecodedShard, shows_shard
 from dynamicrad_compile.plans.shares import shard_of
 from dynamicrad_compile.plans.table import PlanSpec, PlanTable
 
@@ -74,6 +75,8 @@ def _shows(graph: fx.Graph, table: PositionTable, grid: Triple) -> fx.Node:
     """
     call, shown = graph.call_function, table.shown
     value = call(columns_of, (table.node, table.dim))
+    if isinstance(shown, DecodedShard):
+        return call(shows_shard, (value, grid, *shown[1:]))
     if isinstance(shown, Packed):
         return call(shows_video, (value, grid, *shown[1:4]))
     whole = (shown.grid[0], *grid[1:])

@@ -1,0 +1,54 @@
+"""Blocks that are graphs of their own, in two processes: the sparse output of one process, where their grid is told."""
+
+import json
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from support.processes import output_of, start
+from support.regional_worker import SCENARIOS
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Results of all scenarios, {name: those of both processes}."""
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    return json.loads(output_of(start("support.regional_worker", 2, meeting, list(SCENARIOS))))
+
+
+@pytest.mark.slow
+def test_blocks(found):
+    """Portrait and landscape share a graph and are sparse; three larger frames of as many tokens are dense in it."""
+    for rank in found["blocks"]:
+        first, turned, other = rank["steps"]
+        assert first["sparse"] < 1e-5 < 1e-3 < first["dense"]
+        assert turned["sparse"] < 1e-5 < 1e-3 < turned["dense"]
+        assert other["dense"] < 1e-5 < 1e-3 < other["sparse"]
+        assert first["graphs"] == turned["graphs"] == other["graphs"]
+        assert rank["replaced"] == [True, True]
+        assert any("5x6x8 and 5x8x6 run sparse" in note for note in rank["notes"])
+
+
+@pytest.mark.slow
+def test_graphs_that_break_at_hooks(found):
+    for rank in found["hooks"]:
+        assert all(step["sparse"] < 1e-5 < 1e-3 < step["dense"] for step in rank["steps"])
+        assert any("this process's rows" in note for note in rank["notes"])
+
+
+@pytest.mark.slow
+def test_other_resolutions_compile_again(found):
+    for rank in found["resolutions"]:
+        assert all(step["sparse"] < 1e-5 < 1e-3 < step["dense"] for step in rank["steps"])
+        assert sorted(map(tuple, rank["grids"])) == [(5, 6, 8)] * 2 + [(6, 6, 8)] * 2 + [(7, 8, 6)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("two frames", "shard_shows_no_grid"), ("ring", "no_grid")])
+def test_dense_and_right_where_rows_do_not_tell(found, name, code):
+    for rank in found[name]:
+        assert all(step["dense"] < 1e-5 < 1e-3 < step["sparse"] for step in rank["steps"])
+        assert rank["replaced"] == [False, False]
+        assert rank["reasons"] == [code]
+        assert all("set `grid`" in advice for advice in rank["advice"])

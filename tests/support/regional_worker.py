@@ -1,0 +1,102 @@
+"""One process of two, on the CPU through gloo: blocks that are graphs of their own, under context parallelism.
+
+python -m support.regional_worker RANK WORLD FILE NAME...: both meet at FILE and run the scenarios of these names;
+process 0 prints a line of JSON, {name: results of both ranks}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.models import attention_dispatch
+from zoo.models import ZOO
+
+from support.graphs import OPTIONS, call, drad, relative_error
+
+SPARSE = {**OPTIONS, "sparsity": 0.6}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A tiny Wan for grids one after the other; in_blocks: `compile_repeated_blocks`, else graphs break at hooks."""
+
+    grids: tuple[tuple[int, int, int], ...] = ((5, 6, 8), (5, 8, 6), (3, 8, 10))
+    in_blocks: bool = True
+    ring: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SCENARIOS = {
+    "blocks": Scenario(),
+    "hooks": Scenario(in_blocks=False),
+    "two frames": Scenario(((4, 6, 8),)),
+    "resolutions": Scenario(((5, 6, 8), (6, 6, 8), (7, 8, 6))),
+    "ring": Scenario(((5, 6, 8),), ring=True),
+}
+
+
+def _ring_forward(ctx, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **kwargs):
+    """Attention of diffusers' native backend with the log-sum-exp that rings need; on GPUs flash attention has it."""
+    q, k, v = (x.permute(0, 2, 1, 3) for x in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    out = out.permute(0, 2, 1, 3)
+    return (out, lse.permute(0, 2, 1)) if return_lse else out
+
+
+def run(scenario: Scenario) -> dict[str, Any]:
+    """For each grid errors to one process, sparse and dense, and graphs compiled so far; what the report says."""
+    torch._dynamo.reset()
+    options = {**SPARSE, **scenario.options}
+    inputs = [ZOO["wan_t2v"](*grid)[1] for grid in scenario.grids]
+    model = ZOO["wan_t2v"]()[0]
+    dense = [call(model, one) for one in inputs]
+    alone = [call(drad.compile(model, fullgraph=True, dynamic=False, **options), one) for one in inputs]
+    torch._dynamo.reset()
+    if scenario.ring:
+        attention_dispatch._native_attention_forward_op = _ring_forward
+    ways = {"ring_degree": 2} if scenario.ring else {"ulysses_degree": 2}
+    model.enable_parallelism(config=ContextParallelConfig(**ways))
+    compiled = model
+    if scenario.in_blocks:
+        model.compile_repeated_blocks(backend="dynamicrad", options=options)
+    else:
+        compiled = torch.compile(model, backend="dynamicrad", options=options)
+    found = []
+    for one, sparse, full in zip(inputs, alone, dense, strict=True):
+        out = call(compiled, one)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found.append({"sparse": relative_error(out, sparse), "dense": relative_error(out, full), "graphs": graphs})
+    report = drad.report(compiled)
+    sites = [site for site in report.sites if "attn1" in site.path]
+    return {
+        "steps": found,
+        "replaced": [bool(site.replaced) for site in sites],
+        "grids": [site.grid for site in sites],
+        "reasons": sorted({site.code or "" for site in sites if not site.replaced}),
+        "advice": sorted({site.advice or "" for site in sites if not site.replaced}),
+        "notes": report.notes,
+    }
+
+
+def main(rank: int, world: int, meeting: str, names: list[str]) -> None:
+    """Run the scenarios in this process."""
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # diffusers takes a rank modulo the number of accelerators
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    found: dict[str, list[Any]] = {}
+    for name in names:
+        found[name] = [None] * world
+        dist.all_gather_object(found[name], run(SCENARIOS[name]))
+    if rank == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
