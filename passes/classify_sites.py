@@ -26,7 +26,7 @@ from .axes.among import asked_keys, cut, frames_apart, overlaps, with_earlier
 from .axes.concatenation import parts_of, same, segments_of
 from .axes.grids import Grids
 from .axes.labels import Label, Part, label_size, mixed, resolve
-from .axes.positions import is_read_at_run_time
+from .axes.positions import is_of_shard, is_read_at_run_time
 from .axes.windows import windows
 from .context import PassContext
 from .graph import value_of
@@ -81,6 +81,7 @@ def _video_site(site: Site) -> VideoSite | None:
         return None
     batch, heads, tokens, dim = site.q_shape
     query, peers = value_of(site.call.query), heads_among(site.call)
+    agreed = None if is_of_shard(site.grid_axes) else peers  # else some may read no grid from their rows of a table
     return VideoSite(
         site=site,
         grid=site.grid,
@@ -93,7 +94,7 @@ def _video_site(site: Site) -> VideoSite | None:
         queries=site.queries,
         shard=site.queries is not None and any(axis.shard for axis in resolve(site.trace.query[-2])),
         peers=peers,
-        exchange=None if peers is None else head_exchange(site, peers),
+        exchange=None if agreed is None else head_exchange(site, agreed),
     )
 
 

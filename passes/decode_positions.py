@@ -94,7 +94,7 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 found += _decode_joined(node, value, dim, axes[0], context)
             elif axes in cut:
                 found += _decode_cut(node, value, dim, axes, context)
-            elif (joined := joined_of(axes)) is not None and joined[0] in wanted - in_rings:
+            elif context.grid is None and (joined := joined_of(axes)) is not None and joined[0] in wanted - in_rings:
                 found += _decode_shard(node, value, dim, *joined, context)
             elif axes in traced:
                 _compare(node, value, dim, axes)

@@ -7,28 +7,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
-from support.graphs import OPTIONS, drad
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from support.exchanges import fake_group, run_together
+from support.graphs import OPTIONS, drad, plan_each, relative_error
 
-HEADS, DIM = 8, 12
-EVEN = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+from dynamicrad_compile.passes import PassContext, run_passes
 
-
-@pytest.fixture
-def processes():
-    """Start a group of so many processes, of which this is one; nothing is sent."""
-
-    def start(world, rank):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-
-    yield start
-    dist.destroy_process_group()
+HEADS, DIM = 12, 12
+GRID = (5, 6, 8)
+EVEN = [float(i) for i in range(12)]
 
 
 def exchange(x, into_heads):
     """[B, S / n, H, D] -> [B, S, H / n, D], or back."""
+    b, s, h, d = x.shape
     n = dist.get_world_size()
-    x = x.unflatten(1, (n, -1)).transpose(0, 1) if into_heads else x.unflatten(2, (n, -1)).permute(2, 1, 0, 3, 4)
+    x = x.reshape(b, n, s // n, h, d).transpose(0, 1) if into_heads else x.reshape(b, s, n, h // n, d)
+    x = x if into_heads else x.permute(2, 1, 0, 3, 4)
     heard = collectives.all_to_all_single(x.contiguous(), None, None, dist.group.WORLD)
     if into_heads:
         return heard.permute(1, 2, 0, 3, 4).flatten(2, 3)
@@ -40,13 +34,16 @@ class Block(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.qkv = torch.nn.Linear(HEADS * DIM, 3 * HEADS * DIM)
 
-    def forward(self, x, rope):
+    def operands(self, x, rope):
         query, key, value = (y.unflatten(2, (HEADS, -1)) for y in self.qkv(x).chunk(3, -1))
-        tokens = [exchange(y, False).transpose(1, 2) for y in (query * rope, key * rope, value)]
-        out = F.scaled_dot_product_attention(*tokens).transpose(1, 2)
-        return x + exchange(out, True).flatten(2)
+        return query * rope, key * rope, value
+
+    def forward(self, x, rope):
+        tokens = [exchange(y, False).transpose(1, 2) for y in self.operands(x, rope)]
+        return exchange(F.scaled_dot_product_attention(*tokens).transpose(1, 2), True)
 
 
 def positions(grid, kind="sines", times=EVEN):
@@ -68,27 +65,25 @@ def seen(table, world, rank, mark=False, dynamic=False, **options):
         torch._dynamo.mark_dynamic(rows, 1)
     options = {**OPTIONS, "sparsity": 0.6, **options}
     compiled = torch.compile(Block().eval(), backend="dynamicrad", dynamic=dynamic, fullgraph=True, options=options)
-    with torch.no_grad():
+    with fake_group(rank, world), torch.no_grad():
         compiled(x, rows)
     return drad.report(compiled)
 
 
-@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)])
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["sines", "numbers"])
-def test_each_process_reads_the_grid_from_its_rows(processes, world, rank, kind):
-    processes(world, rank)
-    grid = (5, 6, 8) if world == 2 else (12, 12, 4)
-    table = positions(grid, kind, [float(i) for i in range(12)])
-    report = seen(table, world, rank)
-    (site,) = report.sites
-    assert (site.grid, site.replaced) == (grid, True)
-    f, h, w = grid
-    assert "this process's rows of" in report.notes[-1]
-    assert f"{f}x{h}x{w} and {f}x{w}x{h} run sparse" in report.notes[-1]
+def test_each_process_reads_the_grid_from_its_rows(world, kind):
+    f, h, w = grid = GRID if world == 2 else (12, 12, 4)
+    for rank in range(world):
+        report = seen(positions(grid, kind), world, rank)
+        (site,) = report.sites
+        assert (site.grid, site.replaced) == (grid, True)
+        assert "this process's rows of" in report.notes[-1]
+        assert f"{f}x{h}x{w} and {f}x{w}x{h} run sparse" in report.notes[-1]
 
 
 DENSE = {
-    "too few frames": (positions((5, 6, 8)), 4),
+    "too few frames": (positions(GRID), 4),
     "text in front": (torch.cat([torch.randn(24, 12), positions((4, 6, 9))]), 2),
     "text behind": (torch.cat([positions((4, 6, 9)), torch.randn(24, 12)]), 2),
     "pictures": (positions((6, 6, 8), times=[0.0, 5.0, 1.0, 0.0, 7.0, 3.0]), 2),
@@ -97,34 +92,65 @@ DENSE = {
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_rows_that_do_not_tell_the_grid_stay_dense_on_each_process(processes, name):
+def test_rows_that_do_not_tell_the_grid_stay_dense_on_each_process(name):
     table, world = DENSE[name]
-    processes(world, 0)
     for rank in range(world):
-        dist.destroy_process_group()
-        processes(world, rank)
         (site,) = seen(table, world, rank).sites
         assert not site.replaced, rank
         assert site.code == "shard_shows_no_grid"
         assert "set `grid`" in site.advice
 
 
-def test_symbolic_sizes_become_constants(processes):
-    processes(2, 1)
-    report = seen(positions((5, 6, 8)), 2, 1, dynamic=True)
+def test_symbolic_sizes_become_constants():
+    report = seen(positions(GRID), 2, 1, dynamic=True)
     (site,) = report.sites
-    assert (site.grid, site.replaced) == ((5, 6, 8), True)
+    assert (site.grid, site.replaced) == (GRID, True)
     assert "5x6x8 and 5x8x6 run sparse" in report.notes[-1]
 
 
-def test_sizes_that_may_not_become_constants_stay_dense(processes):
-    processes(2, 1)
-    (site,) = seen(positions((5, 6, 8)), 2, 1, mark=True, dynamic=None).sites
+def test_sizes_that_may_not_become_constants_stay_dense():
+    (site,) = seen(positions(GRID), 2, 1, mark=True, dynamic=None).sites
     assert not site.replaced
     assert site.code == "dynamic_sizes"
 
 
-def test_a_grid_that_is_given_needs_no_table(processes):
-    processes(2, 0)
-    (site,) = seen(torch.randn(240, 12), 2, 0, grid=(5, 6, 8)).sites
-    assert (site.grid, site.replaced) == ((5, 6, 8), True)
+@pytest.mark.parametrize("table", [torch.randn(240, 12), positions(GRID)])
+def test_a_grid_that_is_given_needs_no_table(table):
+    """It is not read at all: other processes may not be able to, and all must send alike."""
+    report = seen(table, 2, 0, grid=GRID)
+    (site,) = report.sites
+    assert (site.grid, site.replaced) == (GRID, True)
+    assert not any("this process's rows" in note for note in report.notes)
+
+
+def test_processes_whose_rows_tell_nothing_compute_their_heads_dense():
+    """Of five frames on three processes the second alone sees some of three."""
+    plan = drad.make_plan(
+        "dynamicrad", GRID, 16, sparsity=0.6, regime="mid", compensate=0.0, profile=OPTIONS["profile"]
+    )
+    block, ropes = Block().eval(), positions(GRID)[None, :, None]
+    x = torch.randn(1, 240, HEADS * DIM)
+    graphs, videos = [], []
+    for rank in range(3):
+
+        def backend(gm, inputs):
+            context = PassContext(plan_each(lambda video: plan), example_inputs=inputs)
+            run_passes(gm, context)
+            graphs.append((gm, inputs))
+            videos.append(context.videos)
+            return gm.forward
+
+        torch._dynamo.reset()
+        with fake_group(rank, 3), torch.no_grad():
+            torch.compile(block, backend=backend, fullgraph=True)(x.chunk(3, 1)[rank], ropes.chunk(3, 1)[rank])
+    assert [len(found) for found in videos] == [0, 1, 0]
+    assert videos[1][0].exchange is None  # heads are sent as they come
+    with torch.no_grad():
+        q, k, v = (y.transpose(1, 2) for y in block.operands(x, ropes))
+        places = torch.arange(240) // 16 if plan.order is None else plan.order[0].argsort() // 16
+        allowed = torch.ones(HEADS, 240, 240, dtype=torch.bool)
+        allowed[4:8] = plan.block_mask()[0, 0][places][:, places]
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
+    got = torch.cat(run_together(graphs), 1)
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(got, F.scaled_dot_product_attention(q, k, v).transpose(1, 2)) > 1e-4

@@ -132,7 +132,7 @@ def _with_lse(ctx, query, key, value, *args, return_lse=False, scale=None, **kwa
     return (out, lse.permute(0, 2, 1)) if return_lse else out
 
 
-def _ring_forward(ctx, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **kwargs):
+def ring_forward(ctx, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **kwargs):
     return _with_lse(ctx, query, key, value, scale=scale, return_lse=return_lse)
 
 
@@ -162,7 +162,7 @@ def run(scenario: Scenario) -> dict[str, Any]:
     torch._dynamo.reset()
     native = attention_dispatch._native_attention_forward_op
     if scenario.ring > 1:
-        attention_dispatch._native_attention_forward_op = _ring_forward
+        attention_dispatch._native_attention_forward_op = ring_forward
     try:
         config = ContextParallelConfig(ulysses_degree=scenario.ulysses, ring_degree=scenario.ring)
         model.enable_parallelism(config=config, **given)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from diffusers import ContextParallelConfig
 from diffusers.models import attention_dispatch
 from zoo.models import ZOO
 
-from support.graphs import OPTIONS, call, drad, relative_error
-
-SPARSE = {**OPTIONS, "sparsity": 0.6}
+from support.graphs import call, drad, relative_error
+from support.parallel_worker import SPARSE, ring_forward
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class Scenario:
     grids: tuple[tuple[int, int, int], ...] = ((5, 6, 8), (5, 8, 6), (3, 8, 10))
     in_blocks: bool = True
     ring: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 SCENARIOS = {
@@ -41,37 +39,29 @@ SCENARIOS = {
 }
 
 
-def _ring_forward(ctx, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **kwargs):
-    """Attention of diffusers' native backend with the log-sum-exp that rings need; on GPUs flash attention has it."""
-    q, k, v = (x.permute(0, 2, 1, 3) for x in (query, key, value))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    out = out.permute(0, 2, 1, 3)
-    return (out, lse.permute(0, 2, 1)) if return_lse else out
-
-
 def run(scenario: Scenario) -> dict[str, Any]:
     """For each grid errors to one process, sparse and dense, and graphs compiled so far; what the report says."""
     torch._dynamo.reset()
-    options = {**SPARSE, **scenario.options}
     inputs = [ZOO["wan_t2v"](*grid)[1] for grid in scenario.grids]
     model = ZOO["wan_t2v"]()[0]
     dense = [call(model, one) for one in inputs]
-    alone = [call(drad.compile(model, fullgraph=True, dynamic=False, **options), one) for one in inputs]
+    alone = [call(drad.compile(model, fullgraph=True, dynamic=False, **SPARSE), one) for one in inputs]
     torch._dynamo.reset()
-    if scenario.ring:
-        attention_dispatch._native_attention_forward_op = _ring_forward
+    native = attention_dispatch._native_attention_forward_op
+    attention_dispatch._native_attention_forward_op = ring_forward if scenario.ring else native
     ways = {"ring_degree": 2} if scenario.ring else {"ulysses_degree": 2}
     model.enable_parallelism(config=ContextParallelConfig(**ways))
     compiled = model
     if scenario.in_blocks:
-        model.compile_repeated_blocks(backend="dynamicrad", options=options)
+        model.compile_repeated_blocks(backend="dynamicrad", options=SPARSE)
     else:
-        compiled = torch.compile(model, backend="dynamicrad", options=options)
+        compiled = torch.compile(model, backend="dynamicrad", options=SPARSE)
     found = []
     for one, sparse, full in zip(inputs, alone, dense, strict=True):
         out = call(compiled, one)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         found.append({"sparse": relative_error(out, sparse), "dense": relative_error(out, full), "graphs": graphs})
+    attention_dispatch._native_attention_forward_op = native
     report = drad.report(compiled)
     sites = [site for site in report.sites if "attn1" in site.path]
     return {
