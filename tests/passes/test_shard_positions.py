@@ -82,10 +82,12 @@ def test_each_process_reads_the_grid_from_its_rows(world, kind):
         assert f"{f}x{h}x{w} and {f}x{w}x{h} run sparse" in report.notes[-1]
 
 
+VIDEO, TEXT = positions((4, 6, 9)), positions((1, 1, 1)).expand(12, -1)
 DENSE = {
     "too few frames": (positions(GRID), 4),
-    "text in front": (torch.cat([torch.randn(24, 12), positions((4, 6, 9))]), 2),
-    "text behind": (torch.cat([positions((4, 6, 9)), torch.randn(24, 12)]), 2),
+    "text in front": (torch.cat([torch.randn(24, 12), VIDEO]), 2),
+    "text behind": (torch.cat([VIDEO, torch.randn(24, 12)]), 2),
+    "text on each": (torch.cat([TEXT, VIDEO[:108], TEXT, VIDEO[108:]]), 2),
     "pictures": (positions((6, 6, 8), times=[0.0, 5.0, 1.0, 0.0, 7.0, 3.0]), 2),
     "few numbered pictures": (positions((4, 6, 9), "numbers"), 2),
 }
