@@ -65,18 +65,14 @@ RASTER_ROWS = f"{NOTHING} if it holds none; else keep its rows frame by frame, r
 def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
     """Split sequence axes whose grid is shown by an input's values; returns how many."""
     wanted: set[Axis] = set()
-    in_rings: set[Axis] = set()
     traced: set[Label] = set()
     cut: set[Label] = set()
     for site in context.sites:
         if site.trace is not None and len(site.trace.query) >= 2:
-            in_ring = _is_shard(site.trace)
-            sequence = site.trace.key if in_ring else site.trace.query
+            sequence = site.trace.key if _is_shard(site.trace) else site.trace.query
             for part in parts_of(sequence[-2]):
                 axes = resolve(part.label) if part.whole else ()
-                unknown = {axis for axis in axes if len(axes) == 1 and not axis.parts}
-                wanted |= unknown
-                in_rings |= unknown if in_ring else set()
+                wanted.update(axis for axis in axes if len(axes) == 1 and not axis.parts)
                 traced.update([axes] if len(axes) == 3 else [])
                 cut.update([axes] if len(axes) == 2 and roots(axes[0]) & roots(axes[1]) else [])
     found = 0
@@ -94,7 +90,7 @@ def decode_positions(gm: fx.GraphModule, context: PassContext) -> int:
                 found += _decode_joined(node, value, dim, axes[0], context)
             elif axes in cut:
                 found += _decode_cut(node, value, dim, axes, context)
-            elif context.grid is None and (joined := joined_of(axes)) is not None and joined[0] in wanted - in_rings:
+            elif context.grid is None and (joined := joined_of(axes)) is not None and joined[0] in wanted:
                 found += _decode_shard(node, value, dim, *joined, context)
             elif axes in traced:
                 _compare(node, value, dim, axes)

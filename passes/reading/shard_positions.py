@@ -7,9 +7,8 @@ puts the sequence together for its attention:
     %joined   : [1, S, H / n, D]                      all_to_all_single: of the S nothing is known in the graph
 
 Other processes see other rows. Where these tell nothing their attention stays dense, which changes nothing for the
-others: each computes heads of its own. Nothing else may depend on what is read here, since all must send alike: rings
-exchange other tensors where they are replaced, so they stay dense; heads are not dealt by their work; and where the
-user gives the grid, no table is read.
+others: each computes heads or queries of its own. Nothing else may depend on what is read here, since all must send
+alike: heads are not dealt by their work, and where the user gives the grid, no table is read.
 """
 
 from __future__ import annotations

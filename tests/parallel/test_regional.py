@@ -18,9 +18,10 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_blocks(found):
+@pytest.mark.parametrize("name", ["blocks", "ring"])
+def test_blocks(found, name):
     """Portrait and landscape share a graph and are sparse; three larger frames of as many tokens are dense in it."""
-    for rank in found["blocks"]:
+    for rank in found[name]:
         first, turned, other = rank["steps"]
         assert first["sparse"] < 1e-5 < 1e-3 < first["dense"]
         assert turned["sparse"] < 1e-5 < 1e-3 < turned["dense"]
@@ -45,10 +46,9 @@ def test_other_resolutions_compile_again(found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("two frames", "shard_shows_no_grid"), ("ring", "no_grid")])
-def test_dense_and_right_where_rows_do_not_tell(found, name, code):
-    for rank in found[name]:
+def test_dense_and_right_where_rows_do_not_tell(found):
+    for rank in found["two frames"]:
         assert all(step["dense"] < 1e-5 < 1e-3 < step["sparse"] for step in rank["steps"])
         assert rank["replaced"] == [False, False]
-        assert rank["reasons"] == [code]
+        assert rank["reasons"] == ["shard_shows_no_grid"]
         assert all("set `grid`" in advice for advice in rank["advice"])

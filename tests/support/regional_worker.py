@@ -35,7 +35,7 @@ SCENARIOS = {
     "hooks": Scenario(in_blocks=False),
     "two frames": Scenario(((4, 6, 8),)),
     "resolutions": Scenario(((5, 6, 8), (6, 6, 8), (7, 8, 6))),
-    "ring": Scenario(((5, 6, 8),), ring=True),
+    "ring": Scenario(ring=True),
 }
 
 
