@@ -37,6 +37,7 @@ class Streams:
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._rows: dict[int, tuple[Row, ...]] = {}
         self._slices: dict[int, tuple[int, int, int, int]] = {}
+        self._held: dict[int, tuple[int, int, int, int]] = {}  # as `_slices`, of what several processes hold together
         self._axes: dict[int, Label] = {}
         self._holds: dict[int, tuple[int, ...]] = {}
 
@@ -72,7 +73,9 @@ class Streams:
         if sum(n for _, n in pieces) != length:
             return ()
         first = self._rows.get(term, ((term, size),))[0][0]
-        slices, found, place = [self._slices[one] for one in dict.fromkeys((term, first)) if one in self._slices], [], 0
+        slices = [self._held[term]] if term in self._held else []
+        slices += [self._slices[one] for one in dict.fromkeys((term, first)) if one in self._slices]
+        found, place = [], 0
         for piece, n in pieces:
             if piece in (term, first):
                 found.append(place)
@@ -121,7 +124,7 @@ class Streams:
         number = self.term("gathered", term, peers)
         rows = (number, size * peers.size, start, start + size)
         self._numbers.setdefault(("rows", *rows), term)
-        self._slices.setdefault(term, rows)
+        self._held[term] = rows
         return number
 
     def slice_of(self, term: int) -> tuple[int, int, int, int] | None:

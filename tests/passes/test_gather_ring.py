@@ -28,9 +28,9 @@ def group():
 class Ring(torch.nn.Module):
     """Latents [B, C, f, h, w], cut after patching; attention as rings unroll it. `change` spoils it in one way."""
 
-    def __init__(self, change=""):
+    def __init__(self, change="", text=0):
         super().__init__()
-        self.change = change
+        self.change, self.text = change, text
         self.embed = torch.nn.Linear(4, 32)
         self.qkv = torch.nn.Linear(32, 96)
 
@@ -40,12 +40,16 @@ class Ring(torch.nn.Module):
         return out.permute(0, 2, 1, 3).float(), lse.permute(0, 2, 1).float().unsqueeze(-1)
 
     def forward(self, x):
-        x = self.embed(x.flatten(2).transpose(1, 2)).chunk(WORLD, 1)[RANK]
+        x = self.embed(x.flatten(2).transpose(1, 2))
+        if self.text:
+            x = torch.cat([x.new_ones(len(x), self.text, x.shape[-1]).cumsum(1), x], 1)
+        rank = dist.get_rank()
+        x = x.chunk(WORLD, 1)[rank]
         q, k, v = (y.unflatten(2, (2, 16)) for y in self.qkv(x).chunk(3, -1))
         pair = (v, k) if self.change == "values first" else (k, v)
         sent = torch.cat([pair[0].flatten(), pair[1].flatten()]).contiguous()
         heard = funcol.all_gather_tensor(sent, gather_dim=0, group=dist.group.WORLD).chunk(WORLD)
-        order = [(RANK + i) % WORLD for i in range(1, WORLD)]
+        order = [(rank + i) % WORLD for i in range(1, WORLD)]
         if self.change == "one twice":
             order[1] = order[0]
         if self.change == "not all":
@@ -95,10 +99,28 @@ def test_a_log_sum_exp_that_is_needed_keeps_the_ring():
     assert not context.rings
 
 
+@pytest.mark.parametrize("text", [40, 24, 80, 360])
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_all_processes_say_the_same(text, rank):
+    """Also one that has the prompt and nothing else: it asks with that, and all have the plan of all."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
+    whole = make_plan("radial", GRID, block_size=16, text_before=text).block_mask()
+    ((context, _),) = capture(Ring(text=text), torch.randn(2, 4, *GRID))
+    (site,) = context.sites
+    n = (120 + text) // WORLD
+    assert (site.role, site.grid, tuple(site.text)) == ("video_self_attention", GRID, (text, 0))
+    assert site.queries == (rank * n, rank * n + n)
+    video = context.videos[0]
+    start, stop = (place // 16 for place in (video.queries[0], video.queries[1] + 15))
+    assert torch.equal(planned(video).table.plan.block_mask(), whole[:, :, start:stop])
+
+
 def planned(video):
     """The rows of a radial plan for the queries of this process."""
     asked = whole_blocks(video.queries, 16, video.keys)
-    return PlannedSite(video, rows_of(PlanTable.of(make_plan("radial", GRID, block_size=16)), asked), asked=asked)
+    whole = make_plan("radial", GRID, block_size=16, text_before=video.text.before)
+    return PlannedSite(video, rows_of(PlanTable.of(whole), asked), asked=asked)
 
 
 def test_a_ring_that_is_replaced_goes_with_its_collective():

@@ -42,10 +42,11 @@ def back(x, group, n):
 
 
 class Sharded(torch.nn.Module):
-    """Latents [B, C, f, h, w]; tokens cut among `world`, exchanged among `group` of n, two layers."""
+    """Latents [B, C, f, h, w], behind `text` tokens; cut among `world`, exchanged among `group` of n, two layers."""
 
-    def __init__(self, group, n, world, place, cut=None, exchanged=exchange, table=False):
+    def __init__(self, group, n, world, place, cut=None, exchanged=exchange, table=False, text=0):
         super().__init__()
+        self.text = text
         self.group, self.n, self.world, self.place = group, n, world, place
         self.cut = cut or (lambda x: x.chunk(world, 1)[place])
         self.exchanged, self.table = exchanged, table
@@ -54,7 +55,10 @@ class Sharded(torch.nn.Module):
 
     def forward(self, x):
         tokens = x if self.table else x.flatten(2).transpose(1, 2)
-        hidden = self.cut(self.embed(tokens))
+        hidden = self.embed(tokens)
+        if self.text:
+            hidden = torch.cat([hidden.new_ones(len(x), self.text, hidden.shape[-1]).cumsum(1), hidden], 1)
+        hidden = self.cut(hidden)
         if self.table:
             f, h, w = (torch.arange(n, dtype=torch.float32) for n in GRID)
             cube = f[:, None, None, None] + h[:, None, None] + w[:, None] + torch.zeros(*GRID, 1)
@@ -135,3 +139,13 @@ def test_rows_of_rank_are_those_of_tensor_split(size, number):
     for rank, piece in enumerate(pieces):
         start, stop = rows_of_rank(size, Peers(tuple(range(number)), rank))
         assert torch.equal(torch.arange(start, stop), piece)
+
+
+@pytest.mark.parametrize("text", [40, 24, 80, 7 * 4 - 4])
+@pytest.mark.parametrize("rank", range(4))
+def test_all_processes_say_the_same(group, text, rank):
+    """Also one that has the prompt and nothing else, and ones whose rows begin where the video does."""
+    group(4, rank)
+    found = sites(Sharded(dist.group.WORLD, 4, 4, rank, text=text))
+    said = [(site.role, site.grid, tuple(site.text), site.queries) for site in found]
+    assert said == [("video_self_attention", GRID, (text, 0), None)] * 2
