@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from support.graphs import capture, sites_of, targets
+from support.graphs import capture, plan_each, sites_of, targets
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dynamicrad_compile import make_plan
@@ -91,6 +91,50 @@ def test_what_is_no_ring_stays_as_it_is(change):
     assert not context.rings
     assert not any(site.replaced for site in context.sites)
     assert sum("flash_attention_for_cpu" in name for name in targets(gm)) == WORLD - (change == "not all")
+
+
+def flash(q, k, v, scale):
+    """As diffusers' backend "_native_flash" calls it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    found = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, False, return_debug_mask=False, scale=scale
+    )
+    return found[0].transpose(1, 2), found[1].transpose(1, 2)
+
+
+def cudnn(q, k, v, scale):
+    """As diffusers' backend "_native_cudnn" calls it."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query=q, key=k, value=v, attn_bias=None, compute_log_sumexp=True, dropout_p=0.0, is_causal=False,
+        return_debug_mask=False, scale=scale,
+    )  # fmt: skip
+    lse = lse.squeeze(-1) if lse.ndim == 4 else lse
+    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("attention", [flash, cudnn])
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_rings_of_attention_that_gpus_have(attention, in_fp32):
+    """Captured, and not run."""
+
+    class OnGpus(Ring):
+        def attend(self, q, k, v, scale=None):
+            out, lse = attention(q, k, v, scale)
+            lse = lse.unsqueeze(-1)
+            return (out.float(), lse.float()) if in_fp32 else (out, lse)
+
+    contexts = []
+
+    def backend(gm, example_inputs):
+        contexts.append(PassContext(plan_each(lambda video: None), None, False, example_inputs))
+        run_passes(gm, contexts[0])
+        return lambda *_: (torch.zeros(2, LOCAL, 32),)
+
+    with torch.no_grad():
+        torch.compile(OnGpus().bfloat16(), backend=backend)(torch.randn(2, 4, *GRID).bfloat16())
+    ((site,),) = (context.sites for context in contexts)
+    assert (site.role, site.grid, site.queries) == ("video_self_attention", GRID, (RANK * LOCAL, RANK * LOCAL + LOCAL))
 
 
 def test_a_log_sum_exp_that_is_needed_keeps_the_ring():
