@@ -5,8 +5,9 @@ frames, one of these is whole: its rows and columns are seen to come again in th
 distance tells W, H W and which columns of the table mean what, so no other grid of as many tokens has the same rows.
 Rows in fewer frames tell nothing.
 
-Each process sees other rows, so each finds the same grid or none. That the rows of the others go on in the same way
-can't be seen.
+Each process sees other rows, so each finds the same grid or none. Of the rows in front of its own it knows the number,
+and times tell how many frames are there: so text or references in front are no frames, however many. That the rows
+behind go on in the same way can't be seen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from .layout import MIN_FRAMES
 from .packed import is_of_positions
 from .positions import MIN_NUMBERED, OfAxes, Triple
 from .times import are_frames
+
+UNEVEN, LEAST_TURN, COUNT_OFF = 0.15, 2e-3, 0.2
+"""Steps of times differ by a share of them, and slower columns tell none, where sines are rounded to bfloat16; a count
+of frames is so much off then."""
 
 
 class DecodedShard(NamedTuple):
@@ -95,7 +100,8 @@ def shows_shard(
 ) -> torch.Tensor:
     """bool []: whether rows [n, columns] of a table show such a grid; see `DecodedShard`. Nothing waits for the host.
 
-    A column must be the same along the other two axes, and different at each two places of its own.
+    A column must be the same along the other two axes, and different at each two places of its own. Times must count
+    the frames in front.
     """
     checks, shown = [], []
     lines = _lines(grid, start, start + len(table), table.device)
@@ -105,7 +111,29 @@ def shows_shard(
         checks += [(values == line[place]).all(), _all_differ(line)]
         shown.append(table[first][:, list(others)])
     frames, *rest = shown
-    return torch.stack([*checks, are_frames(frames, numbers, rest, (0, 0))]).all()
+    checks += [are_frames(frames, numbers, rest, (0, 0)), _count(frames, numbers, start // (grid[1] * grid[2]))]
+    return torch.stack(checks).all()
+
+
+def _count(frames: torch.Tensor, numbers: bool, before: int) -> torch.Tensor:
+    """bool []: whether times [frames, columns] are those behind `before` frames that begin at time 0.
+
+    A column is of numbers, or of cosines or sines of even steps; columns that tell it must agree.
+    """
+    if not before:
+        return torch.ones((), dtype=torch.bool, device=frames.device)
+    lines = frames.double()
+    angles = lines[None] if numbers else torch.stack([lines.clamp(-1, 1).acos(), lines.clamp(-1, 1).asin()])
+    mean = (angles[:, -1] - angles[:, 0]) / (len(lines) - 1)
+    step = mean.abs()
+    even = ((angles[:, 1:] - angles[:, :-1] - mean[:, None]).abs() <= UNEVEN * step[:, None]).all(1)
+    told = even & (step >= LEAST_TURN)
+    off = mean.sign() * angles[:, 0] - before * step
+    if not numbers:  # a cosine is the same a whole turn further on, a sine but for its sign half a turn
+        turns = zip(off, (2 * torch.pi, torch.pi), strict=True)
+        off = torch.stack([one - turn * (one / turn).round() for one, turn in turns])
+    near = told & (off.abs() <= COUNT_OFF * step)
+    return near.any() & (near.any(0) | ~told.any(0)).all()
 
 
 def _all_differ(line: torch.Tensor) -> torch.Tensor:

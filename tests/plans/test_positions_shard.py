@@ -136,6 +136,20 @@ def test_text_in_the_table_is_no_part_of_a_grid(table, text):
                 assert found is None
 
 
+@pytest.mark.parametrize("table", [sines, rotations])
+@pytest.mark.parametrize("pictures", [1, 2, 3])
+def test_pictures_in_front_are_no_frames(table, pictures):
+    """References as large as a frame, whose rows others hold: times begin behind them, and number the frames here."""
+    video = table((12, 6, 8))
+    whole = torch.cat([torch.rand(48 * pictures, 12), video])
+    for start, stop in shards(3, len(whole)):
+        rows = whole[start:stop]
+        assert decode_shard(rows, start, len(whole)) is None
+        found = decode_shard(table((12 + pictures, 6, 8))[start:stop], start, len(whole))
+        assert found.grid == (12 + pictures, 6, 8)
+        assert not shows_shard(rows, *found)
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_the_device_tells_a_grid_from_others_of_as_many_tokens(table):
     grids = [(8, 6, 10), (8, 10, 6), (10, 6, 8), (6, 8, 10), (8, 12, 5), (20, 4, 6)]
