@@ -11,6 +11,7 @@ This is attention of the local queries over all keys. Whatever is not exactly so
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from ..operators.names import argument, op_name, operand, operator_name, tensor_
 from ..operators.process_groups import peers_of
 from ..operators.table import operator_of
 from ..site import AttentionCall, Ring
+from .library_attention import MORE_OUTPUTS
 
 Read = Callable[[fx.Node], "AttentionCall | None"]
 """The attention that ends in a node; None if none does."""
@@ -40,7 +42,7 @@ def rings(graph: fx.Graph, read: Read) -> Iterator[Ring]:
     calls: dict[fx.Node, AttentionCall] = {}
     for node in graph.nodes:
         found = read(node) if node.op == "call_function" else None
-        if found is not None and found.output == 0:
+        if found is not None and found.output == 0 and _is_plain(found):
             calls[node] = found
     if len(calls) < 2:
         return
@@ -50,8 +52,21 @@ def rings(graph: fx.Graph, read: Read) -> Iterator[Ring]:
         if node in inner:
             continue
         ring = _ring(state, [calls[piece] for piece in state.pieces])
-        if ring is not None:
+        if ring is not None and _is_known(graph, ring):
             yield ring
+
+
+def _is_plain(call: AttentionCall) -> bool:
+    """Whether an attention is one of all keys, of which more than the output may be used."""
+    nothing_else = call.mask is None and not call.is_causal and not call.dropout_p and call.sequences is None
+    return nothing_else and call.projections is None and call.refusal in (None, MORE_OUTPUTS)
+
+
+def _is_known(graph: fx.Graph, ring: Ring) -> bool:
+    """Whether what is done to the output needs nothing that comes behind the first attention."""
+    earlier = set(itertools.takewhile(lambda node: node is not ring.pieces[0], graph.nodes))
+    needed = [node for step in ring.steps for node in step.all_input_nodes if node is not step.args[0]]
+    return all(node in earlier for node in needed)
 
 
 def _before(node: fx.Node, merges: dict[fx.Node, _State]) -> list[fx.Node]:
@@ -107,7 +122,9 @@ def _is_lse(node: Any, state: _State, calls: dict[fx.Node, AttentionCall]) -> bo
 
 def _operands(node: Any, name: str) -> tuple[Any, Any] | None:
     """Both operands of an elementwise operation of that name, without factors; None for anything else."""
-    if op_name(node) != name or len(node.args) != 2 or not all(isinstance(x, fx.Node) for x in node.args):
+    if op_name(node) != name or len(node.args) != 2 or node.kwargs:
+        return None
+    if not all(isinstance(x, fx.Node) for x in node.args):
         return None
     return node.args[0], node.args[1]
 
@@ -142,10 +159,7 @@ def _ring(state: _State, calls: Sequence[AttentionCall]) -> Ring | None:
 
 def _alike(one: AttentionCall, other: AttentionCall) -> bool:
     """Whether two attentions differ in their keys and values alone."""
-    settings = [
-        (c.scale, c.layouts, c.dropout_p, c.is_causal, c.mask, c.sequences, c.projections) for c in (one, other)
-    ]
-    return settings[0] == settings[1] and one.mask is None and _path(one.query) == _path(other.query)
+    return (one.scale, one.layouts) == (other.scale, other.layouts) and _path(one.query) == _path(other.query)
 
 
 def _path(node: fx.Node) -> tuple[Any, ...]:

@@ -117,7 +117,7 @@ def settle(graph: fx.Graph, found: Gathered, site: Site) -> None:
         with graph.inserting_before(piece):
             keys, values = (call.key, found.keys, call.layouts[1]), (call.value, found.values, call.layouts[2])
             for old, whole, layout in (keys, values):
-                n = old.meta["example_value"].shape[layout.index("s")]
+                n = value_of(old).shape[layout.index("s")]
                 rows = from_plain(graph, graph.call_function(torch.narrow, (whole, 2, rank * n, n)), layout, None)
                 piece.replace_input_with(old, rows)
                 dead.append(old)

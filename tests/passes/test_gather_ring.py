@@ -1,4 +1,4 @@
-"""Rings: what is one attention of the local queries over all keys, and what only looks like it. One process of a fake
+"""Rings: what is one attention of the local queries over all keys, and what only looks so. One process of a fake
 group of four."""
 
 import pytest
@@ -36,7 +36,8 @@ class Ring(torch.nn.Module):
 
     def attend(self, q, k, v, scale=None):
         q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        causal = self.change == "causal"
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out.permute(0, 2, 1, 3).float(), lse.permute(0, 2, 1).float().unsqueeze(-1)
 
     def forward(self, x):
@@ -61,6 +62,8 @@ class Ring(torch.nn.Module):
             scale = 0.5 if self.change == "scale" and i == 1 else None
             asked = q + 1 if self.change == "query" and i == 1 else q
             more, its = self.attend(asked, key, value, scale)
+            if self.change == "double":
+                more = torch.sub(more, out, alpha=0.5)
             gate = torch.sigmoid(its - lse) if self.change != "gate" else torch.sigmoid(lse - its)
             out = out - gate * (out - more)
             lse = lse - torch.nn.functional.logsigmoid(lse - its)
@@ -85,7 +88,9 @@ def test_a_ring_is_one_attention_over_all_keys():
     assert not any("scaled_dot_product_attention" in name for name in targets(gm))
 
 
-@pytest.mark.parametrize("change", ["values first", "one twice", "not all", "scale", "query", "gate"])
+@pytest.mark.parametrize(
+    "change", ["values first", "one twice", "not all", "scale", "query", "gate", "causal", "double"]
+)
 def test_what_is_no_ring_stays_as_it_is(change):
     ((context, gm),) = captured(change, build_plan=lambda video: None)
     assert not context.rings
