@@ -80,9 +80,7 @@ def test_a_ring_is_one_attention_over_all_keys():
     ((context, gm),) = captured()
     (site,) = context.sites
     assert (site.role, site.grid, site.queries) == ("video_self_attention", GRID, (RANK * LOCAL, RANK * LOCAL + LOCAL))
-    assert (
-        not site.replaced
-    )  # no plan: the ring is as it was, but for its collective, which is that of sparse attention
+    assert not site.replaced  # no plan: the ring is as it was, but for its collective
     assert sum("flash_attention_for_cpu" in name for name in targets(gm)) == WORLD
     assert sum("all_gather_into_tensor" in name for name in targets(gm)) == 2
     assert not any("scaled_dot_product_attention" in name for name in targets(gm))
