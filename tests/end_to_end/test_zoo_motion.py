@@ -7,7 +7,7 @@ import torch
 from support.graphs import OPTIONS, call, compile_sparse, drad, make, masked_dense, relative_error
 from support.marks import fast
 from support.searching import BLOCK, STEPS, Searching
-from zoo.models import ZOO
+from zoo.models import _GEN, ZOO
 
 NONE = {"latte", "sana_video", "neg_flux", "neg_temporal"}  # no attention over a whole video
 UNKNOWN = {"hunyuan_video15", "mochi", "mochi_b2"}  # lengths that depend on data
@@ -21,9 +21,15 @@ def at(inputs, timestep):
     return {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
 
 
+@pytest.fixture(autouse=True)
+def same_inputs():
+    """Whatever ran before: of two blocks that hold equal shares but for rounding, either may be the better one."""
+    torch.manual_seed(0)
+    _GEN.manual_seed(0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_searched_blocks(name):
-    torch.manual_seed(0)
     model, inputs, expected = make(name)
     compiled = compile_sparse(model, **SEARCH)
     call(compiled, at(inputs, TIMES[0]))
@@ -42,7 +48,6 @@ def test_searched_blocks(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_frames_of_a_cycle(name):
-    torch.manual_seed(0)
     model, inputs, expected = make(name)
     compiled = compile_sparse(model, pattern="lvsa", **CYCLE)
     call(compiled, at(inputs, TIMES[0]))
