@@ -35,7 +35,9 @@ def peers_of(group: Any) -> Peers | None:
 
 
 def groups_of(graph: fx.Graph) -> frozenset[Peers]:
-    """The groups of all collectives of a graph."""
-    names = [node.args[-1] for node in graph.nodes if node.op == "call_function" and is_collective(node)]
+    """The groups among which a graph moves rows; sums over processes, of tensor parallelism say, move none."""
+    moves = ("::all_to_all_single", "::all_gather_into_tensor")
+    collectives = (node for node in graph.nodes if node.op == "call_function" and is_collective(node))
+    names = [node.args[-1] for node in collectives if operator_name(node.target).endswith(moves)]
     found = (peers_of(name) for name in dict.fromkeys(names) if not isinstance(name, fx.Node))
     return frozenset(peers for peers in found if peers is not None)
