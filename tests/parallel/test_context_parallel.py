@@ -6,64 +6,49 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from support.parallel_worker import FOUR, SCENARIOS, TWO
+from support.parallel_worker import SCENARIOS
 from support.processes import output_of, start
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Results of all scenarios for so many processes, which are started once."""
-    known = {}
-
-    def results(world, names=None):
-        if world not in known:
-            meeting = tmp_path_factory.mktemp("group") / "meeting"
-            workers = start("support.parallel_worker", world, meeting, names or list(SCENARIOS[world]))
-            known[world] = json.loads(output_of(workers))
-        return known[world]
-
-    return results
+def run(world, tmp_path, names=None):
+    """Results of all ranks by name: one start of the processes for all scenarios."""
+    workers = start("support.parallel_worker", world, tmp_path / "meeting", names or list(SCENARIOS[world]))
+    return json.loads(output_of(workers))
 
 
-def check(results):
+def check(name, results):
     """What holds on every rank: the output of one process, sparse, the dense program's bytes, no graph twice."""
     for rank in results:
-        assert rank["error"] < 1e-5, rank
-        assert rank["to_dense"] > 1e-3, rank
-        assert rank["replaced"] == 2, rank
-        assert "context_parallel" not in rank["reasons"]
-        assert rank["sent"][0] == rank["sent"][1] > 0
-        assert len(set(rank["graphs"])) == 1
-        assert not any("__closure__" in path for path in rank["paths"])
-    assert len({str(rank["grids"]) for rank in results}) == 1
+        assert rank["error"] < 1e-5 < 1e-3 < rank["to_dense"], (name, rank)
+        assert rank["replaced"] == 2, (name, rank)
+        assert "context_parallel" not in rank["reasons"], name
+        assert rank["sent"][0] == rank["sent"][1] > 0, name
+        assert len(set(rank["graphs"])) == 1, name
+        assert not any("__closure__" in path for path in rank["paths"]), name
+    assert len({str(rank["grids"]) for rank in results}) == 1, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TWO if name != "ring stays dense"])
-def test_two_processes(found, name):
-    check(found(2)[name])
-
-
-@pytest.mark.slow
-def test_a_ring_that_stays_dense_is_left_as_it_was(found):
-    for rank in found(2)["ring stays dense"]:
+def test_two_processes(tmp_path):
+    found = run(2, tmp_path)
+    for rank in found.pop("ring stays dense"):  # its attentions are as they were
         assert rank["error"] < 1e-5
         assert (rank["replaced"], rank["reasons"]) == (0, ["few_tokens", "other_tokens"])
         assert rank["sent"][0] == rank["sent"][1] > 0
+    for name, results in found.items():
+        check(name, results)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FOUR)
-def test_four_processes(found, name):
-    check(found(4)[name])
+def test_four_processes(tmp_path):
+    for name, results in run(4, tmp_path).items():
+        check(name, results)
 
 
 def test_one_of_each(tmp_path):
     """The two that most people run, of the many that are slow."""
-    names = ["ulysses wan22_ti2v", "ring ragged"]
-    results = json.loads(output_of(start("support.parallel_worker", 2, tmp_path / "meeting", names)))
-    for name in names:
-        check(results[name])
+    for name, results in run(2, tmp_path, ["ulysses wan22_ti2v", "ring ragged"]).items():
+        check(name, results)
 
 
 @pytest.mark.slow
