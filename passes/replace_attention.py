@@ -190,7 +190,7 @@ def _how_planned(planned: PlannedSite, where: RuntimeSizes | None) -> list[str]:
     rows, rest = "the values", ""
     if is_of_shard(planned.video.axes):
         rows = "this process's rows"
-        rest = "; other processes read theirs, and one whose rows do not tell the grid computes its heads dense"
+        rest = "; other processes read theirs, and one whose rows do not tell the grid stays dense"
     return [
         f"the grid was read from {rows} of {table.node.name} and is looked up at each call: "
         f"{grids} run sparse, other grids of as many tokens run dense{rest}"

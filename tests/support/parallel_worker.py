@@ -93,6 +93,7 @@ FOUR = {
     "ring": Scenario(ring=4),
     "ring radial": Scenario(ring=4, options=PATTERNS["radial"]),
     "unified": Scenario("wan_4_heads", ulysses=2, ring=2),
+    "unified mask": Scenario("wan_4_heads", ulysses=2, ring=2, options={**OPTIONS, "plan": _mask(4, 15)}),
     "unified ragged": Scenario("wan_4_heads", {"f": 5, "h": 6, "w": 10}, ulysses=2, ring=2),
     "unified static": Scenario(
         "wan_4_heads", ALIGNED, ulysses=2, ring=2, options={**PATTERNS["static"], "box": "raster"}
