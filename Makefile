@@ -28,7 +28,7 @@ TRT_PY := $(VENV)-tensorrt/bin/python
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-slow test-tensorrt demo bench clean
+.PHONY: help env lint test test-slow test-tensorrt docs demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment 
 	@$(PY) -c "$(SITE)" > "$$($(TRT_PY) -c "$(SITE)")/shared.pth"
 	@$(TRT_PY) -m pip install --quiet $(PIP_ARGS) --no-deps -r requirements/tensorrt-cpu.txt
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRT_PY) -m pytest $(ARGS) tests/exporting/test_tensorrt.py
+
+docs: env ## build the documentation site in outputs/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 demo: env ## check the machine, run the quickstart, write its pictures to outputs/
 	$(PY) -m dynamicrad_compile.cli doctor

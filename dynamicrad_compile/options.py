@@ -58,10 +58,12 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     profile: str | Path = "auto"
-    """Name of a shipped profile, or the path of a TOML file; "auto" picks one."""
+    """Name of a shipped profile, or the path of a TOML file; "auto": the one tuned for the nearest grid, same heads."""
 
     pattern: PatternName | None = None
-    """How blocks are chosen; None = the profile's. "dense" replaces nothing."""
+    """How blocks are chosen: "dynamicrad", the best by a prior within a budget; "radial", Radial Attention's static
+    mask; "adaspa", an exact search at few steps; "lvsa", a window of frames, and frames that all read, rotating by
+    step; "dense", all. None = the profile's."""
 
     plan: Any = None
     """Your own blocks instead of a pattern's: a BlockPlan, a bool block mask [M, M] or [heads, M, M], or a function
@@ -111,7 +113,7 @@ class Options(BaseModel):
     wrong if their mean stood for them (`kernels.select_op`). None = the profile's."""
 
     qk_dtype: Literal["int8", "int8_dense"] | None = None
-    """"int8": scores from queries and keys rounded to int8, about 1 % error, faster on GPUs; "int8_dense": only at
+    """"int8": scores from queries and keys rounded to int8, about 1 % error, meant for GPUs; "int8_dense": only at
     dense steps, sparse ones stay exact; None = exact. Not measured on a GPU yet."""
 
     decay_factor: DecayFactor | None = None
@@ -175,7 +177,7 @@ class Options(BaseModel):
     """Raise StrictError instead of leaving a video self-attention dense."""
 
     inner: str = "inductor"
-    """torch.compile backend that compiles the rewritten graph ("inductor", "eager", "aot_eager", ...)."""
+    """torch.compile backend that compiles the rewritten graph ("inductor", "tensorrt", "eager", "aot_eager", ...)."""
 
     inner_options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the inner backend: Inductor's options such as {"max_autotune": True}."""

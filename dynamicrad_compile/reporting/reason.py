@@ -1,6 +1,6 @@
 """Why an attention stays dense and what to do about it, as one value that is made where the reason arises.
 
-docs/reasons.md lists every code; a test compares the list with the source.
+docs/reasons.md lists every code with its text and advice; it is written from the source.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Each reason to stay dense has a code of its own, a line in docs/reasons.md and advice, and the report shows it."""
+"""Each reason to stay dense has a code of its own and advice, and the report shows it."""
 
 from __future__ import annotations
 
 import ast
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from dynamicrad_compile import passes, policy
 from dynamicrad_compile.reporting.reason import NOTHING, Reason
 from dynamicrad_compile.reporting.report import GraphReport, Report, SiteReport, TextTokens
 
-ROOT = Path(__file__).parents[2]
 FILES = [*sorted(Path(passes.__file__).parent.rglob("*.py")), *sorted(Path(policy.__file__).parent.glob("*.py"))]
 
 
@@ -23,11 +21,9 @@ def codes(path):
             yield ast.literal_eval(node.args[0])
 
 
-def test_each_code_is_made_in_one_place_and_documented():
+def test_each_code_is_made_in_one_place():
     made = Counter(code for path in FILES for code in codes(path))
-    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/reasons.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert max(made.values()) == 1
-    assert sorted(made) == sorted(documented)
 
 
 SHORT = Reason("few_tokens", "240 tokens are fewer than min_tokens = 2048", "lower `min_tokens`")
