@@ -6,12 +6,14 @@ python benchmarks/models_page.py      # from benchmarks/results/zoo.json; `zoo_t
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dynamicrad_compile.files import tomllib
 
+WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False}
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "zoo.json"
 NAMES = ROOT / "benchmarks" / "zoo_names.toml"
@@ -25,7 +27,12 @@ HEAD = """# Models
 `torch.compile(model, backend="dynamicrad")` and nothing else; {dense} stay dense, in whole or in part, for the reason
 given; {images} have no such attention and are left alone. {wrong} had a wrong grid. Nothing is written for a model by
 its name: one that is not listed works if its token grid can be traced, and `dynamicrad explain` or
-`drad.explain(model, ...)` says so before anything is compiled.
+`drad.explain(model, ...)` says so before anything is compiled:
+
+<!-- skip: next "takes 20 seconds" -->
+```bash
+dynamicrad explain --model wan-1.3b --frames 33
+```
 
 - **By name**: what `torch.compile(model, backend="dynamicrad")` replaces, of the video self-attentions in one call.
   *2 graphs*: the model's own code breaks its graph; clock and regime cross the break with `drad.compile(model)` only.
@@ -74,12 +81,20 @@ def write(content: dict[str, Any]) -> None:
 
 
 def _table(rows: dict[str, Any], names: dict[str, str]) -> str:
+    notes: dict[str, None] = {}
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(rows[name], title)) + " |" for name, title in names.items() if name in rows]
-    return "\n".join(lines)
+    for name, title in names.items():
+        if name in rows:
+            lines.append("| " + " | ".join(_cells(rows[name], title, notes)) + " |")
+    below = [
+        textwrap.fill(f"{number}. {text}", 120, subsequent_indent="   ", **WHOLE)
+        for number, text in enumerate(notes, 1)
+    ]
+    return "\n".join([*lines, "", "Why:", "", *below] if below else lines)
 
 
-def _cells(row: dict[str, Any], title: str) -> Sequence[str]:
+def _cells(row: dict[str, Any], title: str, notes: dict[str, None]) -> Sequence[str]:
+    """A line of the table; the reasons are put among the notes below it."""
     if row["failure"]:
         return title, row["failure"], "", "", "", ""
     if not row["expected"]:
@@ -87,7 +102,10 @@ def _cells(row: dict[str, Any], title: str) -> Sequence[str]:
     by_name = f"{row['replaced']} of {row['expected']}" if row["replaced"] else "dense"
     if row["replaced"] and row["graphs"] > 1:
         by_name += f", {row['graphs']} graphs"
-    why = "; ".join(row["reasons"]) if row["replaced"] < row["expected"] else ""
+    why = ""
+    if row["replaced"] < row["expected"]:
+        notes |= dict.fromkeys(row["reasons"])
+        why = ", ".join(f"({list(notes).index(text) + 1})" for text in row["reasons"])
     return title, by_name, row["by_blocks"] or "-", _error(row["full_error"]), _error(row["sparse_error"]), why
 
 

@@ -1,8 +1,8 @@
 """What mkdocs does beside its own work: files outside of docs/ that a page links to are on the site, too.
 
 A link such as `../benchmarks/NOTES.md` works in the repository. On the site that file is a page of its own,
-`repository/benchmarks/NOTES.md`, and links in it are followed as well. Docstrings are read from a copy of the package in
-which linked folders are where they are installed, since mkdocstrings looks into no folder without an `__init__.py`.
+`repository/benchmarks/NOTES.md`, and links in it are followed as well. Docstrings are read from a copy of the package
+in which linked folders are where they are installed, since mkdocstrings skips folders without an `__init__.py`.
 """
 
 from __future__ import annotations
