@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,20 +29,6 @@ def test_every_case_of_the_table(row):
     assert row.error < 1e-4, row
     assert row.moved > 1e-3, row  # the plan is at work
     assert not row.replaced.startswith("0")
-
-
-@pytest.mark.slow
-def test_docs_run(tmp_path):
-    """The Python of docs/export.md, from top to bottom."""
-    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 7
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert [f"torch.Size([{n}, 16, 9, 32, 32])" in done.stdout for n in (2, 1)] == [True, True]
-    assert "(3, 16, 9, 32, 32)" in done.stdout
 
 
 @pytest.fixture(scope="module")
