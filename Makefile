@@ -62,7 +62,7 @@ test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment 
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRT_PY) -m pytest $(ARGS) tests/exporting/test_tensorrt.py
 
 docs: env ## build the documentation site in outputs/site; broken links are errors
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 demo: env ## check the machine, run the quickstart, write its pictures to outputs/
 	$(PY) -m dynamicrad_compile.cli doctor

@@ -1,6 +1,6 @@
 """Every block of Python and of commands in the docs runs as it stands, or a comment before it says why it does not.
 
-Blocks of a page share their names and a folder. What is not run is looked at all the same: Python compiles, and commands
+Blocks of a page share their names and a folder. What is not run is looked at all the same: Python compiles, commands
 are ones that their own parsers take, with targets, scripts and extras that are there.
 """
 
