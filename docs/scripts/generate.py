@@ -5,10 +5,12 @@ python docs/scripts/generate.py
 
 from __future__ import annotations
 
+import attention_page
+import how_picture
 import options_page
 import reasons_page
 
-PAGES = {module.PAGE: module.page for module in (options_page, reasons_page)}
+PAGES = {module.PAGE: module.page for module in (options_page, reasons_page, attention_page, how_picture)}
 """Each page, and the function that gives its text."""
 
 

@@ -295,12 +295,15 @@ class Report:
         head = "".join(f"<th>{cell}</th>" for cell in (*_HEADER, "code", "what to do"))
         write_file(
             path,
-            "<!doctype html><meta charset=utf-8><title>dynamicrad report</title><style>"
-            "body{font:14px system-ui;margin:2em}pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
-            "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}"
-            ".y td:nth-child(2){color:#080}.n td:nth-child(2){color:#888}</style>"
+            "<!doctype html><html lang=en><meta charset=utf-8><title>dynamicrad report</title>"
+            '<meta name=viewport content="width=device-width"><style>'
+            "body{font:14px/1.4 system-ui,sans-serif;margin:1.5em clamp(1em,4vw,3em)}div{overflow-x:auto}"
+            "pre{background:#f4f4f4;padding:1em;white-space:pre-wrap;overflow-wrap:anywhere}"
+            "table{border-collapse:collapse}td,th{padding:.4em .8em;border-bottom:1px solid #ddd;text-align:left}"
+            "td{vertical-align:top}td:nth-child(9),td:nth-child(11){min-width:11em}"
+            ".y td:nth-child(2){color:#070}.n td:nth-child(2){color:#666}</style>"
             f"<h1>dynamicrad report</h1><pre>{html.escape(self.summary())}</pre>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n",
+            f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></html>\n",
         )
 
 

@@ -23,7 +23,7 @@ from dynamicrad_compile.files import tomllib
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = {"export.md", "own_mask.md"}
+SLOW = {"export.md"}
 """Pages that take more than a few seconds."""
 
 FENCE = re.compile(r"(?:<!-- skip: next \"([^\"]+)\" -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
