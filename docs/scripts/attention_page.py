@@ -51,6 +51,7 @@ import dynamicrad_compile as drad
 
 {model}
 
+
 options = {options}
 report = drad.explain(TinyDiT(), torch.randn(1, 3, 6, 16, 20), options={{**options, "min_tokens": 0, "dump": "folder"}})
 ```

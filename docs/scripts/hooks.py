@@ -64,6 +64,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links at where their files are on the site."""
     uri = page.file.src_uri
+    if uri.startswith(FOLDER) and _place(uri) not in ALWAYS:
+        page.meta["search"] = {"exclude": True}  # records: found by the pages that link to them
 
     def moved(link: re.Match[str]) -> str:
         there = _target(_place(uri), link.group())

@@ -78,6 +78,8 @@ def test_blocks_that_do_not_run(page):
         assert language in LANGUAGES, block
         if language == "python":
             compile(block, page.name, "exec")
+        if language == "toml":
+            tomllib.loads(block)
         if language in ("bash", "console"):
             for words in commands(block):
                 check(words)
