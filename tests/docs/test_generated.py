@@ -12,6 +12,7 @@ import how_picture
 import options_page
 import pytest
 import reasons_page
+import torch
 from reason_texts import reasons
 
 import dynamicrad_compile as drad
@@ -24,6 +25,8 @@ DOCS = ROOT / "docs"
 
 @pytest.mark.parametrize("path", generate.PAGES, ids=lambda path: path.name)
 def test_current(path):
+    if path.name == "one_attention.md" and not torch.__version__.startswith("2.13."):
+        pytest.skip("Dynamo of another version may give nodes other names")
     assert path.read_text(encoding="utf-8") == generate.PAGES[path](), "run python docs/scripts/generate.py"
 
 
