@@ -20,6 +20,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dynamicrad-installed
+DEMO_STAMP := $(VENV)/.dynamicrad-demo
+comma := ,
 # Fails where torch is missing or older than 2.11.
 HAS_TORCH := import torch, re; assert tuple(map(int, re.findall(r'\d+', torch.__version__)[:2])) >= (2, 11)
 
@@ -35,13 +37,20 @@ help: ## this list
 
 env: $(STAMP) ## create the environment and install the package in it
 
-$(STAMP): pyproject.toml
+define install # the environment, torch, and the package with these extras
 	@test -x $(PY) || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(PY) -c "$(HAS_TORCH)" 2>/dev/null || { echo "Installing $(TORCH)"; \
 		$(PY) -m pip install --quiet $(PIP_ARGS) "$(TORCH)"; }
-	@echo "Installing the package and its tools into $(VENV)"
-	@$(PY) -m pip install --quiet $(PIP_ARGS) -e ".[dev,diffusers]"
+	@echo "Installing the package into $(VENV), with $(1)"
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -e ".[$(1)]"
 	@touch $@
+endef
+
+$(STAMP): pyproject.toml
+	$(call install,dev$(comma)diffusers)
+
+$(DEMO_STAMP): pyproject.toml
+	$(call install,demo)
 
 lint: env ## ruff, mypy, and which room imports which
 	$(PY) -m ruff check
@@ -64,8 +73,8 @@ test-tensorrt: env ## the tests of TensorRT that need no GPU, in an environment 
 docs: env ## build the documentation site in outputs/site; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-demo: env ## check the machine, run the quickstart, write its pictures to outputs/
-	$(PY) -m dynamicrad_compile.cli doctor
+demo: $(DEMO_STAMP) ## explain a real model, then clips of a small one, dense beside sparse, in outputs/
+	$(PY) -m dynamicrad_compile.cli explain --model wan-1.3b
 	$(PY) examples/quickstart.py $(ARGS)
 
 bench: env ## dense against block-sparse: attention alone and whole steps (half an hour on 2 cores)

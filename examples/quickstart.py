@@ -1,204 +1,227 @@
-"""Text-to-video, dense and block-sparse, side by side.
+"""Videos dense and block-sparse, from the same noise, side by side: what `make demo` runs.
 
-    python examples/quickstart.py                 # the small model that was trained in examples/tiny_video
-    python examples/quickstart.py --frames 32 --prompt "A red circle bounces quickly on a gray background."
-    python examples/quickstart.py --random        # times at 8,000 tokens: the widths of Wan2.1-1.3B, random weights
-    python examples/quickstart.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A cat on a surfboard"
+    python examples/quickstart.py
+    python examples/quickstart.py --sparsity 0.8 --prompt "A red circle bounces quickly on a gray background."
 
-Nothing in the model is changed: its transformer goes through torch.compile, once with the default backend and once
-with backend="dynamicrad".
+The model is diffusers' WanTransformer3DModel, unchanged, trained on small clips (4,096 tokens); it is shipped with the
+package. It goes through torch.compile twice, once with the default backend and once with backend="dynamicrad".
+For a checkpoint of your own see examples/wan_pipeline.py.
 
-Writes to outputs/: comparison.webp (dense left, sparse right), mask.png (which blocks are read), report.html.
+Writes to outputs/: comparison.webp (dense left, sparse right), comparison.png (one of its frames), mask.png (the blocks
+that one head read), report.html.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import dynamicrad_compile as drad
 from dynamicrad_compile.beforehand import output_file, usable_device
 from dynamicrad_compile.optional import optional
-from dynamicrad_compile.reporting.plot import frame_boundaries, plot_mask
+from dynamicrad_compile.plans.plan import BlockPlan
+from dynamicrad_compile.quality.tiny_video import model
+from dynamicrad_compile.reporting.plot import plot_mask
 
-CHECKPOINT = Path(__file__).parent / "tiny_video" / "checkpoint"
-FILES = ["comparison.webp", "report.html", "mask.png"]
+CHECKPOINT = model.CHECKPOINT.with_name("checkpoint64")
+FRAMES, PATCH = 16, 4
+FILES = ["comparison.webp", "comparison.png", "mask.png", "report.html"]
 PROMPTS = [
     "A striped yellow square stands still on a blue background.",
     "A red square slides right on a gray background.",
     "A green triangle stands as the camera pans left on a black background.",
     "A purple circle bounces quickly on a black background.",
 ]
+DENSE_STEPS = 4  # a share of one in so many steps, the noisiest, stays dense
+OPTIONS = {
+    "mode": "dynamic_threshold",  # blocks by what queries and keys say, not by their place alone
+    "block_size": 64,
+    "box": (16, 2, 2),  # all frames of 2x2 tokens
+}
+
+
+@dataclass
+class Run:
+    """Videos [prompts, 3, frames, height, width] in -1..1, seconds of each step, arguments of the middle step."""
+
+    videos: Tensor
+    seconds: list[float]
+    middle: dict[str, Any]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a usual step, of the last half."""
+        return statistics.median(self.seconds[len(self.seconds) // 2 :])
+
+    def compilation(self, first: float) -> float:
+        """Seconds that the first step took longer than `first`, what it usually takes."""
+        return max(0.0, self.seconds[0] - first)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; what is left out depends on the model."""
+    """Arguments, checked as far as can be before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="folder or hub name of a Wan text-to-video pipeline")
-    which.add_argument("--random", action="store_true", help="random weights at the widths of Wan2.1-1.3B")
-    parser.add_argument("--prompt", nargs="+", help="one or more, not with --random")
-    parser.add_argument("--sparsity", type=float, help="share of blocks to skip (0.6; 0.8 with --model or --random)")
-    parser.add_argument("--frames", type=int, help="of the video (16; 81 with --model, 49 with --random: 4 n + 1)")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (480 with --model, 320 with --random)")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (832 with --model, 512 with --random)")
-    parser.add_argument("--steps", type=int, help="denoising steps, at least 2 (20; 30 with --model, 4 with --random)")
-    parser.add_argument("--layers", type=int, default=2, help="layers of the random transformer (2)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="one or more sentences of the model's words")
+    parser.add_argument("--sparsity", type=float, default=0.65, help="share of attention that sparse steps skip (0.65)")
+    parser.add_argument("--steps", type=int, default=20, help=f"denoising steps, at least {DENSE_STEPS} (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     args = parser.parse_args(argv)
-    small = not (args.model or args.random)
-    if small and (args.height or args.width):
-        parser.error("--height and --width need --model or --random: the small model draws 32x32 pixels")
-    if args.random and args.prompt:
-        parser.error("--prompt cannot go with --random, which has no text encoder")
-    if args.model and args.prompt and len(args.prompt) > 1:
-        parser.error("--model takes one prompt; quote it")
-    sizes = {"frames": (16, 49, 81), "height": (32, 320, 480), "width": (32, 512, 832), "steps": (20, 4, 30)}
-    for name, defaults in {**sizes, "sparsity": (0.6, 0.8, 0.8)}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[0 if small else 2 if args.model else 1])
-    if not small and (args.frames % 4 != 1 or args.height % 16 or args.width % 16):
-        parser.error("--frames must be 4 n + 1, --height and --width multiples of 16")
-    if args.frames < 1:
-        parser.error(f"--frames must be at least 1, got {args.frames}")
-    if args.steps < 2:
-        parser.error("--steps must be at least 2: the first one compiles")
-    if args.layers < 1:
-        parser.error(f"--layers must be at least 1, got {args.layers}")
+    if args.steps < DENSE_STEPS:
+        parser.error(f"--steps must be at least {DENSE_STEPS}, got {args.steps}")
     try:
-        check(args)
+        drad.Options(sparsity=args.sparsity)
+        usable_device(args.device)
+        for module in ("PIL", "diffusers", "safetensors", "rich"):
+            optional(module, "the demo needs", "demo")
+        for name in FILES:
+            output_file(args.output_dir / name)
     except drad.DynamicRadError as error:
         parser.error(str(error))
     return args
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises DynamicRadError for what would stop the run at its end, or before its first step."""
-    drad.Options(sparsity=args.sparsity)
-    usable_device(args.device)
-    optional("PIL", "pictures need", "plot")
-    if args.model or args.random:
-        optional("diffusers", "--model and --random need", "diffusers")
-    for name in FILES:
-        output_file(args.output_dir / name)
-
-
-class SmallModel:
-    """The model trained in examples/tiny_video: 16 frames of 32x32 pixels are 1,024 tokens."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        from dynamicrad_compile.quality.tiny_video import model
-
-        self.args, self.prompts = args, args.prompt or PROMPTS
-        self.transformer, self.text = model.load(CHECKPOINT, args.device)
-        words = {word for prompt in self.prompts for word in self.text.words(prompt)}
-        if unknown := sorted(words - set(self.text.ids)):
-            known = ", ".join(self.text.ids)
-            raise SystemExit(f"the small model does not know {', '.join(unknown)}; its words are {known}.")
-        self.tokens = args.frames * (args.height // 4) * (args.width // 4)
-        # As small as blocks can be: with 1,024 tokens there are only 64 of this size.
-        self.dense_steps = args.steps // 5
-        self.options = {"min_tokens": 0, "block_size": 16, "mode": "dynamic_threshold"}
-        self.options["dense_steps"] = self.dense_steps
-
-    def generate(self, compiled: Any) -> tuple[torch.Tensor, list[float]]:
-        """Videos [prompts, 3, frames, height, width] in -1..1 and the seconds of each step."""
-        from dynamicrad_compile.quality.tiny_video import model
-
-        ends = [time.perf_counter()]
-
-        def timed(timesteps: Any) -> Iterator[Any]:
-            for timestep in timesteps:
-                yield timestep
-                synchronise(self.args.device)
-                ends.append(time.perf_counter())
-
-        sizes = {"frames": self.args.frames, "steps": self.args.steps, "seed": self.args.seed}
-        videos = model.sample(compiled, self.text, self.prompts, **sizes, progress=timed)
-        return videos, [end - begin for begin, end in pairwise(ends)]
-
-    def compare(self, results: dict[str, torch.Tensor]) -> None:
-        """Print how far apart the videos are, and what this run can't show."""
-        error = (results["sparse"] - results["dense"]).square().flatten(1).mean(1)
-        print("\nsparse against dense video, PSNR (higher is closer; 30 dB is hard to see):")
-        for prompt, value in zip(self.prompts, 10 * torch.log10(4 / error), strict=True):
-            print(f"  {value:5.1f} dB  {prompt}")
-        print(
-            f"\nThis costs time instead of saving it: with {self.tokens:,} tokens attention is little of a step,\n"
-            "and blocks of 16 are too small to be fast; by itself the backend would stay dense here.\n"
-            "It shows what happens to the video. For times: --random (8,000 tokens), or `make bench`."
+def known_words(text: model.TextEncoder, prompts: list[str]) -> None:
+    """Raises SystemExit for words that the small model has never seen."""
+    unknown = sorted({word for prompt in prompts for word in text.words(prompt)} - set(text.ids))
+    if unknown:
+        raise SystemExit(
+            f"the small model does not know {', '.join(unknown)}; its words are {', '.join(text.ids)}. "
+            "examples/wan_pipeline.py takes any sentence, with a checkpoint of Wan."
         )
 
-    def write(self, results: dict[str, torch.Tensor], path: Path) -> None:
-        """Animated WebP: dense, sparse and their difference for each prompt."""
-        from tiny_video import pictures
 
-        difference = (results["sparse"] - results["dense"]).abs() - 1
-        pictures.comparison({**results, "difference": difference}, self.prompts, path)
+def generate(name: str, compiled: Callable[..., Any], text: model.TextEncoder, args: argparse.Namespace) -> Run:
+    """Videos of all prompts in one batch; a bar shows what is compiled, then the steps."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    seconds: list[float] = []
+    middle: dict[str, Any] = {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task(f"{name}: Dynamo captures the model, Inductor compiles it", total=None)
+
+        def timed(**inputs: Any) -> Any:
+            if len(seconds) == args.steps // 2:
+                middle.update(inputs)
+            start = time.perf_counter()
+            out = compiled(**inputs)
+            if args.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            bar.update(task, description=f"{name}: steps", total=args.steps, completed=len(seconds))
+            return out
+
+        size = model.size_of(CHECKPOINT)
+        sizes = {"frames": FRAMES, "size": (size, size), "steps": args.steps, "seed": args.seed}
+        videos = model.sample(timed, text, args.prompt, **sizes)
+    return Run(videos, seconds, middle)
 
 
-def synchronise(device: str) -> None:
-    """Wait for the GPU, if there is one, so that a clock can be read."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+class Watched(torch.fx.Interpreter):
+    """Runs a graph node by node and keeps the blocks that it chooses: counts and indices of each attention."""
+
+    chosen: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The node's own result."""
+        out = super().call_function(target, args, kwargs)
+        if target is torch.ops.dynamicrad.select_blocks.default:
+            self.chosen.append(out[:2])
+        return out
 
 
-def write_mask(report: drad.Report, path: Path) -> None:
-    """Picture of the plan of the first attention that was replaced."""
-    site = report.replaced[0]
-    assert site.plan is not None
-    assert site.grid is not None
-    plot_mask(site.plan, path, title=site.path, boundaries=frame_boundaries(site.grid, site.text_tokens.before or 0))
+@torch._dynamo.register_backend
+def watched(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """An inner compiler that compiles nothing."""
+    return Watched(gm).run
+
+
+def blocks_read(transformer: torch.nn.Module, options: dict[str, Any], inputs: dict[str, Any]) -> BlockPlan:
+    """The blocks that the attention of the middle layer reads for the first prompt, in a step with these inputs.
+
+    The step runs once more, and is watched while it does.
+    """
+    Watched.chosen.clear()
+    with torch.no_grad():
+        drad.compile(transformer, **{**options, "dense_steps": 0, "inner": "watched"})(**inputs)
+    counts, indices = Watched.chosen[len(Watched.chosen) // 2]
+    block = options["block_size"]
+    tokens = indices.shape[2] * block
+    return BlockPlan(counts[:1].cpu(), indices[:1].cpu(), block, block, tokens, tokens)
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Compile time, a step, and all steps of each run, as lines."""
+    usual = {name: run.step for name, run in runs.items()}
+    first = usual["dense"]  # the first steps of both runs are dense
+    lines = [f"{'':8s} {'compile':>9s} {'a step':>9s} {'all steps':>10s}"]
+    for name, run in runs.items():
+        compiled = run.compilation(first)
+        lines.append(f"{name:8s} {compiled:7.1f} s {usual[name]:7.2f} s {sum(run.seconds) - compiled:8.1f} s")
+    return "\n".join(lines)
+
+
+def decibels(runs: dict[str, Run]) -> list[float]:
+    """PSNR of each sparse clip to the dense one, of values from -1 to 1."""
+    error = (runs["sparse"].videos - runs["dense"].videos).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / error)).tolist()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run both variants, print report and times, write the files."""
+    """Run both variants, print what was done and what came out, write the files."""
     args = parse(argv)
-    demo: Any
-    if args.model or args.random:
-        from wan_pipeline import WanModel
-
-        demo = WanModel(args)
-    else:
-        demo = SmallModel(args)
-    print(f"{args.frames} frames of {args.width}x{args.height}: {demo.tokens:,} video tokens, on {args.device}\n")
-
-    options = {"sparsity": args.sparsity, **demo.options}
-    variants: dict[str, Callable[..., Any]] = {
-        "dense": torch.compile(demo.transformer),
-        "sparse": torch.compile(demo.transformer, backend="dynamicrad", options=options),
+    transformer, text = model.load(CHECKPOINT, args.device)
+    known_words(text, args.prompt)
+    dense_steps = args.steps // DENSE_STEPS
+    options = {**OPTIONS, "sparsity": args.sparsity, "dense_steps": dense_steps}
+    variants = {
+        "dense": torch.compile(transformer),
+        "sparse": torch.compile(transformer, backend="dynamicrad", options=options),
     }
-    print("options:", ", ".join(f"{name}={value}" for name, value in options.items()))
-    results, seconds = {}, {}
+    tokens = FRAMES * (model.size_of(CHECKPOINT) // PATCH) ** 2
+    print(f"{len(args.prompt)} clips of {FRAMES} frames, {tokens:,} tokens each, on {args.device}")
+    print(
+        f"A sparse step skips {args.sparsity:.0%} of the attention. The first {dense_steps} of {args.steps} steps are "
+        f"dense, so that the whole run skips about {args.sparsity * (1 - dense_steps / args.steps):.0%}: the report's "
+        "sparsity."
+    )
+    runs = {}
     for name, compiled in variants.items():
-        print(f"{name}: {args.steps} steps, the first one compiles")
-        results[name], seconds[name] = demo.generate(compiled)
+        runs[name] = generate(name, compiled, text, args)
+        print(f"{name}: done in {sum(runs[name].seconds):.0f} s, compilation included")
     report = drad.report(variants["sparse"])
+    print(f"\n{report}\n\n{table(runs)}\n")
+    close = decibels(runs)
+    gain = runs["dense"].step / runs["sparse"].step
+    print(f"a sparse step is {gain:.2f}x as fast as a dense one")
+    for prompt, value in zip(args.prompt, close, strict=True):
+        print(f"  {value:4.1f} dB to the dense clip  {prompt}")
 
-    print(f"\n{report}\n")
-    warm = {name: min(times[max(1, demo.dense_steps) :]) for name, times in seconds.items()}
-    for name, times in seconds.items():
-        print(f"{name:7s} first step {times[0]:6.1f} s (with compilation)   then {warm[name]:7.3f} s (the fastest)")
-    print(f"        {warm['dense'] / warm['sparse']:.2f}x the speed of dense, a step")
-    demo.compare(results)
+    from tiny_video import pictures
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    video, page, mask = written = [args.output_dir / name for name in FILES]
-    demo.write(results, video)
+    video, still, mask, page = (args.output_dir / name for name in FILES)
+    pictures.side_by_side(
+        runs["dense"].videos,
+        runs["sparse"].videos,
+        ("dense", f"sparse: {args.sparsity:.0%} of attention skipped"),
+        (args.prompt, [f"{value:.1f} dB to the dense clip" for value in close]),
+        (f"{runs['dense'].step:.2f} s a step", f"{runs['sparse'].step:.2f} s a step: {gain:.1f}x"),
+        video,
+    )
     report.to_html(page)
-    if report.replaced:
-        write_mask(report, mask)
-    else:
-        written.remove(mask)
-    print("\nwrote", ", ".join(map(str, written)))
+    plot_mask(blocks_read(transformer, options, runs["sparse"].middle), mask, title="What one head read")
+    print("\nwrote", ", ".join(map(str, (video, still, mask, page))))
 
 
 if __name__ == "__main__":

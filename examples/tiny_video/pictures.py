@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,50 @@ def comparison(
             draw.text((2, text + y * (height + text) + 2), caption, fill="black")
         pictures.append(picture)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+
+
+def side_by_side(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    titles: tuple[str, str],
+    notes: tuple[Sequence[str], Sequence[str]],
+    footers: tuple[str, str],
+    path: str | os.PathLike[str],
+    fps: int = 8,
+) -> None:
+    """Animation (.gif or .webp) of two sets of the same clips, and one of its last frames as a PNG beside it.
+
+    left, right  videos [batch, 3, frames, height, width] in -1..1; clips are about 190 pixels wide
+    titles       above each set; footers: below it
+    notes        a line or two below each clip of a set
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    sets = [[to_uint8(video) for video in videos] for videos in (left, right)]
+    count, frames, size = len(left), left.shape[2], 192
+    across = math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    gap, note, title, middle = 8, 34, 34, 28
+    block = across * (size + gap) - gap
+    shape = (2 * block + middle + 2 * gap, title + down * (size + note) + title)
+    large, small = ImageFont.load_default(18), ImageFont.load_default(11)
+    pictures = []
+    for frame in range(frames):
+        picture = Image.new("RGB", shape, "white")
+        draw = ImageDraw.Draw(picture)
+        for side, clips in enumerate(sets):
+            x = gap + side * (block + middle)
+            draw.text((x, 6), titles[side], fill="black", font=large)
+            draw.text((x, shape[1] - title + 4), footers[side], fill="black", font=large)
+            for i, clip in enumerate(clips):
+                corner = (x + i % across * (size + gap), title + i // across * (size + note))
+                shown = Image.fromarray(clip[frame]).resize((size, size), Image.Resampling.BICUBIC)
+                picture.paste(shown, corner)
+                lines = textwrap.wrap(notes[side][i], 36)[:2]
+                draw.multiline_text((corner[0], corner[1] + size + 2), "\n".join(lines), fill="#444", font=small)
+        pictures.append(picture)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0, quality=80)
+    pictures[-2].save(Path(path).with_suffix(".png"))
 
 
 def loss_curve(rows: Sequence[dict[str, float]], path: str | os.PathLike[str]) -> None:
