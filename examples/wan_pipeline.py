@@ -2,9 +2,9 @@
 
     python examples/wan_pipeline.py                                       # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, 81 frames
     python examples/wan_pipeline.py --model FOLDER --no-dense --steps 50  # block-sparse alone
-    python examples/wan_pipeline.py --offload                             # one part of the pipeline on the GPU at a time
+    python examples/wan_pipeline.py --offload                             # a part of the pipeline on the GPU at a time
     python examples/wan_pipeline.py --offload blocks                      # one block of the transformer at a time
-    python examples/wan_pipeline.py --lora STYLE.safetensors OTHER.safetensors   # the second is swapped in, compiled
+    python examples/wan_pipeline.py --lora STYLE.safetensors OTHER.safetensors   # the second is swapped in
 
 Says first, from the configuration alone, which attentions will be replaced; then runs the pipeline with its transformer
 compiled by Inductor and by the backend, and prints the time of a step, compilation apart. Each further LoRA takes the

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,6 @@ def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return weights, weights.parent / "config.json"
 
 
-@torch.no_grad()
 def sample(
     transformer: Callable[..., Any],
     text: TextEncoder,
@@ -161,6 +161,22 @@ def sample(
     With guidance_scale other than 1 a call of the transformer has both batches, [captions | empty captions].
     `progress` wraps the timesteps, as tqdm does.
     """
+    after_each = denoise(transformer, text, captions, seed, frames, steps, guidance_scale, size, progress)
+    return deque(after_each, maxlen=1)[0]
+
+
+def denoise(
+    transformer: Callable[..., Any],
+    text: TextEncoder,
+    captions: Sequence[str],
+    seed: int = 0,
+    frames: int = data.FRAMES,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE,
+    size: tuple[int, int] = (data.SIZE, data.SIZE),
+    progress: Callable[..., Any] | None = None,
+) -> Iterator[torch.Tensor]:
+    """The videos of `sample` after each step, for a caller that does something else between two steps."""
     device = text.word.weight.device
     shape = (1, 3, frames, *size)
     noise = [
@@ -169,22 +185,24 @@ def sample(
     ]
     video = torch.cat(noise).to(device)
     guided = guidance_scale != 1
-    embeds = text.encode([*captions, *[""] * len(captions)] if guided else captions)
+    with torch.no_grad():
+        embeds = text.encode([*captions, *[""] * len(captions)] if guided else captions)
     scheduler = _diffusers().FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=device)
     for t in progress(scheduler.timesteps) if progress else scheduler.timesteps:
         inputs = torch.cat([video, video]) if guided else video
-        velocity = transformer(
-            hidden_states=inputs,
-            timestep=t.expand(len(inputs)),
-            encoder_hidden_states=embeds,
-            return_dict=False,
-        )[0]
+        with torch.no_grad():  # not around the `yield`: the caller's own mode holds there
+            velocity = transformer(
+                hidden_states=inputs,
+                timestep=t.expand(len(inputs)),
+                encoder_hidden_states=embeds,
+                return_dict=False,
+            )[0]
         if guided:
             wanted, free = velocity.chunk(2)
             velocity = free + guidance_scale * (wanted - free)
         video = scheduler.step(velocity, t, video, return_dict=False)[0]
-    return video.clamp(-1, 1)
+        yield video.clamp(-1, 1)
 
 
 def _diffusers() -> Any:
