@@ -119,6 +119,9 @@ _GROUPS: list[tuple[str, Operator]] = [
     ("index_select", Operator(labels=products.index_select, stream=streams.picked)),
     ("index", Operator(labels=products.index, stream=streams.picked)),
     ("gather", Operator(stream=streams.picked)),
+    # ComfyUI's kernel library: queries, keys or both turned by a table of RoPE
+    ("comfy_kitchen::apply_rope comfy_kitchen::apply_rope1 comfy_kitchen::apply_rope_split_half "
+     "comfy_kitchen::apply_rope_split_half1", Operator(labels=pointwise.like_each, stream=streams.of_each)),
     # what processes exchange
     ("_c10d_functional::wait_tensor", _SAME),
     ("_c10d_functional::all_to_all_single _c10d_functional_autograd::all_to_all_single",

@@ -16,7 +16,7 @@ from dynamicrad_compile.reporting.reason import SET_GRID, Reason
 
 from ...axes.alignment import unify
 from ...axes.concatenation import concat, parts_of, rows_of, slice_label
-from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, mixed, resolve
+from ...axes.labels import Axis, Label, Part, Source, fresh, label_size, mixed, resolve, same_axes
 from ...axes.streams import get_stream, overwrites
 from ...axes.tensor_labels import Labels, Range, Rows, get_base, get_labels, get_range, rows_shown, set_labels
 from ..calls import AxisTrace
@@ -80,7 +80,10 @@ def put(target: Label, source: Label, node: str) -> None:
     leaves = resolve(target)
     parts = leaves[0].parts if len(leaves) == 1 else None
     if len(leaves) == 1 and leaves[0].blank and not parts:
-        leaves[0].factors, leaves[0].blank = resolve(source), False
+        new = resolve(source)
+        leaves[0].blank = False
+        if not same_axes(leaves, new):  # x[i] = x[i] + y writes what was read there
+            leaves[0].factors = new
         return
     if parts and len(parts) == 1:
         inner = resolve(parts[0].label)

@@ -45,6 +45,13 @@ def like_first(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str
     return [labels] if isinstance(out, (tuple, list)) else labels
 
 
+def like_each(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Each of several outputs has the dimensions of the argument in its place, a single one those of the first."""
+    if not isinstance(out, (tuple, list)):
+        return like_first(trace, out, args, kwargs)
+    return [list(get_labels(x)) for x in args[: len(out)]]
+
+
 def keep_sizes(trace: AxisTrace, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Leading dimensions of equal size keep their axis (normalisation, packing of complex numbers)."""
     first = out[0] if isinstance(out, (tuple, list)) else out

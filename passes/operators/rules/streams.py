@@ -21,6 +21,11 @@ def of_first(call: StreamCall) -> Found:
     return [get_stream(call.tensors[0])] * len(call.outs)
 
 
+def of_each(call: StreamCall) -> Found:
+    """Each output the tokens of the operand in its place."""
+    return [get_stream(x) for x in call.tensors[: len(call.outs)]]
+
+
 def of_last(call: StreamCall) -> Found:
     """The tokens of the last operand, as in a lookup by it."""
     return [get_stream(call.tensors[-1])]

@@ -7,6 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from support import comfy  # noqa: F401  (registers the operators of a library that may not be installed)
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 

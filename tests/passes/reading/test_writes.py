@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tokens import DIM, LATENTS, check_video, only
+from support.graphs import drad
+from support.tokens import DIM, GRID, LATENTS, Tokens, check_video, only
 
 
 def slices(m, x, text):
@@ -87,3 +88,18 @@ def test_rows_in_an_unknown_order_are_left_dense(how):
     site = only(how, LATENTS, torch.randperm(60))
     assert site.reason
     assert site.role != "video_self_attention"
+
+
+def coordinates_read_and_written(m, x):
+    """What ComfyUI's models do to make a RoPE table: a slice of zeros becomes itself and the coordinate."""
+    ids = torch.zeros(4, 3, 5, 3)
+    ids[..., 0] = ids[..., 0] + torch.arange(4.0).view(-1, 1, 1)
+    ids[:, :, :, 1] = ids[:, :, :, 1] + torch.linspace(0, 2, steps=3).view(1, -1, 1)
+    ids[1:, ..., 2] = ids[1:, ..., 2] + torch.arange(5.0)
+    return m.attend(m.tokens(x) * ids.reshape(1, -1, 3).sum(-1, keepdim=True).cos())
+
+
+def test_a_slice_may_be_written_with_what_was_read_there():
+    model = Tokens(coordinates_read_and_written)
+    (site,) = drad.explain(model, LATENTS, options={"min_tokens": 0, "block_size": 16}).replaced
+    assert site.grid == GRID
