@@ -50,9 +50,7 @@ class DynamicRadCompile:
         try:
             from comfy_api.torch_helpers import set_torch_compile_wrapper
         except ImportError:
-            raise DynamicRadError(
-                "this ComfyUI has no comfy_api.torch_helpers: update it (May 2025 or newer)."
-            ) from None
+            raise DynamicRadError("this ComfyUI has no comfy_api.torch_helpers: it has to be newer.") from None
         compiled = model.clone()
         with_guards = {**wanted, "guard_filter_fn": not_of_transformer_options}
         set_torch_compile_wrapper(model=compiled, backend="dynamicrad", options=with_guards, keys=[PART])
