@@ -8,7 +8,7 @@
 
 Says first, from the configuration alone, which attentions will be replaced; then runs the pipeline with its transformer
 compiled by Inductor and by the backend, and prints the time of a step, compilation apart. Each further LoRA takes the
-place of the first in the model that is compiled already. Of Wan 2.2, whose two transformers take turns, the first gets it.
+place of the first in the model that is compiled already. Of the two transformers of Wan 2.2 the first one gets it.
 
 Writes to --output-dir: comparison.webp (the clips side by side), report.html, mask.png (which blocks are read).
 """
