@@ -28,7 +28,7 @@ SLOW = {"export.md"}
 
 FENCE = re.compile(r"(?:<!-- skip: next \"([^\"]+)\" -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "console", "text", "toml", ""}
-OTHERS = {"cd", "accelerate", "torchrun", "trtexec", "git"}
+OTHERS = {"cd", "accelerate", "torchrun", "trtexec", "git", "curl", "ln"}
 """Commands of others, of which nothing is known here."""
 
 
@@ -94,12 +94,10 @@ def check(words: list[str]) -> None:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets), words
     elif program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
-        asked = re.findall(r"\.\[([\w,]+)\]", " ".join(arguments))
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        asked = re.findall(r"[\w-]+", " ".join(re.findall(r"\[([\w,-]+)\]", " ".join(arguments))))
         assert arguments[0] == "install", words
-        assert set(",".join(asked).split(",")) <= set(extras), words
+        assert set(asked) <= set(project["optional-dependencies"]), words
     elif arguments[:1] == ["-m"] and program == "python":
         assert importlib.util.find_spec(arguments[1]), words
     elif program in ("python", "bash"):
