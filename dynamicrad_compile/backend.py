@@ -212,4 +212,5 @@ def _site_report(site: Site) -> SiteReport:
         chunks=chunks,
         asks=site.group.rows if site.group is not None else None,
         reads=site.group.keys if site.group is not None else (),
+        dtype=str(site.call.dtype or getattr(value_of(site.call.query), "dtype", "")).removeprefix("torch."),
     ).measured()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionsError
 from .values import key_value
+
+if TYPE_CHECKING:
+    from ..reporting.expectation import Expectation
+    from ..reporting.report import Report
 
 
 def add_explain(commands: Any) -> None:
@@ -21,8 +26,8 @@ def add_explain(commands: Any) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a preset (`--model list` shows them), a transformer class of diffusers, "
-        "or the path of a pipeline folder; only its config.json is read",
+        help="a preset (`--model list` shows them), a transformer class of diffusers, the path of a pipeline folder, "
+        "or an id of Hugging Face that is in the local cache; only its config.json is read",
     )
     parser.add_argument("--frames", type=int, default=81, help="frames of the video (81)")
     parser.add_argument("--height", type=int, default=480, help="pixels (480)")
@@ -44,7 +49,10 @@ def add_explain(commands: Any) -> None:
     parser.add_argument(
         "--link", type=float, metavar="GB/S", help="speed between GPUs each way (the device's NVLink: 450 for h100)"
     )
-    parser.add_argument("--device", help="a100, h100, h200, b200 or 4090, for --ranks (h100)")
+    parser.add_argument(
+        "--device",
+        help="also say what to expect on this GPU: a100, h100, h200, b200, 3090, 4090, 5090 (h100 with --ranks)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the report as a web page")
     parser.add_argument("--dump", metavar="FOLDER", help="also write each graph, before the passes and after each")
@@ -61,20 +69,29 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from .. import explain, simulate_ranks
     from ..beforehand import output_file
-    from ..models.fake import build, other_flops
+    from ..models.fake import build, other_flops, repeats
     from ..options import Options
+    from ..parallel.chips import chip
 
     options = dict(key_value(text) for text in args.options)
     if args.dump:
         options["dump"] = args.dump
     Options.from_mapping(options)  # a mistake is told before the model is built
     asked = _ranks(args)
+    if args.device:
+        chip(args.device)
     layers = args.layers if args.layers is not None else 0 if asked else 2
     if args.html:
         output_file(args.html)
-    model, inputs = build(args.model, frames=args.frames, height=args.height, width=args.width, layers=layers)
+    size = dict(name=args.model, frames=args.frames, height=args.height, width=args.width, layers=layers)
+    model, inputs = build(**size)
     report = explain(model, options=options, **inputs)
-    simulation = simulate_ranks(report, **asked, rest_flops=other_flops(model, inputs)) if asked else None
+    whole, all_inputs = (model, inputs) if not layers else build(**{**size, "layers": 0})
+    rest = other_flops(whole, all_inputs)
+    report.expected = _expected(report, args, rest, repeats(model, whole), options)
+    if asked and layers:
+        rest = other_flops(model, inputs)
+    simulation = simulate_ranks(report, **asked, rest_flops=rest) if asked else None
     depth = f"{layers} layers of each kind" if layers else "all layers"
     if args.json:
         values = json.loads(report.to_json())
@@ -90,16 +107,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _expected(
+    report: Report, args: argparse.Namespace, rest: int, repeats: Callable[[str], float], options: Mapping[str, Any]
+) -> tuple[Expectation, ...]:
+    """What to expect of the whole model: on this machine's devices, and on the GPU that was asked for.
+
+    rest     FLOPs of the whole model outside of attention
+    repeats  how many modules of it stand behind a captured one, by its path
+    """
+    import torch
+
+    from ..parallel.chips import chip
+    from ..parallel.expected import expected_on
+
+    devices: list[Any] = [torch.device("cuda")] * torch.cuda.is_available() + [torch.device("cpu")]
+    if args.device:
+        devices.append(chip(args.device))
+    forced = options.get("min_tokens") not in (None, "auto")
+    times = lambda site: repeats(site.path)  # noqa: E731
+    return tuple(expected_on(one, report, rest_flops=rest, times=times, forced=forced) for one in devices)
+
+
 def _ranks(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `simulate_ranks`; none without --ranks. Raises OptionsError for what is out of range."""
     from ..parallel.simulation import DEVICE, check
 
-    given = {"ranks": args.ranks, "link": args.link, "device": args.device}
     if args.ranks is None:
-        alone = [f"--{name}" for name, value in given.items() if value is not None]
-        if alone:
-            raise OptionsError(f"{' and '.join(alone)} needs --ranks: it is for estimates of several GPUs.")
+        if args.link is not None:
+            raise OptionsError("--link needs --ranks: it is for estimates of several GPUs.")
         return {}
-    given["device"] = args.device or DEVICE
+    given = {"ranks": args.ranks, "link": args.link, "device": args.device or DEVICE}
     check(**given)
     return given

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import DynamicRadError, nearest
 from ..kernels.blocks import cdiv
 from ..optional import optional
-from .presets import FAMILIES, PRESETS, Config, Inputs, Latents
+from ..reporting.report import starred
+from .cache import cached_folder
+from .presets import FAMILIES, HUB_IDS, PRESETS, Config, Inputs, Latents
 
 
 def build(
@@ -27,8 +30,9 @@ def build(
 ) -> tuple[torch.nn.Module, Inputs]:
     """Transformer made of fake tensors, and keyword arguments for its forward.
 
-    name           a preset, a transformer class of diffusers, or a path: a pipeline folder, its transformer folder,
-                   or the config.json in it (weights are not read)
+    name           a preset, a transformer class of diffusers, a path (a pipeline folder, its transformer folder, or the
+                   config.json in it; weights are not read), or an id of Hugging Face whose configuration is in the
+                   local cache, or that is one of HUB_IDS
     frames         frames of the video
     height, width  pixels of the video
     layers         keep only so many layers of each kind; 0 keeps all
@@ -48,6 +52,12 @@ def other_flops(model: torch.nn.Module, inputs: Inputs) -> int:
         model(**inputs)
     counts = counter.get_flop_counts()["Global"]
     return sum(count for op, count in counts.items() if "attention" not in str(op))
+
+
+def repeats(part: torch.nn.Module, whole: torch.nn.Module) -> Callable[[str], float]:
+    """How many modules of a model stand behind one of the same model with fewer layers, by its path."""
+    counts = [Counter(starred(name) for name, _ in model.named_modules()) for model in (part, whole)]
+    return lambda path: counts[1][starred(path)] / max(counts[0][starred(path)], 1)
 
 
 def specify(
@@ -82,6 +92,11 @@ def _find(name: str) -> tuple[str, Config, tuple[int, int] | None]:
     if name in FAMILIES:
         return name, {}, None
     path = Path(name)
+    if not path.exists():
+        cached = cached_folder(name)
+        if cached is None and name in HUB_IDS:
+            return (*PRESETS[HUB_IDS[name]], None)
+        path = cached or path
     if not path.exists():
         known = [*PRESETS, *FAMILIES]
         raise DynamicRadError(

@@ -267,3 +267,16 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "sana-video": ("SanaVideoTransformer3DModel", {}),
     "minimax-h3": ("MiniMaxH3Transformer3DModel", {}),
 }
+
+HUB_IDS: dict[str, str] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan-1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan-14b",
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan-14b-i2v",
+    "Wan-AI/Wan2.1-VACE-1.3B-diffusers": "wan-vace-1.3b",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuan",
+    "THUDM/CogVideoX-2b": "cogvideox-2b",
+    "THUDM/CogVideoX-5b": "cogvideox-5b",
+    "Lightricks/LTX-Video": "ltx",
+    "rhymes-ai/Allegro": "allegro",
+}
+"""Presets that have the sizes of a model on Hugging Face, by its id."""

@@ -26,11 +26,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import OptionsError
-from ..plans.crossover import expected_gain
 from ..reporting.report import Report
 from . import balance
 from .attentions import Attention, attentions_of
 from .chips import Chip, chip
+from .step import Step, on_one
 from .table import as_table
 
 MAX_RANKS = 64
@@ -114,7 +114,7 @@ def simulate_ranks(
 
     ranks       1..64
     link        GB/s between GPUs, each way; None: NVLink, or PCIe 4.0 where the device has none
-    device      a100, h100, h200, b200, 4090
+    device      a100, h100, h200, b200, 3090, 4090, 5090
     rest_flops  FLOPs of a step outside of attention; 0: attention alone
 
     Raises OptionsError for values out of range, or if the report has no attention over a sequence that is sharded;
@@ -130,7 +130,7 @@ def simulate_ranks(
             "nothing to simulate: the report has no softmax attention over a video whose shape is known. "
             "What it found instead stands in the report."
         )
-    step = _step(attentions, target, rest_flops)
+    step = on_one(attentions, target, rest_flops)
     layouts: list[Estimate] = []
     for ulysses, ring in meshes(ranks, attentions):
         for dealt in (False, True):
@@ -165,36 +165,7 @@ def meshes(ranks: int, attentions: Sequence[Attention]) -> Iterator[tuple[int, i
             yield ulysses, ranks // ulysses
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step on one GPU, in ms. each_ms: of one of each kind of attention, as it is; rest_ms: of all but attention."""
-
-    attentions: Sequence[Attention]
-    each_ms: Sequence[float]
-    rest_ms: float
-    dense_ms: float
-    sparse_ms: float
-    source: str
-
-
-def _step(attentions: Sequence[Attention], target: Chip, rest_flops: float) -> _Step:
-    rest = rest_flops / target.matmul_rate * 1e3
-    dense, sparse, each, sources = rest, rest, [], []
-    for one in attentions:
-        ms = one.dense_flops / target.attention_rate(one.head_dim) * 1e3
-        dense += one.count * ms
-        if one.replaced:
-            gain = expected_gain(target.arch, one.kv_len, one.sparsity, one.head_dim)
-            assert gain is not None  # each chip here has a table
-            ms /= gain.ratio
-            sources.append(f"sparse attention by {gain.source} figures for {gain.arch} ({gain.machine}, {gain.date})")
-        each.append(ms)
-        sparse += one.count * ms
-    source = "; ".join(dict.fromkeys(sources)) or "no attention is sparse"
-    return _Step(attentions, each, rest, dense, sparse, source)
-
-
-def _estimate(step: _Step, ulysses: int, ring: int, dealt: bool, link: float) -> Estimate:
+def _estimate(step: Step, ulysses: int, ring: int, dealt: bool, link: float) -> Estimate:
     """Figures of one layout, by the formulas of this file; link: GB/s each way."""
     world = ulysses * ring
     least = mean = most = moved = memory = attention_ms = 0.0

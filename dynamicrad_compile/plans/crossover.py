@@ -151,7 +151,7 @@ def expected_gain(
     half      float16 or bfloat16; where only the other dtype has a table, that is taken
     tables    instead of the shipped ones. Raises CrossoverError if those can't be loaded.
     """
-    table = _table(load() if tables is None else tables, arch, half)
+    table = table_for(load() if tables is None else tables, arch, half)
     if table is None:
         return None
     dims = {row.head_dim for row in table.rows}
@@ -180,7 +180,9 @@ def first_length(
     return None
 
 
-def _table(tables: Sequence[Table], arch: str, half: bool) -> Table | None:
+def table_for(tables: Sequence[Table], arch: str, half: bool = True) -> Table | None:
+    """The table that serves an architecture, or the newest older one; None if there is none."""
+
     def number(name: str) -> int:
         return int(name.removeprefix("sm_")) if name.startswith("sm_") else -1
 

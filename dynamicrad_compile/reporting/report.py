@@ -16,6 +16,7 @@ from ..plans.plan import BlockPlan
 from ..runtime.owner import Owner
 from ..runtime.pool import MIXED_CALLS
 from ..runtime.state import GraphState
+from .expectation import Expectation
 
 SEARCH = 0.5
 """A search is one of the two products of dense attention."""
@@ -61,6 +62,7 @@ class SiteReport:
                  queries, one after the other, sparse or dense. Keys that the mask hides count as skipped
     search_slot  where the running graph keeps the sums of its searches; search_stats: these sums, on the device
     search_share share of dense attention that searches cost, the mean over all calls so far
+    dtype        of the computation, such as "bfloat16"; empty where the graph does not tell
     recall       of each head the share of its attention that the blocks found hold, the mean over searches; empty where
                  nothing has been searched
     asks, reads  of such a chunk: (start, stop) of the queries of the whole, and of the keys that these may read, as
@@ -92,6 +94,7 @@ class SiteReport:
     search_stats: torch.Tensor | None = field(default=None, repr=False)
     search_share: float = 0.0
     recall: tuple[float, ...] = ()
+    dtype: str = ""
 
     def measured(self) -> SiteReport:
         """The same with the sparsity of the calls so far; reading it waits for the device."""
@@ -186,10 +189,15 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """Reports of all graphs captured from one model, in order of capture; why_empty: why there is none."""
+    """Reports of all graphs captured from one model, in order of capture.
+
+    why_empty  why there is none
+    expected   what `explain` expects of the speed, one for each device that was asked for
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
     why_empty: str = "no graph has been captured"
+    expected: tuple[Expectation, ...] = ()
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -261,6 +269,7 @@ class Report:
                 "summary": self.summary(),
                 "seconds": self.seconds,
                 "notes": self.notes,
+                "expected": [one.to_dict() for one in self.expected],
                 "dumps": self.dumps,
                 "sites": [site.to_dict() for site in self.sites],
             },
@@ -273,14 +282,17 @@ class Report:
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
         ]
-        return "\n".join([self.summary(), "", *lines, *self._advice()] if self.sites else [self.summary()])
+        if not self.sites:
+            return self.summary()
+        expected = ["", *map(str, self.expected)] if self.expected else []
+        return "\n".join([self.summary(), "", *lines, *expected, *self._advice()])
 
     def _advice(self) -> list[str]:
         """Lines that say what to do about dense attention, each advice once."""
         modules: dict[str, dict[str, None]] = {}
         for site in self.sites:
             if site.advice:
-                modules.setdefault(site.advice, {})[_pattern(site.path)] = None
+                modules.setdefault(site.advice, {})[starred(site.path)] = None
         lines = [f"  {', '.join(names)}: {advice}" for advice, names in modules.items()]
         return ["", "what to do about dense ones", *lines] if lines else []
 
@@ -303,7 +315,9 @@ class Report:
             "td{vertical-align:top}td:nth-child(9),td:nth-child(11){min-width:11em}"
             ".y td:nth-child(2){color:#070}.n td:nth-child(2){color:#666}</style>"
             f"<h1>dynamicrad report</h1><pre>{html.escape(self.summary())}</pre>"
-            f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></html>\n",
+            f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+            + "".join(f"<p>{html.escape(str(one))}</p>" for one in self.expected)
+            + "</html>\n",
         )
 
 
@@ -316,7 +330,7 @@ def _rows(sites: Iterable[SiteReport], more: bool = False) -> list[tuple[str, ..
     first: dict[tuple[str, ...], str] = {}
     for site in sites:
         key = (
-            _pattern(site.path),
+            starred(site.path),
             "sparse" if site.replaced else "dense",
             site.role,
             "x".join(map(str, site.shape)) if site.shape else "?",
@@ -345,7 +359,7 @@ def _grids(sites: Iterable[SiteReport]) -> str:
     return ", ".join(dict.fromkeys("x".join(map(str, site.grid)) for site in sites if site.grid))
 
 
-def _pattern(path: str) -> str:
+def starred(path: str) -> str:
     """A module path with layer numbers as a star: blocks.3.attn1 -> blocks.*.attn1."""
     return ".".join("*" if piece.isdigit() else piece for piece in path.split(".")) or "(root)"
 

@@ -1,4 +1,4 @@
-"""`dynamicrad explain --ranks`: the table of layouts, all layers, JSON, and mistakes told before a model is built."""
+"""What `dynamicrad explain` expects of the speed, alone and with --ranks; mistakes are told before a model is built."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def test_json_of_all_layers(capsys, tmp_path):
     assert ranks["layouts"][0]["moved_bytes"] == 3 * 1280 * 4 * 24 * 2 * (4 / 8 * 3 / 4 + 2 / 4 / 2)
 
 
+def test_expectation_is_that_of_all_layers(capsys, tmp_path):
+    """With one layer captured it is what it is with all of them, and what the simulation says of one GPU."""
+    page = tmp_path / "page.html"
+    one = run(capsys, *SMALL, "--layers", "1", "--device", "h100", "--html", str(page))
+    code, out, err = run(capsys, *SMALL, "--layers", "0", "--ranks", "1", "--device", "h100", "--json")
+    assert (one[0], code) == (0, 0), err
+    values = json.loads(out)
+    cpu, gpu = values["expected"][-2:]
+    assert (cpu["device"], cpu["measured"], gpu["device"], gpu["measured"]) == ("this CPU", True, "H100 SXM", False)
+    assert gpu["step"] == pytest.approx(values["ranks"]["dense_ms"] / values["ranks"]["sparse_ms"])
+    lines = [line for line in one[1].splitlines() if line.startswith("expected on")]
+    for line, expected in zip(lines[-2:], (cpu, gpu), strict=True):
+        assert f"attention {expected['attention']:.1f}x, step {expected['step']:.1f}x" in line
+        assert f"attention is {expected['share']:.0%} of a dense step" in line
+        assert line in page.read_text()
+
+
 def test_flops_of_all_but_attention():
     one, two = (other_flops(*build("wan-1.3b", frames=17, height=256, width=256, layers=n)) for n in (1, 2))
     tokens, width, text, ffn = 1280, 1536, 512, 8960
@@ -59,6 +76,7 @@ MISTAKES = {
     "too many": (["--ranks", "65"], "ranks must be an integer in 1..64, got 65"),
     "device": (["--ranks", "2", "--device", "h20o"], "Did you mean 'h200'"),
     "link": (["--ranks", "2", "--link", "-1"], "positive number of GB/s"),
+    "device alone": (["--device", "h20o"], "Did you mean 'h200'"),
     "link alone": (["--link", "25"], "--link needs --ranks"),
 }
 
