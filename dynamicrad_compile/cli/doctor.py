@@ -17,7 +17,7 @@ import torch
 from ..errors import PlanError
 from ..kernels.chip import chip_of, name_of
 from ..kernels.tiles import CHOICE, asked_variant, variant_in_use
-from ..optional import DISTRIBUTIONS
+from ..optional import DISTRIBUTIONS, install
 
 MIN_TORCH = (2, 11)
 MIN_TRITON = (3, 6)
@@ -192,7 +192,7 @@ def _optional() -> Iterator[Finding]:
     ):
         package = DISTRIBUTIONS.get(module, module)
         if importlib.util.find_spec(module) is None:
-            advice = f"{use} need it: pip install 'dynamicrad-compile[{extra}]'"
+            advice = f"{use} need it: {install(extra, module)}"
             yield Finding("warn", f"{package} is missing", advice)
         else:
             yield Finding("ok", f"{package} {_version(package)}")

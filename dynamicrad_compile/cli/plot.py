@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
+from ..optional import install
 from .values import key_value
 
 
@@ -86,7 +87,7 @@ def _output(given: Path | None) -> Path:
     from ..reporting.canvas import check_picture
 
     if given is None and importlib.util.find_spec("PIL") is None:
-        print("pillow is missing (pip install 'dynamicrad-compile[plot]'), so here is text:", file=sys.stderr)
+        print(f"pillow is missing ({install('plot', 'PIL')}), so here is text:", file=sys.stderr)
         return Path("-")
     output = given or Path("mask.png")
     if output != Path("-"):

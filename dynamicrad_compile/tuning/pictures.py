@@ -1,4 +1,4 @@
-"""Two pictures of a search. Need matplotlib: `pip install dynamicrad-compile[tune]`."""
+"""Two pictures of a search. Need matplotlib (extra `tune`)."""
 
 from __future__ import annotations
 

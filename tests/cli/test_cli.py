@@ -139,7 +139,7 @@ def test_plot_as_text(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, same, said = run(capsys, "plot", "--grid", "3", "4", "5", "--block-size", "16", "--pattern", "dense")
     assert (code, same) == (0, out)
-    assert "pip install 'dynamicrad-compile[plot]'" in said
+    assert "pip install 'pillow>=10'" in said
     assert not list(tmp_path.iterdir())
 
 

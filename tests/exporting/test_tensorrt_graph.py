@@ -196,7 +196,7 @@ def test_wrong_settings(settings, message, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_tensorrt") is not None, reason="Torch-TensorRT is here")
 def test_without_torch_tensorrt(tmp_path, capsys):
-    install = "torch_tensorrt, which is not installed. Install it: pip install 'dynamicrad-compile[tensorrt]'"
+    install = "torch_tensorrt, which is not installed. Install it: pip install 'torch-tensorrt>=2.13'"
     with pytest.raises(drad.ExportError, match=re.escape(install)):
         importlib.import_module("dynamicrad_compile.exporting.tensorrt.compile")
     with pytest.raises(drad.ExportError, match="not installed"):

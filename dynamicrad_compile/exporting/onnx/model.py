@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ...errors import ExportError
+from ...optional import install
 from ..job import Job
 
 OPSETS = range(18, 24)
@@ -29,7 +30,7 @@ def check(opset: int = 18) -> None:
         raise ExportError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset!r}.")
     missing = [name for name in ("onnx", "onnxscript") if not _installed(name)]
     if missing:
-        raise ExportError(f"format 'onnx' needs {' and '.join(missing)}: pip install 'dynamicrad-compile[export]'.")
+        raise ExportError(f"format 'onnx' needs {' and '.join(missing)}: {install('export', *missing)}.")
 
 
 def write(job: Job, opset: int = 18) -> dict[str, Any]:

@@ -23,9 +23,10 @@ import torch
 from torch import fx
 
 from ...errors import ExportError
+from ...optional import install
 from .graph import has_state, lower
 
-INSTALL = "pip install 'dynamicrad-compile[tensorrt]', on a machine with an NVIDIA GPU and a CUDA build of torch 2.13"
+INSTALL = f"{install('tensorrt', 'torch_tensorrt')}, on a machine with an NVIDIA GPU and a CUDA build of torch 2.13"
 
 
 def register() -> None:
