@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 from pathlib import Path
@@ -123,6 +124,27 @@ def walk(folder):
             yield from walk(file)
         else:
             yield file
+
+
+def test_sdist_content(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "PKG-INFO"} <= names
+    assert not [name for name in names if "test" in name or name.endswith(".pyc")]
+
+
+def test_twine_finds_nothing_wrong(sdist, wheel):
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_wheel_is_the_tree(wheel):
+    """Built from the source distribution, it has each file of the package as it is here, byte for byte."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.split("/")[0].endswith(".dist-info"):
+                assert archive.read(name) == (ROOT / name).read_bytes(), name
 
 
 def test_wheel_content(wheel):
