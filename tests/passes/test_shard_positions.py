@@ -67,7 +67,7 @@ def seen(table, world, rank, mark=False, dynamic=False, **options):
     compiled = torch.compile(Block().eval(), backend="dynamicrad", dynamic=dynamic, fullgraph=True, options=options)
     with fake_group(rank, world), torch.no_grad():
         compiled(x, rows)
-    return drad.report(compiled)
+        return drad.report(compiled)  # torch 2.11 forgets graphs when it destroys a group
 
 
 @pytest.mark.parametrize("world", [2, 4])
