@@ -18,14 +18,19 @@ from dynamicrad_compile.exporting.onnx import model as onnx_model
 
 pytest.importorskip("onnxruntime")
 
-ROWS = cases(list(FORMATS), list(MODELS))
+# AOTInductor compiles for half a minute: each model and each mode, not all pairs. Its graphs are those of format torch.
+AOTI = {("wan", "static"), ("hunyuan", "dynamic"), ("cogvideox", "dynamic"), ("ltx", "static")}
+ROWS = [row for row in cases(list(FORMATS), list(MODELS)) if row.format != "aoti" or (row.model, row.mode) in AOTI]
 QUICK = [Row("onnx", "wan", "dynamic", "open")]
 
 
 @pytest.mark.parametrize("row", fast(ROWS, QUICK), ids=lambda row: f"{row.format}-{row.model}-{row.mode}-{row.batch}")
 def test_every_case_of_the_table(row):
-    """With an open batch, different prompts take different regimes, and 1, 2 and 3 rows are equal to eager code."""
-    run_case(row)
+    """With an open batch, different prompts take different regimes, and 1, 2 and 3 rows are equal to eager code.
+
+    Each format and model runs in a fresh process once, with the plan that is known when it is exported.
+    """
+    run_case(row, fresh=row.batch != "open")
     assert row.error < 1e-4, row
     assert row.moved > 1e-3, row  # the plan is at work
     assert not row.replaced.startswith("0")
@@ -164,9 +169,9 @@ def test_mistakes(tmp_path, change, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_missing_package_names_the_extra(tmp_path, monkeypatch):
+def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_model, "_installed", lambda name: name != "onnxscript")
-    with pytest.raises(drad.ExportError, match=r"needs onnxscript: pip install 'dynamicrad-compile\[export\]'"):
+    with pytest.raises(drad.ExportError, match=r"needs onnxscript: pip install 'onnxscript>=0.5'"):
         drad.export(torch.nn.Linear(1, 1), (torch.zeros(1),), path=tmp_path, format="onnx")
 
 

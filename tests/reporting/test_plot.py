@@ -107,7 +107,7 @@ def test_unknown_regime_or_head(tmp_path, name, index):
 
 def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(PlanError, match=r"pip install 'dynamicrad-compile\[plot\]'"):
+    with pytest.raises(PlanError, match=r"pip install 'pillow>=10'"):
         plot_mask(small_plan(), tmp_path / "mask.png")
 
 
