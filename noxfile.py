@@ -1,8 +1,8 @@
 """`nox`: the core of the tests on each version of PyTorch that is supported; docs/platforms.md has what was run where.
 
-    nox                            all of them
-    nox -s core-2.11.0             one
-    nox -s core-2.11.0 -- -x -k triton
+    nox                                   all of them
+    nox -s "core(2.11.0)"                 one
+    nox -s "core(2.11.0)" -- -x -k triton
 
 A version is installed from the index as it comes, on Linux from PyPI with CUDA's libraries: 4 to 7 GB an environment.
 PIP_INDEX_URL chooses an index of CPU builds.

