@@ -1,7 +1,7 @@
 """Videos dense and block-sparse, from the same noise, side by side: what `make demo` runs.
 
     python examples/quickstart.py
-    python examples/quickstart.py --sparsity 0.8 --prompt "A red circle bounces quickly on a gray background."
+    python examples/quickstart.py --sparsity 0.65 --prompt "A red circle bounces quickly on a gray background."
 
 The model is diffusers' WanTransformer3DModel, unchanged, trained on small clips (4,096 tokens); it is shipped with the
 package. It goes through torch.compile twice, once with the default backend and once with backend="dynamicrad".
@@ -38,7 +38,7 @@ PROMPTS = [
     "A striped yellow square stands still on a blue background.",
     "A red square slides right on a gray background.",
     "A green triangle stands as the camera pans left on a black background.",
-    "A purple circle bounces quickly on a black background.",
+    "A blue square flickers quickly on a gray background.",
 ]
 DENSE_STEPS = 4  # a share of one in so many steps, the noisiest, stays dense
 OPTIONS = {
@@ -70,8 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments, checked as far as can be before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="one or more sentences of the model's words")
-    parser.add_argument("--sparsity", type=float, default=0.65, help="share of attention that sparse steps skip (0.65)")
-    parser.add_argument("--steps", type=int, default=20, help=f"denoising steps, at least {DENSE_STEPS} (20)")
+    parser.add_argument("--sparsity", type=float, default=0.8, help="share of attention that sparse steps skip (0.8)")
+    parser.add_argument("--steps", type=int, default=12, help=f"denoising steps, at least {DENSE_STEPS} (12)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
