@@ -20,6 +20,7 @@ from .lora import add_lora
 from .plot import add_plot
 from .record import add_record
 from .route import add_route
+from .status import status
 from .tune import add_tune
 
 
@@ -31,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DynamicRadError as error:
         message = str(error)
     except KeyboardInterrupt:
+        status("")
         print(f"\ndynamicrad {args.command}: interrupted.", file=sys.stderr)
         return 130
     except OSError as error:  # files that can't be read or written
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    status("")
     print(f"dynamicrad {args.command}: {message}", file=sys.stderr)
     return 2
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from ..bench.measure import GRIDS
 from ..errors import DynamicRadError
+from .status import status
 
 # Default sizes: what takes a minute or two on two cores, and what fills a GPU.
 TOKENS = {"cpu": ["2k", "4k", "8k"], "cuda": ["8k", "16k", "32k"]}
@@ -64,20 +64,14 @@ def run(args: argparse.Namespace) -> int:
     tokens = args.tokens or TOKENS[device]
     work = [(attention_row, size) for size in tokens] + ([] if args.no_step else [(step_row, tokens[-1])])
     for number, (measure, size) in enumerate(work, 1):
-        _progress(f"{number} of {len(work)}: {measure.__name__.removesuffix('_row')}, {size} tokens ...")
+        status(f"{number} of {len(work)}: {measure.__name__.removesuffix('_row')}, {size} tokens ...")
         case = Case(
             GRIDS[size], heads, head_dim, args.sparsity, args.block_size, getattr(torch, dtype), device, args.repeats
         )
         rows.append(measure(case))
-        _progress("")
+        status("")
         if not args.json:
             print(rows[-1], flush=True)
     if args.json:
         print(json.dumps({"about": about, "rows": [{**asdict(row), "gain": row.gain} for row in rows]}, indent=2))
     return 0
-
-
-def _progress(text: str) -> None:
-    """Show what is going on, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

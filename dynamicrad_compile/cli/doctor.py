@@ -18,6 +18,7 @@ from ..errors import PlanError
 from ..kernels.chip import chip_of, name_of
 from ..kernels.tiles import CHOICE, asked_variant, variant_in_use
 from ..optional import DISTRIBUTIONS, install
+from .status import status
 
 MIN_TORCH = (2, 11)
 MIN_TRITON = (3, 6)
@@ -37,8 +38,8 @@ class Finding:
         return f"{self.status:4s}  {self.text}" + (f"\n      -> {self.advice}" if self.advice else "")
 
 
-def diagnose() -> list[Finding]:
-    """All findings, in the order in which a user would mend them."""
+def diagnose() -> Iterator[Finding]:
+    """All findings as they come, in the order in which a user would mend them."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch,
         _devices,
@@ -50,7 +51,11 @@ def diagnose() -> list[Finding]:
         _profiles,
         _optional,
     )
-    return [finding for check in checks for finding in check()]
+    for check in checks:
+        status(f"looking at {check.__name__.removeprefix('_')} ...")
+        for finding in check():
+            status("")
+            yield finding
 
 
 def _version(name: str) -> str | None:
@@ -206,9 +211,9 @@ def add_doctor(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    findings = diagnose()
-    for finding in findings:
-        print(finding)
-    failed = sum(finding.status == "fail" for finding in findings)
+    failed = 0
+    for finding in diagnose():
+        print(finding, flush=True)
+        failed += finding.status == "fail"
     print(f"\n{failed} problem{'s' * (failed != 1)}." if failed else "\nEverything needed is there.")
     return 1 if failed else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionsError
+from .status import status
 from .values import key_value
 
 if TYPE_CHECKING:
@@ -84,10 +85,14 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         output_file(args.html)
     size = dict(name=args.model, frames=args.frames, height=args.height, width=args.width, layers=layers)
+    status(f"building {args.model} without weights ...")
     model, inputs = build(**size)
+    status(f"capturing the graphs of {type(model).__name__} ...")
     report = explain(model, options=options, **inputs)
+    status("counting the products of all its layers ...")
     whole, all_inputs = (model, inputs) if not layers else build(**{**size, "layers": 0})
     rest = other_flops(whole, all_inputs)
+    status("")
     report.expected = _expected(report, args, rest, repeats(model, whole), options)
     if asked and layers:
         rest = other_flops(model, inputs)
