@@ -80,7 +80,7 @@ def _other_flops(gm: fx.GraphModule) -> int | None:
             gm(*tree_map(_zeros_like, inputs))
     except Exception:  # whatever code that was captured raises without values
         return None
-    counts = counter.get_flop_counts()["Global"]
+    counts = counter.get_flop_counts().get("Global", {})  # empty where nothing was counted
     return sum(count for op, count in counts.items() if "attention" not in str(op))
 
 

@@ -50,7 +50,7 @@ def other_flops(model: torch.nn.Module, inputs: Inputs) -> int:
     """FLOPs of the matrix products and convolutions of a call, without softmax attention; of a model of `build`."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    counts = counter.get_flop_counts()["Global"]
+    counts = counter.get_flop_counts().get("Global", {})  # empty where nothing was counted
     return sum(count for op, count in counts.items() if "attention" not in str(op))
 
 

@@ -124,3 +124,9 @@ def test_explain_counts_the_flops_of_its_graphs():
     assert str(one) in str(found)
     assert f'"step": {one.step}' in found.to_json()
     assert dataclasses.asdict(one) == one.to_dict()
+
+
+def test_a_graph_without_products_is_explained():
+    """Nothing is counted there, not even a total."""
+    report = drad.explain(lambda x: x * 2, torch.randn(2, 3))
+    assert [one.basis for one in report.expected] == ["no attention is sparse"]
