@@ -127,6 +127,7 @@ def generate(name: str, compiled: Callable[..., Any], text: model.TextEncoder, a
         size = model.size_of(CHECKPOINT)
         sizes = {"frames": FRAMES, "size": (size, size), "steps": args.steps, "seed": args.seed}
         videos = model.sample(timed, text, args.prompt, **sizes)
+        gc.unfreeze()
     return Run(videos, seconds, middle)
 
 
