@@ -71,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments, checked as far as can be before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="one or more sentences of the model's words")
-    parser.add_argument("--sparsity", type=float, default=0.82, help="share of attention that sparse steps skip (0.82)")
+    parser.add_argument("--sparsity", type=float, default=0.85, help="share of attention that sparse steps skip (0.85)")
     parser.add_argument("--steps", type=int, default=8, help=f"denoising steps, at least {DENSE_STEPS} (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
